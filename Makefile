@@ -1,0 +1,58 @@
+# `make train` and `make test` do everything from a fresh clone; what is done already is skipped.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+CSRC := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inc' -o -name '*.cu' -o -name '*.cuh')
+RUN := $(BIN)/torchrun --standalone --nproc-per-node 1 thinktwice_fast/train.py
+
+.PHONY: setup train test lint format learning warm-start tables clean
+
+train: $(VENV)/built
+	$(RUN) --resume auto
+
+# What `train` and `test` do first: .venv with everything, and the extension.
+setup: $(VENV)/built
+
+test: $(VENV)/built lint
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/built
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror $(CSRC)
+	$(BIN)/python -m thinktwice_fast.run.tables README.md --check
+
+format: $(VENV)/built
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CSRC)
+
+# Three whole runs of the default job, held against what the README says of them.
+learning: $(VENV)/built
+	$(BIN)/python -m pytest -q bench/check_learning.py
+
+tables: $(VENV)/built
+	$(BIN)/python -m thinktwice_fast.run.tables README.md
+
+# Makes the shipped model again from random weights; one thread, because the sum order of two changes the outcome.
+warm-start: $(VENV)/built
+	rm -rf build/tiny-untrained runs/tiny-warm-start
+	$(BIN)/python -m thinktwice_fast.run.tiny build/tiny-untrained
+	OMP_NUM_THREADS=1 $(RUN) --config configs/tiny-warm-start.yaml
+	rm -rf thinktwice_fast/assets/tiny
+	cp -r runs/tiny-warm-start/model thinktwice_fast/assets/tiny
+
+clean:
+	rm -rf $(VENV) build *.egg-info thinktwice_fast/_csrc*.so
+
+$(VENV)/installed: requirements.txt
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' \
+	  || { echo "needs Python 3.11 to 3.13: make PYTHON=python3.12 ..."; exit 2; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@
+
+$(VENV)/built: $(VENV)/installed pyproject.toml setup.py $(CSRC)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps -e .
+	touch $@
