@@ -1,0 +1,26 @@
+"""Ops of group-relative policy optimisation, for any trainer; they need torch and nothing of thinktwice_fast.
+
+Everything is packed: the T tokens of S sequences lie one after another without padding, and
+``cu_seqlens`` [S+1] holds the offset at which each sequence starts, and T at its end.
+"""
+
+from thinktwice_kernels.advantages import group_advantages
+from thinktwice_kernels.logprobs import linear_logits, linear_logprobs, token_logprobs
+from thinktwice_kernels.loss import grpo_loss
+from thinktwice_kernels.metrics import METRICS, Metric, combine_metrics
+from thinktwice_kernels.options import LossOptions
+from thinktwice_kernels.presets import PRESETS, Preset
+
+__all__ = [
+    "METRICS",
+    "PRESETS",
+    "LossOptions",
+    "Metric",
+    "Preset",
+    "combine_metrics",
+    "group_advantages",
+    "grpo_loss",
+    "linear_logits",
+    "linear_logprobs",
+    "token_logprobs",
+]

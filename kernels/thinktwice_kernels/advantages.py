@@ -1,0 +1,95 @@
+"""Group-relative advantages.
+
+Letters: S sequences.
+"""
+
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from thinktwice_kernels.packed import accumulation_dtype
+
+ScaleRewards = Literal["none", "group", "batch"]
+
+
+@torch.no_grad()
+def group_advantages(
+    rewards: Tensor,  # [S], any real type
+    group_ids: Tensor,  # [S], integers
+    *,
+    scale_rewards: ScaleRewards = "none",
+    eps: float = 1e-6,
+) -> Tensor:
+    """Each reward minus its group's mean, optionally divided by a standard deviation.
+
+    With r a reward, m its group's mean and std the unbiased standard deviation (divisor n - 1)::
+
+        none   A = r - m
+        group  A = (r - m) / (std of the group + eps)
+        batch  A = (r - m) / (std of all S rewards + eps)
+
+    Groups may have any size and lie in any order; the ids are labels, any integers. A group of one, and a
+    group whose rewards are all equal, gives exactly 0. A NaN reward makes its group NaN (and with "batch"
+    everything): leave out sequences without a reward. "batch" sees only the rewards passed here; a run on
+    several ranks gathers them first.
+
+    Sources: DeepSeekMath (arXiv 2402.03300) for "group", Dr.GRPO (2503.20783) for "none", TRL for "batch".
+
+    Args:
+        rewards: [S], in the caller's units.
+        group_ids: [S], equal for the samples of one prompt.
+        scale_rewards: what to divide by.
+        eps: added to the standard deviation; without effect for "none".
+
+    Returns:
+        [S] float32 (float64 for float64 rewards), without gradient.
+
+    Raises:
+        ValueError: shapes differ, ids that are no integers, a negative eps, or an unknown `scale_rewards`.
+    """
+    _check(rewards, group_ids, scale_rewards, eps)
+    out_dtype = accumulation_dtype(rewards)
+    # S is small, and float64 keeps rewards like 1e6 + 0.1 apart from their mean.
+    rewards = rewards.double()
+    members = _dense_labels(group_ids)
+    sizes = _group_sum(torch.ones_like(rewards), members)
+    # Rewards that are all equal must give exactly 0, which sum / n does not guarantee: take the group's
+    # smallest reward off first.
+    lowest = torch.zeros_like(rewards).scatter_reduce(0, members, rewards, "amin", include_self=False)
+    shifted = rewards - lowest[members]
+    centred = shifted - (_group_sum(shifted, members) / sizes)[members]
+    if scale_rewards == "group":
+        variance = _group_sum(centred.square(), members) / (sizes - 1).clamp(min=1)
+        centred = centred / (variance.sqrt()[members] + eps)
+    elif scale_rewards == "batch":
+        deviation = rewards - rewards.sum() / max(rewards.numel(), 1)
+        variance = deviation.square().sum() / max(rewards.numel() - 1, 1)
+        centred = centred / (variance.sqrt() + eps)
+    return centred.to(out_dtype)
+
+
+def _check(rewards: Tensor, group_ids: Tensor, scale_rewards: str, eps: float) -> None:
+    if rewards.dim() != 1 or rewards.shape != group_ids.shape:
+        raise ValueError(
+            f"rewards has shape {list(rewards.shape)} and group_ids {list(group_ids.shape)}: "
+            "pass two one-dimensional tensors of the same length"
+        )
+    if group_ids.is_floating_point() or group_ids.is_complex():
+        raise ValueError(f"group_ids has type {group_ids.dtype}: pass integers")
+    if scale_rewards not in get_args(ScaleRewards):
+        raise ValueError(f"unknown scale_rewards {scale_rewards!r}: choose one of {', '.join(get_args(ScaleRewards))}")
+    if not eps >= 0:
+        raise ValueError(f"eps is {eps}: choose a number that is not negative")
+
+
+def _dense_labels(group_ids: Tensor) -> Tensor:
+    # torch.unique would do the same, at the price of a device synchronisation.
+    ordered, order = group_ids.sort(stable=True)
+    starts = torch.zeros_like(ordered, dtype=torch.int64)
+    starts[1:] = ordered[1:] != ordered[:-1]
+    return torch.empty_like(starts).scatter_(0, order, starts.cumsum(0))
+
+
+def _group_sum(values: Tensor, members: Tensor) -> Tensor:
+    return torch.zeros_like(values).index_add_(0, members, values)
