@@ -1,0 +1,32 @@
+// What the sampler's kernels of every instruction set work on; knows nothing about torch.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+namespace thinktwice {
+
+struct Draw {
+  uint64_t seed, sample_id;
+  uint32_t position;
+};
+
+struct RowBuffers {
+  float* scaled;   // logits / temperature
+  float* weights;  // e^(scaled - max); 0 = cannot be drawn
+};
+
+struct SoftmaxSums {
+  double total = 0.0;   // sum of weights
+  double moment = 0.0;  // sum of weight * (scaled - max)
+};
+
+inline RowBuffers thread_buffers(int64_t vocabulary) {
+  thread_local std::vector<float> floats;
+  constexpr int64_t kPadding = 64;  // the longest round of the race, so that whole vectors stay inside
+  const int64_t padded = (vocabulary + kPadding - 1) / kPadding * kPadding;
+  if (static_cast<int64_t>(floats.size()) < 2 * padded) floats.resize(2 * padded);
+  return {floats.data(), floats.data() + padded};
+}
+
+}  // namespace thinktwice

@@ -1,0 +1,29 @@
+// The schema of every op, once. What each does, its shapes and its errors: thinktwice_fast/model/csrc.py.
+#include <torch/csrc/stable/library.h>
+
+STABLE_TORCH_LIBRARY(thinktwice, m) {
+  // Bookkeeping of the paged cache (bookkeeping.cpp); its tensors live on the CPU.
+  m.def("cache_create(int num_blocks, int block_size) -> int");
+  m.def("cache_destroy(int cache) -> ()");
+  m.def("cache_prefill(int cache) -> int");
+  m.def(
+      "cache_extend(int cache, Tensor handles, Tensor counts, int version, bool allow_stale)"
+      " -> (int missing_blocks, Tensor block_tables, Tensor context_lens, Tensor cu_seqlens_q,"
+      " Tensor positions, Tensor slots)");
+  m.def("cache_fork(int cache, int handle, int n) -> (Tensor handles, Tensor pairs)");
+  m.def("cache_release(int cache, Tensor handles) -> ()");
+  m.def("cache_free_blocks(int cache) -> int");
+  m.def("cache_ref_counts(int cache) -> Tensor");
+  m.def("cache_sequence(int cache, int handle) -> (int length, int version, Tensor blocks)");
+
+  // The data, one kernel family per file under cpu/ and cuda/.
+  m.def("write_kv(Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor slots) -> ()");
+  m.def("copy_blocks(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor pairs) -> ()");
+  m.def(
+      "paged_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_tables, Tensor context_lens,"
+      " Tensor cu_seqlens_q, float scale, int window=0, float softcap=0.0) -> Tensor");
+  m.def(
+      "sample(Tensor logits, Tensor temperature, Tensor top_k, Tensor top_p, Tensor min_p, int seed,"
+      " Tensor sample_ids, Tensor positions)"
+      " -> (Tensor tokens, Tensor logps, Tensor raw_logps, Tensor entropy)");
+}
