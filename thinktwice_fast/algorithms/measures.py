@@ -1,0 +1,67 @@
+"""Figures of a phase's samples, over all processes; what each means stands in run/metrics.py."""
+
+from dataclasses import dataclass
+from statistics import stdev
+
+from thinktwice_fast import parallel
+from thinktwice_fast.algorithms.groups import Group
+from thinktwice_fast.algorithms.sampler import SamplingTimes
+from thinktwice_fast.tasks.answers import extract_boxed
+
+
+@dataclass(frozen=True)
+class _Sample:
+    """What other processes need to know of one rollout."""
+
+    slot: int
+    reward: float | None
+    tokens: int
+    prompt_tokens: int
+    finished: bool
+    boxed: bool
+    entropy: float  # summed over its tokens
+
+
+def group_measures(groups: list[Group], times: SamplingTimes) -> dict[str, float]:
+    """Figures of these samples, by metric name without its phase. Collective."""
+    own = [
+        _Sample(
+            group.slot,
+            rollout.reward,
+            len(rollout.response),
+            len(group.prompt),
+            rollout.finished,
+            extract_boxed(rollout.text) is not None,
+            sum(rollout.entropies),
+        )
+        for group in groups
+        for rollout in group.rollouts
+    ]
+    samples = parallel.gather_flat(own)
+    everyone = parallel.gather(times)
+    slowest_rollout = max(other.rollout for other in everyone)
+    count, tokens = len(samples), sum(sample.tokens for sample in samples)
+    measures = {
+        "response_tokens": tokens / count,
+        "response_tokens_max": float(max(sample.tokens for sample in samples)),
+        "prompt_tokens": sum(sample.prompt_tokens for sample in samples) / count,
+        "truncation_rate": sum(not sample.finished for sample in samples) / count,
+        "boxed_rate": sum(sample.boxed for sample in samples) / count,
+        "entropy": sum(sample.entropy for sample in samples) / tokens,
+        "rewards_missing": float(sum(sample.reward is None for sample in samples)),
+        "tokens_per_second": tokens / slowest_rollout,
+        "seconds_rollout": slowest_rollout,
+        "seconds_grading": max(other.grading for other in everyone),
+        "grading_timeouts": float(sum(other.timeouts for other in everyone)),
+        "preemptions": float(sum(other.preemptions for other in everyone)),
+    }
+    rewards: dict[int, list[float]] = {}
+    for sample in samples:
+        if sample.reward is not None:
+            rewards.setdefault(sample.slot, []).append(sample.reward)
+    if rewards:
+        graded = [reward for group in rewards.values() for reward in group]
+        measures["reward"] = sum(graded) / len(graded)
+        measures["reward_std"] = sum(stdev(group) for group in rewards.values() if len(group) > 1) / len(rewards)
+        measures["group_signal_rate"] = sum(min(group) < max(group) for group in rewards.values()) / len(rewards)
+    return measures

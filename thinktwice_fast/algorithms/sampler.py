@@ -1,0 +1,106 @@
+"""Samples groups and has them graded while later samples still decode."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from thinktwice_fast import parallel
+from thinktwice_fast.algorithms.groups import Base, Group
+from thinktwice_fast.errors import UserError
+from thinktwice_fast.rollout.engine import Engine
+from thinktwice_fast.rollout.records import Request, Rollout, Sampling
+from thinktwice_fast.tasks.pool import Grader, Grading
+from thinktwice_fast.tasks.problem import Problem
+from thinktwice_fast.tasks.prompts import ChatFormat
+
+
+@dataclass(frozen=True)
+class SamplingTimes:
+    """What one call of ``Sampler.fill`` took on this process."""
+
+    rollout: float  # seconds of drawing samples
+    grading: float  # seconds of waiting for graders after the last sample was drawn
+    timeouts: int  # answers whose grader was stopped
+    preemptions: int  # times a sequence had to leave a full KV cache and start over
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """The rollout engine, the chat format and the grader, together."""
+
+    engine: Engine
+    chat: ChatFormat
+    grader: Grader
+    refine_instruction: str
+    stop_ids: frozenset[int]
+
+    def solve_group(self, slot: int, problem: Problem) -> Group:
+        """A problem's prompt, without samples yet."""
+        return Group(slot, problem, problem.messages, tuple(self.chat.prompt_ids(problem.messages)))
+
+    def refine_group(self, solve: Group, base: Base, slot: int) -> Group:
+        """The prompt that asks for a refinement of ``base``, a solution of ``solve``'s problem."""
+        messages = solve.problem.messages
+        chat = self.chat.refine_chat(messages, base.text, self.refine_instruction)
+        prompt = self.chat.refine_ids(
+            messages, solve.prompt, base.response, base.text, self.refine_instruction, self.stop_ids
+        )
+        return Group(slot, solve.problem, chat.messages, tuple(prompt), base)
+
+    def fill(
+        self, groups: Sequence[Group], *, samples: int, sampling: Sampling, stream: int, seed: int, version: int
+    ) -> SamplingTimes:
+        """Draw ``samples`` rollouts of each group's prompt, decode and grade them, into ``group.rollouts``.
+
+        Grading runs beside the sampling of later groups.
+
+        Args:
+            groups: prompts, without rollouts yet; ``group.slot`` tells them apart over all processes.
+            samples: per prompt.
+            sampling: how to draw.
+            stream: keeps the random numbers of different calls apart (the step's number).
+            seed: of the run.
+            version: of the weights.
+
+        Raises:
+            UserError: on every process, when the reward function fails on any. Collective.
+        """
+        started = time.perf_counter()
+        timeouts, preemptions = self.grader.timeouts, self.engine.preemptions
+        error: UserError | None = None
+        gradings: list[tuple[Group, Grading]] = []
+        requests = [
+            Request(number, group.prompt, _sample_ids(stream, group.slot, samples), sampling)
+            for number, group in enumerate(groups)
+        ]
+        try:
+            for rollout in self.engine.generate(requests, seed=seed, version=version):
+                rollout.text = self.chat.response_text(rollout.response, self.stop_ids)
+                group = groups[rollout.group]
+                group.rollouts.append(rollout)
+                if len(group.rollouts) == samples:
+                    group.rollouts.sort(key=_by_sample_id)
+                    texts = [rollout.text for rollout in group.rollouts]
+                    gradings.append((group, self.grader.submit(group.problem, group.messages, texts)))
+            sampled = time.perf_counter()
+            for group, grading in gradings:
+                for rollout, reward in zip(group.rollouts, grading.result(), strict=True):
+                    rollout.reward = reward
+        except UserError as caught:
+            error, sampled = caught, time.perf_counter()
+        parallel.agree(error)
+        return SamplingTimes(
+            sampled - started,
+            time.perf_counter() - sampled,
+            self.grader.timeouts - timeouts,
+            self.engine.preemptions - preemptions,
+        )
+
+
+def _sample_ids(stream: int, slot: int, samples: int) -> tuple[int, ...]:
+    first = (stream << 32) + slot * samples
+    return tuple(range(first, first + samples))
+
+
+def _by_sample_id(rollout: Rollout) -> int:
+    return rollout.sample_id

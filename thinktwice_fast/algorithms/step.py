@@ -1,0 +1,31 @@
+"""What every algorithm gives the loop: one step at a time, and a state to save between steps."""
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from thinktwice_fast.algorithms.groups import Group
+
+
+@dataclass(frozen=True)
+class Step:
+    """The outcome of one global step."""
+
+    phase: str  # "solve", "refine" or "sft": the prefix of its metrics
+    measures: dict[str, float]  # without the prefix; the same on every process
+    groups: list[Group]  # this process's samples, for transcripts; empty for SFT
+
+
+class Algorithm(Protocol):
+    """Decides what to sample next and which loss to train on; knows nothing of devices."""
+
+    def step(self, number: int) -> Step:
+        """Run global step ``number`` (from 1). Collective."""
+        ...
+
+    def state(self) -> dict[str, Any]:
+        """Plain JSON values from which ``load_state`` continues; the same on every process."""
+        ...
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Continue where ``state()`` was taken."""
+        ...

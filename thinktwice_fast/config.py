@@ -1,0 +1,256 @@
+"""Every option: its name, type, default and help text, in this one place.
+
+A dataclass per owner; the string under each field is its ``--help`` text. The defaults are the
+``tiny`` recipe, so that ``torchrun thinktwice_fast/train.py`` alone trains something.
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+@dataclass
+class ModelOptions:
+    """Which language model, and how it is computed."""
+
+    path: str = "tiny"
+    """Model folder in transformers format, a hub name, or "tiny" for the warm-started model shipped here."""
+    random_init: bool = False
+    """Keep the config and tokenizer of `path` but start from random weights drawn from `seed`."""
+    chat_template: str | None = None
+    """File with a Jinja chat template, for a tokenizer that has none (or to replace its own)."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to compute; "auto" takes a GPU when there is one."""
+    compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Type of weights and activations in forward and backward; master weights stay float32. "auto": bfloat16 on
+    CUDA, float32 on the CPU."""
+    activation_checkpointing: bool = False
+    """Recompute each layer in the backward pass instead of keeping its activations."""
+
+
+@dataclass
+class DataOptions:
+    """Where training problems come from."""
+
+    source: str = "arithmetic:tm5"
+    """A jsonl, parquet or csv file, a hub dataset name, or "arithmetic:tm5" / "arithmetic:te5" made by the program."""
+    subset: str | None = None
+    """Configuration name of a hub dataset (GSM8K: "main")."""
+    split: str = "train"
+    """Split of a hub dataset."""
+    question_column: str | None = None
+    """Column with the question text. Default: the verl schema's `prompt`, else `question`, else `problem`."""
+    answer_column: str | None = None
+    """Column with the gold answer. Default: the verl schema's `reward_model.ground_truth`, else `answer`; of an
+    answer in GSM8K's form the part after the last "####" is taken."""
+    target_column: str | None = None
+    """Column with a full worked response, for `algorithm: sft`."""
+    instruction: str = ""
+    """Text appended to every question, after a space (how to reason, how to give the answer). verl-schema prompts
+    usually hold one already."""
+    limit: int = 0
+    """Use only the first so many problems; 0 = all."""
+    shuffle: bool = True
+    """Visit the problems in a new random order each epoch, drawn from `seed`."""
+
+
+@dataclass
+class ThinkTwiceOptions:
+    """The solve/refine pair of ThinkTwice."""
+
+    base_selection: Literal["uniform", "wrong_first"] = "uniform"
+    """Which of a problem's solutions becomes the base of its refine group: any one at random, or a wrong one
+    where there is one."""
+    refine_instruction: str = "default"
+    """The user message after the base solution; "default" = the paper-style task-agnostic instruction, or the word
+    "recheck" for the shipped model and arithmetic."""
+
+
+@dataclass
+class SftOptions:
+    """Supervised fine-tuning on the source's own worked responses (`algorithm: sft`)."""
+
+    refine_fraction: float = 0.45
+    """Share of examples that are refine examples (arithmetic sources only; 0 for files)."""
+    draft_error_rates: tuple[float, ...] = (0.0, 0.3, 0.6)
+    """Error rates per line (0 to 1) of the drafts in refine examples, one drawn per example."""
+
+
+@dataclass
+class RolloutOptions:
+    """Sampling during training."""
+
+    temperature: float = 1.0
+    """Softmax temperature of training samples."""
+    top_p: float = 1.0
+    """Nucleus: sample among the smallest set of tokens with this much probability; 1 = off."""
+    top_k: int = 0
+    """Sample among the k likeliest tokens; 0 = off."""
+    min_p: float = 0.0
+    """Drop tokens less likely than this times the likeliest; 0 = off."""
+    max_prompt_tokens: int = 192
+    """Longest prompt, in tokens; longer problems are dropped and counted."""
+    max_response_tokens: int = 64
+    """Longest response, in tokens; longer ones are cut off."""
+    max_sequences: int = 256
+    """Most sequences decoding at once, per process."""
+    max_batch_tokens: int = 8192
+    """Most tokens in one forward pass (decoding and prefill together), per process."""
+    cache_tokens: int = 0
+    """Size of the KV cache in tokens, per process; 0 = as much as `max_sequences` of full length need, or what
+    the GPU has free if that is less."""
+
+
+@dataclass
+class LossOptions:
+    """The policy-gradient loss; names and meanings as in `thinktwice_kernels.grpo_loss`."""
+
+    scale_rewards: Literal["none", "group", "batch"] = "none"
+    """Divide the advantage (reward minus group mean) by nothing, the group's or the batch's standard deviation."""
+    policy_loss: Literal["clip", "cispo", "sapo"] = "clip"
+    """Objective: clipped PPO surrogate, CISPO, or SAPO's soft gate."""
+    importance_sampling_level: Literal["token", "sequence"] = "token"
+    """Ratio per token, or per sequence (GSPO)."""
+    epsilon_low: float = 0.2
+    """Clip the ratio below 1 - this ("clip" only)."""
+    epsilon_high: float = 0.28
+    """Clip the ratio above 1 + this ("clip" and "cispo")."""
+    dual_clip: float | None = 3.0
+    """Where the advantage is negative, a token's loss is at most this times its absolute value; null = off ("clip"
+    only)."""
+    beta: float = 0.0
+    """Weight of the KL term to the initial policy; 0 = no reference model."""
+    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
+    """Estimator of that KL term."""
+    entropy_coef: float = 0.0
+    """Weight of the entropy bonus."""
+    loss_agg_mode: Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm"] = (
+        "token-mean"
+    )
+    """How token losses become one number, over the whole mini-batch across processes."""
+
+
+@dataclass
+class UpdateOptions:
+    """Optimizer and batches."""
+
+    learning_rate: float = 5e-5
+    """Peak learning rate of AdamW."""
+    warmup_steps: int = 5
+    """Optimizer steps of linear warm-up."""
+    lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """Shape after the warm-up; "linear" and "cosine" reach 0 after `lr_decay_steps`."""
+    lr_decay_steps: int = 0
+    """Optimizer steps, counted from the first, until "linear" or "cosine" reach 0; 0 = the run's length."""
+    adam_betas: tuple[float, float] = (0.9, 0.99)
+    """AdamW's decay rates of the first and second moment."""
+    weight_decay: float = 0.0
+    """AdamW's decoupled weight decay."""
+    grad_clip: float = 1.0
+    """Largest gradient norm; 0 = no clipping."""
+    minibatch_sequences: int = 0
+    """Sequences (over all processes) per optimizer step; 0 = the whole phase in one."""
+    microbatch_tokens: int = 16384
+    """Most tokens in one forward and backward pass, per process; changes memory and speed, not the result."""
+    old_logps: Literal["recompute", "rollout"] = "recompute"
+    """Old log-probabilities where a phase has several mini-batches: one more forward pass, or the rollout engine's
+    own."""
+
+
+@dataclass
+class EvalOptions:
+    """Held-out evaluation: solve, then refine each solution once."""
+
+    sets: dict[str, str] | None = None
+    """Name and source of each evaluation set (as `data.source`; of arithmetic ones the held-out part). Default: the
+    held-out part of an arithmetic `data.source`, none for others; {} = none."""
+    subset: str | None = None
+    """Configuration name of hub datasets among the sets."""
+    split: str = "test"
+    """Split of hub datasets among the sets."""
+    question_column: str | None = None
+    """Column with the question text in the sets; default as for `data.question_column`."""
+    answer_column: str | None = None
+    """Column with the gold answer in the sets; default as for `data.answer_column`."""
+    instruction: str | None = None
+    """Text appended to every evaluation question; default: `data.instruction`."""
+    limit: int = 400
+    """Use only the first so many problems of each set; 0 = all."""
+    every: int = 20
+    """Evaluate every so many steps; 0 = only before and after training."""
+    samples: int = 1
+    """Solutions per problem; from 2 on pass@k is reported for k = 1, 2, 4, ..."""
+    temperature: float = 0.0
+    """Temperature of the solutions; 0 = greedy. Refinements are always greedy."""
+    top_p: float = 1.0
+    """Nucleus of the solutions."""
+    top_k: int = 0
+    """Top-k of the solutions; 0 = off."""
+
+
+@dataclass
+class RunOptions:
+    """Length of the run and what it writes."""
+
+    steps: int = 200
+    """Global steps; a solve step and a refine step count as one each, an SFT batch as one."""
+    checkpoint_every: int = 20
+    """Write a checkpoint every so many steps (and at the end); 0 = only at the end."""
+    keep_checkpoints: int = 2
+    """Newest checkpoints kept."""
+    transcripts_every: int = 20
+    """Write a sample of transcripts of the first pair of steps, then every so many; 0 = none."""
+    distributed_timeout: float = 1800.0
+    """Seconds a process waits for the others before it gives up."""
+
+
+@dataclass
+class Config:
+    """All options of a run."""
+
+    output: str = "runs/tiny"
+    """Folder for everything the run writes."""
+    resume: str | None = None
+    """"auto" = continue from the newest checkpoint in `output` (start anew where there is none), or a checkpoint's
+    folder."""
+    seed: int = 0
+    """Seed of problem order, sampling, base selection and random weights; 0 to 2147483647."""
+    algorithm: Literal["thinktwice", "sft"] = "thinktwice"
+    """What to train by."""
+    problems_per_step: int = 32
+    """Problems per step (P), over all processes; SFT: examples per step."""
+    samples_per_problem: int = 8
+    """Samples per problem (G): the group that an advantage is taken over."""
+    reward: str = "math"
+    """"math" (last \\boxed{}, math-verify), "choice" (multiple-choice letter), "exact" (stripped text), or
+    my_file.py:function with TRL's reward signature."""
+    reward_timeout: float = 10.0
+    """Seconds a grader may take for one answer before it is stopped (math: graded 0; own function: an error)."""
+    reward_workers: int | None = None
+    """Grader processes for "math", per training process; default: one per two CPU cores, at most 8."""
+    model: ModelOptions = field(default_factory=ModelOptions)
+    data: DataOptions = field(default_factory=DataOptions)
+    thinktwice: ThinkTwiceOptions = field(default_factory=ThinkTwiceOptions)
+    sft: SftOptions = field(default_factory=SftOptions)
+    rollout: RolloutOptions = field(default_factory=RolloutOptions)
+    loss: LossOptions = field(default_factory=LossOptions)
+    update: UpdateOptions = field(default_factory=UpdateOptions)
+    eval: EvalOptions = field(default_factory=EvalOptions)
+    run: RunOptions = field(default_factory=RunOptions)
+
+
+ARITHMETIC = "arithmetic:"
+"""What the sources begin with that the program makes itself."""
+
+LOSS_BOUNDS: dict[str, tuple[str, ...]] = {
+    "clip": ("epsilon_low", "epsilon_high", "dual_clip"),
+    "cispo": ("epsilon_high",),
+    "sapo": (),
+}
+"""Which bounds of `LossOptions` each `policy_loss` has; the default of one it lacks counts as not set."""
+
+
+def evaluation_sources(config: Config) -> dict[str, str]:
+    """Name and source of each evaluation set, where `eval.sets` leaves it open those of `data.source`."""
+    if config.eval.sets is not None:
+        return config.eval.sets
+    return {"held_out": config.data.source} if config.data.source.startswith(ARITHMETIC) else {}

@@ -1,0 +1,118 @@
+"""The attention that every model here runs with, registered with transformers as ``thinktwice``.
+
+A forward pass is one row of T tokens without padding; what they attend to is said by the ``attention``
+keyword, which transformers hands down to each layer:
+
+- ``PackedAttention``: sequences one after another, each causal over itself (training);
+- ``PagedAttention``: tokens just reserved in a paged KV cache (rollouts).
+
+Letters: T tokens, S sequences, L longest sequence, Hq / Hkv query / key-value heads, D head size.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from transformers import AttentionInterface
+
+from thinktwice_fast.errors import UserError
+from thinktwice_fast.model.paged import PagedKVCache, Plan
+
+NAME = "thinktwice"
+# What transformers hands to every attention function and these need not know.
+_UNUSED = {"position_ids", "use_cache", "cache_position", "output_attentions", "is_causal"}
+
+
+class Attention(Protocol):
+    """What the tokens of one forward pass attend to."""
+
+    def attend(
+        self,
+        layer: int,
+        q: torch.Tensor,  # [T, Hq, D]
+        k: torch.Tensor,  # [T, Hkv, D]
+        v: torch.Tensor,  # [T, Hkv, D]
+        scale: float,
+        window: int,  # keys seen by a query, itself included; 0 = all
+    ) -> torch.Tensor:  # [T, Hq, D]
+        ...
+
+
+@dataclass(frozen=True)
+class PackedAttention:
+    """Causal attention of each sequence over itself; differentiable.
+
+    Rows are padded to [S, L] for the attention alone: padding sits at the end of a row, where causality
+    keeps it from every real query.
+    """
+
+    pad: torch.Tensor  # int64 [S, L], index into the T tokens; any valid index where there is none
+    unpad: torch.Tensor  # int64 [T], index into the S*L padded slots
+
+    @classmethod
+    def from_lengths(cls, lengths: list[int], device: torch.device) -> "PackedAttention":
+        """Of the S sequences' lengths in tokens, in their order in the row."""
+        sizes = torch.tensor(lengths)
+        longest = int(sizes.max())
+        starts = sizes.cumsum(0) - sizes
+        column = torch.arange(longest)
+        inside = column < sizes[:, None]  # [S, L]
+        pad = torch.where(inside, starts[:, None] + column, 0)
+        return cls(pad.to(device), inside.flatten().nonzero().squeeze(1).to(device))
+
+    def attend(
+        self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, window: int
+    ) -> torch.Tensor:
+        rows, longest = self.pad.shape
+        q, k, v = (x[self.pad].transpose(1, 2) for x in (q, k, v))  # [S, H, L, D]
+        mask = None
+        if 0 < window < longest:
+            age = torch.arange(longest, device=q.device)[:, None] - torch.arange(longest, device=q.device)
+            mask = (age >= 0) & (age < window)  # [L, L]
+        out = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+        )
+        return out.transpose(1, 2).reshape(rows * longest, *out.shape[1::2])[self.unpad]
+
+
+@dataclass(frozen=True)
+class PagedAttention:
+    """Attention of newly reserved tokens over a paged KV cache, which it also fills; no gradient."""
+
+    cache: PagedKVCache
+    plan: Plan
+
+    def attend(
+        self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, window: int
+    ) -> torch.Tensor:
+        return self.cache.attend(layer, self.plan, q, k, v, scale, window)
+
+
+def _attention_forward(
+    module: Any,
+    query: torch.Tensor,  # [1, Hq, T, D]
+    key: torch.Tensor,  # [1, Hkv, T, D]
+    value: torch.Tensor,  # [1, Hkv, T, D]
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    attention: Attention | None = None,
+    **rest: Any,
+) -> tuple[torch.Tensor, None]:  # [1, T, Hq, D]
+    assert attention is not None and attention_mask is None, "call the model through Policy or the rollout engine"
+    asked = sorted(
+        name for name, value in rest.items() if value is not None and value is not False and name not in _UNUSED
+    )
+    if asked or dropout:
+        raise UserError(
+            f"{type(module).__name__} asks its attention for {', '.join(asked) or 'dropout'}, which is not supported: "
+            "use a model without it" + (" or set attention_dropout to 0 in its config.json" if dropout else "")
+        )
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    return attention.attend(module.layer_idx, q, k, v, scaling, sliding_window or 0).unsqueeze(0), None
+
+
+# No mask function is registered under this name, and transformers then builds no T x T mask.
+AttentionInterface.register(NAME, _attention_forward)

@@ -1,0 +1,154 @@
+"""The ops of the C++ extension (``csrc/``): cache writes, paged attention and the sampler.
+
+The library registers them with torch as ``torch.ops.thinktwice.*``; here they are loaded, given fake versions for
+``torch.compile`` and, on CUDA, the plain-torch versions of ``reference.py``. The bookkeeping ops of the cache are
+wrapped by ``paged.PagedKVCache``.
+
+Letters: T tokens, N sequences or rows, Hq / Hkv query / key-value heads, D head size, B blocks of bs tokens,
+L layers, V vocabulary.
+"""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from thinktwice_fast.errors import UserError
+from thinktwice_fast.model import reference
+
+
+def _load() -> None:
+    found = sorted(Path(__file__).parent.parent.glob("_csrc*.so"))
+    if not found:
+        raise UserError("the C++ extension of thinktwice_fast is not built: run `make`")
+    try:
+        torch.ops.load_library(str(found[0]))
+    except OSError as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"the C++ extension does not load with torch {torch.__version__} ({reason}): rebuild it with `make`"
+        ) from error
+
+
+_load()
+ops = torch.ops.thinktwice
+_write_kv = ops.write_kv.default
+_copy_blocks = ops.copy_blocks.default
+_paged_attention = ops.paged_attention.default
+_sample = ops.sample.default
+
+
+def _register_torch_versions() -> torch.library.Library:
+    library = torch.library.Library("thinktwice", "IMPL", "CUDA")
+    for function in (reference.write_kv, reference.copy_blocks, reference.paged_attention, reference.sample):
+        library.impl(function.__name__, function)
+    torch.library.register_fake("thinktwice::write_kv", lambda k, v, k_cache, v_cache, slots: None)
+    torch.library.register_fake("thinktwice::copy_blocks", lambda k_cache, v_cache, pairs: None)
+    torch.library.register_fake("thinktwice::paged_attention", lambda q, *rest, **options: q.new_empty(q.shape))
+    torch.library.register_fake("thinktwice::sample", _sample_fake)
+    return library
+
+
+def _sample_fake(logits: Tensor, *rest: object) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def numbers() -> Tensor:
+        return logits.new_empty(logits.shape[0], dtype=torch.float32)
+
+    return logits.new_empty(logits.shape[0], dtype=torch.int64), numbers(), numbers(), numbers()
+
+
+_library = _register_torch_versions()  # unregisters its ops when collected
+
+
+class Sampled(NamedTuple):
+    """One draw per row."""
+
+    tokens: Tensor  # int64 [N]
+    logps: Tensor  # float32 [N], nats, under the distribution it was drawn from
+    raw_logps: Tensor  # float32 [N], nats, under softmax(logits / temperature), nothing truncated
+    entropies: Tensor  # float32 [N], nats, of softmax(logits / temperature), nothing truncated
+
+
+def write_kv(
+    k: Tensor,  # [T, Hkv, D], any strides but the last
+    v: Tensor,  # [T, Hkv, D]
+    k_cache: Tensor,  # [B, Hkv, bs, D], one layer, written in place
+    v_cache: Tensor,  # [B, Hkv, bs, D]
+    slots: Tensor,  # int64 [T], block * bs + place in the block
+) -> None:
+    """Put the keys and values of T tokens into their slots of the cache.
+
+    Raises:
+        RuntimeError: shapes or types do not match, or a slot lies outside the cache (nothing is written then).
+    """
+    _write_kv(k, v, k_cache, v_cache, slots)
+
+
+def copy_blocks(
+    k_cache: Tensor,  # [L, B, Hkv, bs, D], written in place
+    v_cache: Tensor,  # [L, B, Hkv, bs, D]
+    pairs: Tensor,  # int64 [M, 2], (from, to) blocks
+) -> None:
+    """Copy whole blocks in every layer, one pair after the other.
+
+    Raises:
+        RuntimeError: shapes or types do not match, or a block lies outside the cache (nothing is copied then).
+    """
+    _copy_blocks(k_cache, v_cache, pairs)
+
+
+def paged_attention(
+    q: Tensor,  # [T, Hq, D], any strides but the last
+    k_cache: Tensor,  # [B, Hkv, bs, D], one layer
+    v_cache: Tensor,  # [B, Hkv, bs, D]
+    block_tables: Tensor,  # int32 [N, blocks of the longest sequence]
+    context_lens: Tensor,  # int32 [N], tokens of each sequence, its new ones included
+    cu_seqlens_q: Tensor,  # int32 [N + 1], where each sequence's queries start in q
+    scale: float,
+    window: int = 0,  # keys a query sees, itself included; 0 = all
+    softcap: float = 0.0,  # 0 = off
+) -> Tensor:  # [T, Hq, D]
+    """Causal attention of each sequence's last tokens over all of it; decoding, prefill or both at once.
+
+    The i-th of n queries of a sequence with context length c sits at position p = c - n + i and sees the keys at
+    positions max(0, p - window + 1) .. p:
+
+        out = softmax(cap(scale * q k^T)) v,    cap(x) = softcap * tanh(x / softcap)
+
+    On the CPU it is computed in float32 whatever the type of the cache, over chunks of 64 keys with an online softmax,
+    and a row's bits do not depend on the rest of the batch nor on how its sequence was cut into calls. On CUDA
+    ``reference.paged_attention`` stands in.
+
+    Raises:
+        RuntimeError: shapes, types or lengths do not match, or a block lies outside the cache.
+    """
+    return _paged_attention(q, k_cache, v_cache, block_tables, context_lens, cu_seqlens_q, scale, window, softcap)
+
+
+def sample(
+    logits: Tensor,  # [N, V], float32, bfloat16 or float16
+    temperature: Tensor,  # float32 [N]; 0 = greedy
+    top_k: Tensor,  # int32 [N]; 0 = off
+    top_p: Tensor,  # float32 [N], above 0; 1 = off
+    min_p: Tensor,  # float32 [N]; 0 = off
+    *,
+    seed: int,
+    sample_ids: Tensor,  # int64 [N]
+    positions: Tensor,  # int64 [N], from 0 to 2^32 - 1
+) -> Sampled:
+    """Draw one token per row.
+
+    Tokens rank by probability under softmax(logits / temperature), equal ones by id. Top-k keeps the first k; of
+    these, top-p the fewest whose share of the kept mass reaches it; of these, min-p those with at least its share of
+    the likeliest token's probability. The draw is argmax_i (logits_i / temperature + g_i) over what is left, with
+    Gumbel noise g_i = -ln(-ln(1 - u_i)), computed as argmax_i exp(logits_i / temperature - max) / -ln(1 - u_i);
+    the lowest id wins a tie. u_i is word i % 4 of Philox4x32-10 with the counter (i // 4, position, sample id low,
+    sample id high) and the key ``seed``, mapped to min((word + 1/2) / 2^32, 1 - 2^-24) in float32: a draw depends
+    on its logits, seed, sample id and position, on nothing else. A greedy row takes the first of the likeliest
+    tokens, and all its numbers are those of temperature 1 without truncation.
+
+    Raises:
+        RuntimeError: a row's logits hold NaN or +inf or nothing finite, an option is out of range, or shapes or types
+            do not match.
+    """
+    return Sampled(*_sample(logits, temperature, top_k, top_p, min_p, seed, sample_ids, positions))

@@ -1,0 +1,203 @@
+"""Loading a model and its tokenizer from a folder or the hub, and saving them back."""
+
+import os
+from dataclasses import dataclass
+from functools import partial
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from safetensors import SafetensorError
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from thinktwice_fast.config import ModelOptions
+from thinktwice_fast.errors import UserError
+from thinktwice_fast.model.attention import NAME as ATTENTION_NAME
+from thinktwice_fast.model.policy import check_head_is_linear, decoder_layers
+
+SHIPPED = "tiny"
+_WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin")
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model, its tokenizer, and the token ids that end a response."""
+
+    model: PreTrainedModel
+    tokenizer: Any
+    stop_ids: frozenset[int]
+
+
+def model_folder(path: str) -> str:
+    """``path`` with the name of the shipped model replaced by its folder."""
+    return str(resources.files("thinktwice_fast") / "assets" / "tiny") if path == SHIPPED else path
+
+
+def pick_device(options: ModelOptions, local_rank: int) -> torch.device:
+    """The device of this process; UserError where a GPU is asked for and there is none for it."""
+    gpus = torch.cuda.device_count()
+    if options.device == "cpu" or (options.device == "auto" and gpus == 0):
+        return torch.device("cpu")
+    if local_rank >= gpus:
+        raise UserError(
+            f"process {local_rank} has no GPU of its own (this machine has {gpus}): start fewer processes with "
+            "--nproc-per-node, or use --model.device cpu"
+        )
+    return torch.device("cuda", local_rank)
+
+
+def pick_dtype(options: ModelOptions, device: torch.device) -> torch.dtype:
+    """The compute type of weights and activations."""
+    if options.compute_dtype == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return getattr(torch, options.compute_dtype)
+
+
+def load_model(options: ModelOptions, seed: int, device: torch.device) -> LoadedModel:
+    """Model (on ``device``, in the type it was saved in), tokenizer and stop ids.
+
+    Raises:
+        UserError: no such folder or hub name; a folder without tokenizer or chat template, or whose weights are
+            missing, broken or not all there; an architecture this trainer can't run.
+    """
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    folder = model_folder(options.path)
+    config = _config(folder, options.path)
+    tokenizer = load_tokenizer(options)
+    model = _random_model(config, options, seed) if options.random_init else _saved_model(folder, config, options)
+    if len(tokenizer) > config.get_text_config().vocab_size:
+        raise UserError(
+            f"--model.path {options.path}: its tokenizer has {len(tokenizer)} tokens but the model only "
+            f"{config.get_text_config().vocab_size}: take both from the same place"
+        )
+    model = model.to(device).eval()
+    check_head_is_linear(model)
+    if options.activation_checkpointing:
+        checkpoint_layers(model)
+    return LoadedModel(model, tokenizer, _stop_ids(model, tokenizer, options.path))
+
+
+def load_tokenizer(options: ModelOptions) -> Any:
+    """The model's own tokenizer, with a chat template (its own or ``chat_template``'s)."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model_folder(options.path))
+    except (OSError, HfHubHTTPError, ValueError, KeyError, TypeError) as error:
+        raise _no_tokenizer(options.path, _first_line(error)) from error
+    # For some architectures transformers makes a tokenizer out of nothing where there are no files.
+    if len(tokenizer) <= len(tokenizer.all_special_ids):
+        raise _no_tokenizer(options.path, "no vocabulary")
+    if options.chat_template is not None:
+        try:
+            tokenizer.chat_template = Path(options.chat_template).read_text()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"--model.chat_template {options.chat_template}: can't read it: {error}") from error
+    if tokenizer.chat_template is None:
+        raise UserError(
+            f"--model.path {options.path}: its tokenizer has no chat template: "
+            "give a Jinja file with --model.chat_template"
+        )
+    return tokenizer
+
+
+def checkpoint_layers(model: PreTrainedModel) -> None:
+    """Recompute each layer in the backward pass instead of keeping its activations."""
+    # Not by transformers' own switch, which counts in training mode alone, where dropout would wake up as well.
+    for layer in decoder_layers(model):
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
+
+
+def save_model(
+    model: PreTrainedModel, state: dict[str, torch.Tensor], tokenizer: Any, folder: Path, dtype: torch.dtype
+) -> None:
+    """Write ``state`` as a transformers model folder that ``AutoModelForCausalLM.from_pretrained`` loads."""
+    saved = {name: value.to(dtype) for name, value in state.items()}
+    model.config.dtype = dtype
+    model.save_pretrained(folder, state_dict=saved)
+    tokenizer.save_pretrained(folder)
+    for path in folder.glob("*.safetensors"):
+        path.chmod(0o666 & ~_umask())  # safetensors leaves its files to their owner alone
+
+
+def _umask() -> int:
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask
+
+
+def _config(folder: str, name: str) -> Any:
+    if Path(folder).is_dir() and not (Path(folder) / "config.json").is_file():
+        raise UserError(f"--model.path {name}: no config.json in it: give a model folder in transformers format")
+    if folder.startswith((".", "/", "~")) and not Path(folder).is_dir():
+        raise UserError(
+            f"--model.path {name}: no such folder: check the path, or give a hub name such as Qwen/Qwen3-4B"
+        )
+    try:
+        return AutoConfig.from_pretrained(folder)
+    except (OSError, HfHubHTTPError, HFValidationError, ValueError) as error:
+        raise UserError(
+            f"--model.path {name}: neither a model folder here nor a model the hub gives "
+            f"({_first_line(error)}): check the name"
+        ) from error
+
+
+def _random_model(config: Any, options: ModelOptions, seed: int) -> Any:
+    torch.manual_seed(seed)
+    try:
+        return AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=ATTENTION_NAME)
+    except ValueError as error:
+        raise _unloadable(options.path, _first_line(error)) from error
+
+
+def _saved_model(folder: str, config: Any, options: ModelOptions) -> Any:
+    _require_weights(folder, options.path)
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder, config=config, dtype="auto", attn_implementation=ATTENTION_NAME, output_loading_info=True
+        )
+    except (OSError, HfHubHTTPError, RuntimeError, ValueError, SafetensorError) as error:
+        raise _unloadable(options.path, _first_line(error)) from error
+    model, report = loaded
+    # transformers fills these with random numbers.
+    if missing := sorted(report["missing_keys"]):
+        raise _unloadable(options.path, f"{len(missing)} tensors are missing, among them {missing[0]}")
+    return model
+
+
+def _unloadable(name: str, reason: str) -> UserError:
+    return UserError(
+        f"--model.path {name}: can't load it as a causal language model ({reason}): check its config.json and weights"
+    )
+
+
+def _no_tokenizer(name: str, reason: str) -> UserError:
+    return UserError(
+        f"--model.path {name}: no tokenizer that loads is in it ({reason}): put tokenizer.json and "
+        "tokenizer_config.json beside the weights"
+    )
+
+
+def _require_weights(folder: str, name: str) -> None:
+    path = Path(folder)
+    if path.is_dir() and not any(any(path.glob(pattern)) for pattern in _WEIGHT_FILES):
+        raise UserError(
+            f"--model.path {name}: no weights (*.safetensors) in it: add them, or start from random ones with "
+            "--model.random_init true"
+        )
+
+
+def _stop_ids(model: PreTrainedModel, tokenizer: Any, name: str) -> frozenset[int]:
+    configured = model.generation_config.eos_token_id if model.generation_config is not None else None
+    ids = set(configured if isinstance(configured, list) else [configured]) | {tokenizer.eos_token_id}
+    ids.discard(None)
+    if not ids:
+        raise UserError(f"--model.path {name}: neither generation_config.json nor the tokenizer names an end token")
+    return frozenset(ids)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

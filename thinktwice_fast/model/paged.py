@@ -1,0 +1,168 @@
+"""A paged KV cache: blocks of keys and values, shared between sequences that start alike.
+
+Which blocks a sequence holds is kept by the C++ extension (``csrc/block_manager.h``); the data are two tensors.
+"""
+
+import weakref
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from thinktwice_fast.model.csrc import copy_blocks, ops, paged_attention, write_kv
+
+_prefill = ops.cache_prefill.default
+_extend = ops.cache_extend.default
+_fork = ops.cache_fork.default
+_release = ops.cache_release.default
+_free_blocks = ops.cache_free_blocks.default
+
+
+@dataclass(slots=True)
+class Plan:
+    """Where the tokens just reserved in N sequences go, T tokens in all; on the cache's device."""
+
+    block_tables: Tensor  # int32 [N, blocks of the longest sequence], padded with 0
+    context_lens: Tensor  # int32 [N], tokens of each sequence, the new ones included
+    cu_seqlens_q: Tensor  # int32 [N + 1], where each sequence's new tokens start among the T
+    positions: Tensor  # int64 [T], place in the own sequence, from 0
+    slots: Tensor  # int64 [T], block * block_size + place in the block
+
+
+class PagedKVCache:
+    """Keys and values of all layers in blocks of ``block_size`` tokens, drawn from one pool.
+
+    A sequence is named by a handle. It is created empty (``prefill``), grows (``extend``), is duplicated at the price
+    of one block (``fork``), and is given back (``release``). Blocks carry the policy version that wrote them:
+    extending a sequence of another version is an error unless ``allow_stale``.
+
+    Args:
+        num_layers: layers, each with its own part of every block.
+        num_blocks: blocks in the pool.
+        kv_heads: key-value heads per layer.
+        head_dim: elements per head.
+        block_size: tokens per block.
+        dtype: float32, bfloat16 or float16.
+        device: of the data. Memory: 2 * layers * blocks * kv_heads * block_size * head_dim elements.
+
+    Raises:
+        ValueError: from any method for a handle that is unknown, released or named twice in one call.
+    """
+
+    def __init__(
+        self,
+        num_layers: int,
+        num_blocks: int,
+        kv_heads: int,
+        head_dim: int,
+        *,
+        block_size: int = 16,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ):
+        shape = (num_layers, num_blocks, kv_heads, block_size, head_dim)
+        self._id: int = ops.cache_create(num_blocks, block_size)
+        self._close = weakref.finalize(self, ops.cache_destroy, self._id)
+        self.num_blocks = num_blocks
+        self.block_size = block_size
+        self.policy_version = 0
+        self.k_cache = torch.empty(shape, dtype=dtype, device=device)  # [L, B, Hkv, bs, D]
+        self.v_cache = torch.empty(shape, dtype=dtype, device=device)
+        self._layers = list(zip(self.k_cache.unbind(0), self.v_cache.unbind(0), strict=True))
+        self._on_cpu = self.k_cache.device.type == "cpu"
+
+    @property
+    def device(self) -> torch.device:
+        """Where keys, values and plans live."""
+        return self.k_cache.device
+
+    @property
+    def free_blocks(self) -> int:
+        """Blocks that no sequence holds."""
+        return _free_blocks(self._id)
+
+    def prefill(self) -> int:
+        """Handle of a new, empty sequence."""
+        return _prefill(self._id)
+
+    def extend(self, handles: Sequence[int], counts: Sequence[int], *, allow_stale: bool = False) -> Plan | None:
+        """Reserve ``counts[i]`` more tokens in sequence ``handles[i]``, all or nothing.
+
+        Blocks taken are stamped with ``policy_version``, or with the sequence's own older version where
+        ``allow_stale`` lets it grow on top of that.
+
+        Returns:
+            Where the new tokens go, or None when the pool has too few free blocks; nothing changed then.
+
+        Raises:
+            RuntimeError: a sequence was written by another policy version and ``allow_stale`` is off.
+        """
+        missing, *plan = _extend(self._id, _int64(handles), _int64(counts), self.policy_version, allow_stale)
+        if missing:
+            return None
+        if not self._on_cpu:
+            plan = [part.to(self.device, non_blocking=True) for part in plan]
+        return Plan(*plan)
+
+    def fork(self, handle: int, n: int) -> list[int]:
+        """``n`` new sequences equal to ``handle``, which stays as it is.
+
+        Full blocks are shared; a partly filled last block is copied for each, so this takes n free blocks, or none.
+
+        Raises:
+            RuntimeError: fewer blocks than that are free; nothing changed then.
+        """
+        handles, pairs = _fork(self._id, handle, n)
+        if len(pairs):
+            copy_blocks(self.k_cache, self.v_cache, pairs if self._on_cpu else pairs.to(self.device))
+        return handles.tolist()
+
+    def release(self, handles: Sequence[int]) -> None:
+        """Give sequences back; blocks that no other sequence holds become free."""
+        _release(self._id, _int64(handles))
+
+    def length(self, handle: int) -> int:
+        """Tokens reserved in a sequence."""
+        return ops.cache_sequence(self._id, handle)[0]
+
+    def version(self, handle: int) -> int:
+        """The policy version that wrote a sequence; -1 while it is empty."""
+        return ops.cache_sequence(self._id, handle)[1]
+
+    def blocks(self, handle: int) -> list[int]:
+        """The blocks of a sequence, in order."""
+        return ops.cache_sequence(self._id, handle)[2].tolist()
+
+    def ref_counts(self) -> list[int]:
+        """How many sequences hold each block."""
+        return ops.cache_ref_counts(self._id).tolist()
+
+    def attend(
+        self,
+        layer: int,
+        plan: Plan,
+        q: Tensor,  # [T, Hq, D]
+        k: Tensor,  # [T, Hkv, D]
+        v: Tensor,  # [T, Hkv, D]
+        scale: float,
+        window: int = 0,
+        softcap: float = 0.0,
+    ) -> Tensor:  # [T, Hq, D]
+        """Write the plan's tokens into a layer, then let them attend; see ``csrc.paged_attention``."""
+        k_cache, v_cache = self._layers[layer]
+        write_kv(k, v, k_cache, v_cache, plan.slots)
+        tables = (plan.block_tables, plan.context_lens, plan.cu_seqlens_q)
+        return paged_attention(q, k_cache, v_cache, *tables, scale, window, softcap)
+
+    def close(self) -> None:
+        """Give up the pool and its memory; any use of the cache after that is an error."""
+        self._close()
+        self._layers.clear()
+        del self.k_cache, self.v_cache
+
+
+def _int64(values: Sequence[int]) -> Tensor:
+    # Through an array: a third of the time that torch.tensor takes for a list.
+    return torch.frombuffer(array("q", values), dtype=torch.int64) if values else torch.empty(0, dtype=torch.int64)

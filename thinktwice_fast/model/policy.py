@@ -1,0 +1,81 @@
+"""A transformers causal language model as the trainer sees it: one packed row in, head results out.
+
+Letters: T tokens of the row, N rows of hidden state that go to the head, H hidden size, V vocabulary.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from thinktwice_fast.errors import UserError
+from thinktwice_fast.model.attention import Attention, PackedAttention
+from thinktwice_kernels import linear_logits
+
+R = TypeVar("R")
+# hidden [N, H], head weight [V, H], head bias [V] or None -> anything
+Head = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], R]
+
+
+class Policy(nn.Module):
+    """The model with its head opened, so that a fused loss can start from the hidden state.
+
+    The head's result is computed inside ``forward``: that is where FSDP2 has the head's weight whole.
+    """
+
+    def __init__(self, model: PreTrainedModel):
+        super().__init__()
+        self.model = model
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,  # int64 [T]
+        position_ids: torch.Tensor,  # int64 [T]
+        attention: Attention,
+        select: torch.Tensor,  # int64 [N], rows of the T whose hidden state the head gets
+        head: Head[R],
+    ) -> R:
+        """Run the decoder over the row and ``head`` over the selected hidden states; gives the head's result."""
+        hidden = self.model.base_model(
+            input_ids=input_ids[None], position_ids=position_ids[None], attention=attention, use_cache=False
+        ).last_hidden_state[0]
+        output: Any = self.model.get_output_embeddings()
+        return head(hidden[select], output.weight, output.bias)
+
+
+def linear_head(
+    hidden: torch.Tensor,  # [N, H]
+    weight: torch.Tensor,  # [V, H]
+    bias: torch.Tensor | None,  # [V]
+) -> torch.Tensor:  # float32 [N, V]
+    """Logits in float32, as the loss computes them: rounded to bfloat16 they would be another distribution."""
+    return linear_logits(hidden, weight, bias)
+
+
+def decoder_layers(model: PreTrainedModel) -> Iterator[nn.Module]:
+    """The blocks that the model repeats: what is sharded, and what is recomputed, as one."""
+    names = set(model._no_split_modules or ())
+    return (module for module in model.modules() if type(module).__name__ in names)
+
+
+@torch.no_grad()
+def check_head_is_linear(model: PreTrainedModel) -> None:
+    """Raise UserError for an architecture whose logits are more than ``hidden @ weight.T + bias``.
+
+    Scaled or soft-capped logits (Cohere, Gemma 2) would train another distribution than the model's own.
+    """
+    ids = torch.arange(4, device=model.device) % model.config.get_text_config().vocab_size
+    attention = PackedAttention.from_lengths([4], model.device)
+    whole = model(input_ids=ids[None], position_ids=torch.arange(4, device=model.device)[None], attention=attention)
+    opened = Policy(model)(ids, torch.arange(4, device=model.device), attention, ids.new_tensor(range(4)), linear_head)
+    if not torch.allclose(whole.logits[0].float(), opened.float(), rtol=1e-2, atol=1e-2):
+        raise UserError(
+            f"{type(model).__name__} transforms its logits after the output layer (scaling or a soft cap), "
+            "which is not supported: use another architecture"
+        )

@@ -1,0 +1,92 @@
+"""The trained weights (float32 master, sharded with FSDP2 where that pays) and the weights rollouts read.
+
+One process computing in float32 trains and samples with the very same tensors. Otherwise the master is
+sharded and computes in the compute type, and rollouts read a whole copy in that type whose addresses never
+move; ``ModelPair.sync`` refreshes it once after each update phase.
+"""
+
+import copy
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+import torch.distributed as dist
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
+
+from thinktwice_fast.model.policy import Policy, decoder_layers
+
+_WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
+_FROM_RANK_0 = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+
+
+@dataclass
+class ModelPair:
+    """``policy`` is trained, ``rollout`` is decoded with."""
+
+    policy: Policy
+    rollout: PreTrainedModel
+
+    @property
+    def shared(self) -> bool:
+        """Both are the same tensors."""
+        return self.rollout is self.policy.model
+
+    @torch.no_grad()
+    def sync(self) -> None:
+        """Copy the trained weights to where rollouts read them. Collective: every process calls it."""
+        if self.shared:
+            return
+        for trained, read in zip(self.policy.model.parameters(), self.rollout.parameters(), strict=True):
+            value = trained.detach().to(read.dtype)
+            read.copy_(value.full_tensor() if isinstance(value, DTensor) else value)
+
+
+def pair_models(model: PreTrainedModel, dtype: torch.dtype) -> ModelPair:
+    """Split a freshly loaded model into the trained policy and what rollouts read. Collective.
+
+    The process group must be up; ``dtype`` is the compute type.
+    """
+    if dist.get_world_size() == 1 and dtype == torch.float32:
+        cast_parameters(model, torch.float32)
+        return ModelPair(Policy(model), model)
+    rollout = cast_parameters(copy.deepcopy(model), dtype).requires_grad_(False)
+    return ModelPair(_shard(cast_parameters(model, torch.float32), dtype), rollout)
+
+
+def frozen_copy(model: PreTrainedModel, dtype: torch.dtype) -> Policy:
+    """A copy of a freshly loaded model that is never trained (the reference of a KL term). Collective."""
+    frozen = cast_parameters(copy.deepcopy(model), dtype).requires_grad_(False)
+    return Policy(frozen) if dist.get_world_size() == 1 else _shard(frozen, dtype)
+
+
+def cast_parameters(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """Change the parameters' type in place; buffers (rotary frequencies) stay in float32."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return model
+
+
+def full_state(policy: Policy) -> dict[str, torch.Tensor]:
+    """Whole master weights on the CPU under transformers' names; empty but on rank 0. Collective."""
+    state = cast(dict[str, torch.Tensor], get_model_state_dict(policy, options=_WHOLE))
+    return {name.removeprefix("model."): value for name, value in state.items()}
+
+
+def load_full_state(policy: Policy, state: dict[str, torch.Tensor]) -> None:
+    """Set the master weights from rank 0's ``state`` (the others pass an empty one). Collective."""
+    set_model_state_dict(policy, {f"model.{name}": value for name, value in state.items()}, options=_FROM_RANK_0)
+
+
+def _shard(model: PreTrainedModel, dtype: torch.dtype) -> Policy:
+    policy = Policy(model)
+    # Said outright: left alone, FSDP2 takes the machine's accelerator also for a model on the CPU.
+    mesh = init_device_mesh(model.device.type, (dist.get_world_size(),))
+    precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    for layer in decoder_layers(model):
+        fully_shard(layer, mesh=mesh, mp_policy=precision)
+    fully_shard(policy, mesh=mesh, mp_policy=precision)
+    return policy

@@ -1,0 +1,233 @@
+"""Puts a run together: problems, model, engine, grader, optimizer, algorithm."""
+
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from thinktwice_fast import launch, parallel
+from thinktwice_fast.algorithms.sampler import Sampler
+from thinktwice_fast.algorithms.sft import SFT
+from thinktwice_fast.algorithms.step import Algorithm
+from thinktwice_fast.algorithms.thinktwice import ThinkTwice
+from thinktwice_fast.config import ARITHMETIC, Config, DataOptions, evaluation_sources
+from thinktwice_fast.errors import UserError
+from thinktwice_fast.model.loading import SHIPPED, LoadedModel, load_model, pick_device, pick_dtype
+from thinktwice_fast.model.sharding import frozen_copy, pair_models
+from thinktwice_fast.rollout.engine import Engine
+from thinktwice_fast.tasks.arithmetic import RECHECK, warm_start_example
+from thinktwice_fast.tasks.pool import Grader
+from thinktwice_fast.tasks.problem import Message, Problem
+from thinktwice_fast.tasks.prompts import ChatFormat
+from thinktwice_fast.tasks.sources import Source, load_source
+from thinktwice_fast.tasks.stream import ProblemStream
+from thinktwice_fast.update.optimizer import build_optimizer
+from thinktwice_fast.update.updater import Updater
+
+
+@dataclass(frozen=True)
+class Run:
+    """Everything a run works with."""
+
+    config: Config
+    loaded: LoadedModel
+    sampler: Sampler
+    updater: Updater
+    algorithm: Algorithm
+    evaluation_sets: Mapping[str, Sequence[Problem]]
+    notes: list[str]  # for the user: problems dropped, say
+
+
+def build_run(config: Config, resources: ExitStack) -> Run:
+    """Load and connect all parts. Starts the process group; ``resources`` ends it and stops the graders.
+
+    Raises:
+        UserError: anything wrong with problems, reward or model.
+    """
+    train = load_source(config.data)
+    sets = {
+        name: load_source(_evaluation_data(config, source), held_out=True, prefix="eval")
+        for name, source in evaluation_sources(config).items()
+    }
+    workers = config.reward_workers
+    if workers is None:
+        workers = min(8, max(1, (os.cpu_count() or 1) // 2))
+    grader = resources.enter_context(Grader(config.reward, config.reward_timeout, workers))
+    device = pick_device(config.model, launch.env_local_rank())
+    dtype = pick_dtype(config.model, device)
+    parallel.start(device, config.run.distributed_timeout)
+    resources.callback(dist.destroy_process_group)
+    loaded = load_model(config.model, config.seed, device)
+    chat = ChatFormat(loaded.tokenizer)
+    longest = config.rollout.max_prompt_tokens + config.rollout.max_response_tokens
+    _check_context(loaded, longest)
+
+    instruction = refine_instruction(config)
+    prompts = _PromptLimit(config, chat, instruction, loaded.stop_ids)
+    notes = recipe_notes(config)
+    graded = config.algorithm != "sft"  # SFT neither grades nor refines what it learns from
+    usable = prompts.usable(train, config.data.source, notes, refined=graded)
+    _check_enough(config, usable)
+    if graded:
+        _check_answers(grader, config.data.source, (train[i] for i in ((0,) if usable is None else usable)))
+    stream = ProblemStream(train, usable, config.seed, config.data.shuffle)
+    evaluation_sets = {
+        name: [source[i] for i in prompts.usable(source, name, notes) or ()] for name, source in sets.items()
+    }
+    for name, problems in evaluation_sets.items():
+        _check_answers(grader, name, problems)
+
+    reference = frozen_copy(loaded.model, dtype) if config.loss.beta else None
+    models = pair_models(loaded.model, dtype)
+    engine = Engine(models.rollout, loaded.stop_ids, config.rollout, longest, _training_bytes(models.policy))
+    sampler = Sampler(engine, chat, grader, instruction, loaded.stop_ids)
+    optimizer, schedule = build_optimizer(models.policy, config.update, _optimizer_steps(config))
+    updater = Updater(models, reference, optimizer, schedule, config)
+    algorithm: Algorithm
+    if config.algorithm == "sft":
+        algorithm = SFT(config, _examples(config, stream), chat, loaded.tokenizer.eos_token_id, updater)
+    else:
+        algorithm = ThinkTwice(config, stream, sampler, updater)
+    return Run(config, loaded, sampler, updater, algorithm, evaluation_sets, notes)
+
+
+class _PromptLimit:
+    """Which problems can be asked and refined within ``rollout.max_prompt_tokens``.
+
+    A refine prompt holds the question, the longest response and the instruction, so a question that will be refined
+    may take what these leave.
+    """
+
+    def __init__(self, config: Config, chat: ChatFormat, instruction: str, stop_ids: frozenset[int]):
+        self._limit = config.rollout.max_prompt_tokens
+        self._response = config.rollout.max_response_tokens
+        self._chat = chat
+        self._instruction = instruction
+        self._stop_ids = stop_ids
+
+    def usable(self, source: Source, name: str, notes: list[str], *, refined: bool = True) -> list[int] | None:
+        """Indices of the problems short enough, with a note of how many are not; None for an endless source.
+
+        Raises:
+            UserError: none is short enough.
+        """
+        size = source.size
+        beside = self._beside_question(source[0]) if refined else 0
+        less = " less a response and the refine instruction" if refined else ""
+        if size is None:
+            self._require_room(name, len(self._chat.prompt_ids(source[0].messages)), beside)
+            return None
+        lengths = [len(self._chat.prompt_ids(source[index].messages)) for index in range(size)]
+        room = self._limit - beside
+        kept = [index for index, length in enumerate(lengths) if length <= room]
+        if not kept:
+            self._require_room(name, min(lengths), beside)
+        if len(kept) < size:
+            notes.append(
+                f"{name}: dropped {size - len(kept)} of {size} problems whose prompt is longer than {room} tokens "
+                f"(--rollout.max_prompt_tokens {self._limit}{less})"
+            )
+        return kept
+
+    def _beside_question(self, problem: Problem) -> int:
+        prompt = self._chat.prompt_ids(problem.messages)
+        refine = self._chat.refine_ids(problem.messages, prompt, (), "", self._instruction, self._stop_ids)
+        return len(refine) - len(prompt) + self._response
+
+    def _require_room(self, name: str, shortest: int, beside: int) -> None:
+        needed = shortest + beside
+        if needed > self._limit:
+            refining = f", and with a response and the refine instruction {needed}" if beside else ""
+            raise UserError(
+                f"{name}: no problem is left: the shortest prompt takes {shortest} tokens{refining}: set "
+                "--rollout.max_prompt_tokens to at least that"
+            )
+
+
+def refine_instruction(config: Config) -> str:
+    """``thinktwice.refine_instruction``, its default resolved: arithmetic and the shipped model have their own word."""
+    instruction = config.thinktwice.refine_instruction
+    at_home = config.data.source.startswith(ARITHMETIC) or config.model.path == SHIPPED
+    return RECHECK if instruction == "default" and at_home else instruction
+
+
+def recipe_notes(config: Config) -> list[str]:
+    """A word to those who took another model but not its recipe, which would set these two options."""
+    tiny, length, rate = Config(), config.rollout.max_response_tokens, config.update.learning_rate
+    if config.model.path == SHIPPED or (length, rate) != (tiny.rollout.max_response_tokens, tiny.update.learning_rate):
+        return []
+    return [
+        f"the small recipe's values apply (--rollout.max_response_tokens {length}, --update.learning_rate {rate:g}, "
+        "...), made for the shipped model: better start from a --config file in configs/"
+    ]
+
+
+def _check_answers(grader: Grader, name: str, problems: Iterable[Problem]) -> None:
+    for problem in problems:
+        try:
+            grader.check(problem)
+        except UserError as error:
+            raise UserError(f"{name}: {error}") from error
+
+
+def _evaluation_data(config: Config, source: str) -> DataOptions:
+    options = config.eval
+    if source.startswith(ARITHMETIC):
+        if not options.limit:
+            raise UserError(f"--eval.limit 0 has no end with {source}: give a number of problems")
+        return DataOptions(source, limit=options.limit)
+    return DataOptions(
+        source,
+        options.subset,
+        options.split,
+        options.question_column,
+        options.answer_column,
+        instruction=config.data.instruction if options.instruction is None else options.instruction,
+        limit=options.limit,
+    )
+
+
+def _check_enough(config: Config, usable: Sequence[int] | None) -> None:
+    if usable is not None and len(usable) < config.problems_per_step:
+        raise UserError(
+            f"{config.data.source}: {len(usable)} problems are fewer than --problems_per_step "
+            f"{config.problems_per_step}: give more problems or lower it"
+        )
+
+
+def _check_context(loaded: LoadedModel, longest: int) -> None:
+    context = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None)
+    if context is not None and longest > context:
+        raise UserError(
+            f"--rollout.max_prompt_tokens and --rollout.max_response_tokens add up to {longest}, more than the model's "
+            f"context of {context}: lower one of them"
+        )
+
+
+def _training_bytes(policy: torch.nn.Module) -> int:
+    """What this process will still allocate for training: float32 gradients and AdamW's two moments."""
+    return 12 * sum(parameter.numel() for parameter in policy.parameters()) // parallel.world_size()
+
+
+def _optimizer_steps(config: Config) -> int:
+    phase = config.problems_per_step * config.samples_per_problem
+    minibatch = config.update.minibatch_sequences
+    return config.run.steps * (phase // minibatch if minibatch and config.algorithm != "sft" else 1)
+
+
+def _examples(config: Config, stream: ProblemStream) -> Callable[[int], tuple[Sequence[Message], str]]:
+    if config.data.source.startswith(ARITHMETIC):
+        options, variant = config.sft, config.data.source.removeprefix(ARITHMETIC)
+        return lambda position: warm_start_example(
+            variant, position, config.seed, options.refine_fraction, options.draft_error_rates
+        )
+
+    def example(position: int) -> tuple[Sequence[Message], str]:
+        problem = stream[position]
+        assert problem.target is not None, "check_config asks for --data.target_column"
+        return problem.messages, problem.target
+
+    return example

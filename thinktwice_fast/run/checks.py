@@ -1,0 +1,273 @@
+"""What can be wrong with the options alone, found before anything is loaded."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from thinktwice_fast import launch
+from thinktwice_fast.config import ARITHMETIC, LOSS_BOUNDS, Config, evaluation_sources
+from thinktwice_fast.errors import UserError
+from thinktwice_fast.run.metrics import AVERAGE
+from thinktwice_fast.tasks.tables import FILE_LOADERS
+
+RUN_FILES = ("metrics.jsonl", "checkpoints")  # there from the first record on
+
+# whether; the options that would then be ignored; the circumstance in words
+_Ignored = tuple[bool, tuple[str, ...], str]
+
+_MOST = 2**31 - 1
+_AT_MOST = {"reward_timeout": 1_000_000, "run.distributed_timeout": 1_000_000}  # seconds; beyond, timers overflow
+_AT_LEAST: dict[str, float] = {
+    "seed": 0,
+    "problems_per_step": 1,
+    "samples_per_problem": 1,
+    "data.limit": 0,
+    "rollout.top_k": 0,
+    "rollout.max_prompt_tokens": 1,
+    "rollout.max_response_tokens": 1,
+    "rollout.max_sequences": 1,
+    "rollout.max_batch_tokens": 1,
+    "rollout.cache_tokens": 0,
+    "loss.beta": 0,
+    "update.learning_rate": 0,
+    "update.warmup_steps": 0,
+    "update.lr_decay_steps": 0,
+    "update.weight_decay": 0,
+    "update.grad_clip": 0,
+    "update.minibatch_sequences": 0,
+    "update.microbatch_tokens": 1,
+    "eval.limit": 0,
+    "eval.every": 0,
+    "eval.samples": 1,
+    "eval.temperature": 0,
+    "eval.top_k": 0,
+    "run.steps": 1,
+    "run.checkpoint_every": 0,
+    "run.keep_checkpoints": 1,
+    "run.transcripts_every": 0,
+    "run.distributed_timeout": 1,
+}
+
+
+def check_config(config: Config, world_size: int) -> None:
+    """Raise UserError for options that contradict each other, don't divide, or would be ignored."""
+    _check_numbers(config)
+    _check_meanings(config)
+    _check_division(config, world_size)
+    _check_ignored(config)
+    _check_loss(config)
+    _check_cache(config)
+
+
+def check_output(config: Config) -> None:
+    """Raise UserError when the output folder can't be used: it holds another run, or can't be written."""
+    output = Path(config.output)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        if launch.env_rank() == 0:  # it alone will write, and two that probe would take each other's file away
+            probe = output / ".writable"
+            probe.touch()
+            probe.unlink()
+    except OSError as error:
+        raise UserError(f"--output {output}: can't write there ({error.strerror}): choose another folder") from error
+    holds_a_run = any((output / name).exists() for name in RUN_FILES)
+    resumed_here = config.resume == "auto" or (
+        config.resume is not None and Path(config.resume).resolve().is_relative_to(output.resolve())
+    )
+    if holds_a_run and not resumed_here:
+        raise UserError(
+            f"--output {output} holds another run: continue it with --resume auto, or give another --output"
+        )
+
+
+def _check_numbers(config: Config) -> None:
+    for name, number in _numbers(asdict(config)):
+        # Every comparison below is false for NaN; an integer beyond this does not fit the kernels' arguments.
+        if not math.isfinite(number):
+            raise UserError(f"--{name} {number}: give a finite number")
+        most = _AT_MOST.get(name, _MOST if isinstance(number, int) else math.inf)
+        if number > most:
+            raise UserError(f"--{name} {number}: must be at most {most}")
+    for name, least in _AT_LEAST.items():
+        if not _value(config, name) >= least:
+            raise UserError(f"--{name} {_value(config, name)}: must be at least {least}")
+    for name in ("rollout.top_p", "eval.top_p"):
+        if not 0 < _value(config, name) <= 1:
+            raise UserError(f"--{name} {_value(config, name)}: must be above 0 and at most 1")
+    for name in ("rollout.min_p", "sft.refine_fraction"):
+        if not 0 <= _value(config, name) <= 1:
+            raise UserError(f"--{name} {_value(config, name)}: must be from 0 to 1")
+    if not all(0 <= beta < 1 for beta in config.update.adam_betas):
+        raise UserError(f"--update.adam_betas {list(config.update.adam_betas)}: each must be from 0 to below 1")
+    rates = config.sft.draft_error_rates
+    if not rates or not all(0 <= rate <= 1 for rate in rates):
+        raise UserError(f"--sft.draft_error_rates {list(rates)}: give at least one rate, each from 0 to 1")
+    if not config.rollout.temperature > 0:
+        raise UserError("--rollout.temperature must be above 0: training needs samples that differ")
+    if config.algorithm == "thinktwice" and config.samples_per_problem < 2:
+        raise UserError("--samples_per_problem must be at least 2: an advantage compares the samples of a group")
+
+
+def _check_meanings(config: Config) -> None:
+    """Values that are each in range but mean nothing together."""
+    for name in evaluation_sources(config):
+        if "/" in name or name == AVERAGE:
+            raise UserError(f"--eval.sets: {name!r} can't name a set (no '/', and not {AVERAGE!r}): rename it")
+    warmup, decay = config.update.warmup_steps, config.update.lr_decay_steps
+    if config.update.lr_schedule != "constant" and 0 < decay <= warmup:
+        raise UserError(
+            f"--update.lr_decay_steps {decay} ends before the warm-up does: give more than --update.warmup_steps "
+            f"{warmup}, or 0 for the run's length"
+        )
+    from_table = config.algorithm == "sft" and not config.data.source.startswith(ARITHMETIC)
+    if from_table and (config.data.target_column is None or config.sft.refine_fraction):
+        raise UserError(
+            f"--algorithm sft from {config.data.source}: set --data.target_column to the column of the responses to "
+            "learn, and --sft.refine_fraction 0 (only arithmetic sources have drafts)"
+        )
+
+
+def _check_division(config: Config, world: int) -> None:
+    problems, samples = config.problems_per_step, config.samples_per_problem
+    if problems < world:
+        raise UserError(
+            f"{world} processes but only {problems} problems a step: start fewer processes, or raise "
+            "--problems_per_step"
+        )
+    if problems % world:
+        raise UserError(
+            f"--problems_per_step {problems} does not divide over {world} processes: take a multiple of {world}"
+        )
+    minibatch = config.update.minibatch_sequences
+    if minibatch and config.algorithm == "thinktwice":
+        if minibatch % samples or problems % (minibatch // samples or problems + 1):
+            raise UserError(
+                f"--update.minibatch_sequences {minibatch} does not divide a phase of {problems} x {samples} samples "
+                f"into whole groups: take a multiple of {samples} that divides {problems * samples}"
+            )
+        if minibatch // samples % world:
+            raise UserError(
+                f"--update.minibatch_sequences {minibatch} ({minibatch // samples} groups) does not divide over "
+                f"{world} processes: take a multiple of {samples * world}"
+            )
+
+
+def _check_ignored(config: Config) -> None:
+    """An option that differs from its default and would change nothing is a misunderstanding."""
+    default = Config()
+    for condition, names, when in (*_ignored_in_training(config), *_ignored_in_evaluation(config)):
+        for name in (inner for group in names if condition for inner in _inner(config, group)):
+            # null is "off" or "as usual", and that is so anyway
+            if _value(config, name) not in (None, _value(default, name)):
+                raise UserError(
+                    f"--{name} would be ignored {when}: leave it out (null or its default in place of a "
+                    "--config file's), or change the other"
+                )
+
+
+def _ignored_in_training(config: Config) -> list[_Ignored]:
+    sft, kind = config.algorithm == "sft", _kind(config.data.source)
+    arithmetic = kind == "arithmetic"
+    phase = config.problems_per_step * config.samples_per_problem
+    lacking = [name for name in LOSS_BOUNDS["clip"] if name not in LOSS_BOUNDS[config.loss.policy_loss]]
+    file_only = ("data.question_column", "data.answer_column", "data.target_column", "data.instruction")
+    return [
+        (sft, ("samples_per_problem", "thinktwice.base_selection", "loss", "rollout.temperature", "rollout.top_p",
+               "rollout.top_k", "rollout.min_p", "update.minibatch_sequences", "update.old_logps"),
+         "with --algorithm sft"),
+        (sft and not evaluation_sources(config), ("reward", "reward_timeout", "reward_workers", "rollout.max_sequences",
+               "rollout.max_batch_tokens", "rollout.cache_tokens", "thinktwice.refine_instruction"),
+         "with --algorithm sft and no --eval.sets"),
+        (not sft, ("sft", "data.target_column"), "without --algorithm sft"),
+        (sft and not arithmetic, ("sft.draft_error_rates",), "unless --data.source is arithmetic"),
+        (sft and arithmetic, ("data.limit", "data.shuffle"), "with --algorithm sft and an arithmetic --data.source"),
+        (arithmetic, file_only, "with an arithmetic --data.source"),
+        (arithmetic and not config.data.limit, ("data.shuffle",), "with an endless --data.source (no --data.limit)"),
+        (kind != "hub", ("data.subset", "data.split"), "unless --data.source is a hub dataset"),
+        (config.reward in ("exact", "choice"), ("reward_timeout",), f"with --reward {config.reward}"),
+        (config.reward != "math", ("reward_workers",), "unless --reward is math"),
+        (True, tuple(f"loss.{name}" for name in lacking), f"with --loss.policy_loss {config.loss.policy_loss}"),
+        (config.loss.beta == 0, ("loss.kl_estimator",), "with --loss.beta 0"),
+        (config.update.minibatch_sequences in (0, phase), ("update.old_logps",),
+         f"with a single mini-batch (--update.minibatch_sequences {config.update.minibatch_sequences})"),
+        (config.update.lr_schedule == "constant", ("update.lr_decay_steps",), "with --update.lr_schedule constant"),
+    ]  # fmt: skip
+
+
+def _ignored_in_evaluation(config: Config) -> list[_Ignored]:
+    kinds = {_kind(source) for source in evaluation_sources(config).values()}
+    hub_only, drawn_only = ("eval.subset", "eval.split"), ("eval.top_p", "eval.top_k", "eval.samples")
+    table_only = (*hub_only, "eval.question_column", "eval.answer_column", "eval.instruction")
+    return [
+        (not kinds, ("eval.every", "eval.limit", "eval.temperature", *table_only, *drawn_only), "without --eval.sets"),
+        (config.eval.temperature == 0, drawn_only, "with --eval.temperature 0"),
+        (kinds <= {"arithmetic"}, table_only, "where every one of --eval.sets is arithmetic"),
+        ("hub" not in kinds, hub_only, "where none of --eval.sets is a hub dataset"),
+    ]
+
+
+def _kind(source: str) -> str:
+    """ "arithmetic", "file" or "hub", as `load_source` will take it."""
+    if source.startswith(ARITHMETIC):
+        return "arithmetic"
+    path = Path(source).expanduser()
+    return "file" if path.suffix in FILE_LOADERS or path.exists() else "hub"
+
+
+def _check_loss(config: Config) -> None:
+    # Imported here because it takes seconds, and most mistakes are found before.
+    import torch
+
+    from thinktwice_fast.update.updater import loss_arguments
+    from thinktwice_kernels import grpo_loss
+
+    one = torch.zeros(1)
+    try:
+        grpo_loss(
+            one,
+            one,
+            torch.tensor([0, 1], dtype=torch.int32),
+            old_logps=one,
+            ref_logps=one if config.loss.beta else None,
+            entropy=one if config.loss.entropy_coef else None,
+            **loss_arguments(config.loss, config.rollout.max_response_tokens),
+        )
+    except ValueError as error:
+        raise UserError(f"loss options: {error}") from error
+
+
+def _check_cache(config: Config) -> None:
+    from thinktwice_fast.rollout.engine import BLOCK_SIZE
+
+    options = config.rollout
+    longest = options.max_prompt_tokens + options.max_response_tokens
+    if 0 < -(-options.cache_tokens // BLOCK_SIZE) < -(-longest // BLOCK_SIZE):
+        raise UserError(
+            f"--rollout.cache_tokens {options.cache_tokens}: one sequence may take {longest} "
+            "(--rollout.max_prompt_tokens and --rollout.max_response_tokens): give at least that, or 0"
+        )
+
+
+def _numbers(options: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
+    """Every number among the options, with its option's name."""
+    for name, value in options.items():
+        if isinstance(value, dict):
+            yield from _numbers(value, f"{prefix}{name}.")
+        else:
+            members = value if isinstance(value, (list, tuple)) else (value,)
+            yield from ((prefix + name, member) for member in members if isinstance(member, (int, float)))
+
+
+def _inner(config: Config, name: str) -> list[str]:
+    """The options of a section; of anything else the name itself."""
+    value = _value(config, name)
+    return [f"{name}.{field.name}" for field in fields(value)] if is_dataclass(value) else [name]
+
+
+def _value(config: Config, name: str) -> Any:
+    value: Any = config
+    for part in name.split("."):
+        value = getattr(value, part)
+    return value

@@ -1,0 +1,391 @@
+"""Every metric, declared once with its definition, and the two files they go to.
+
+``metrics.jsonl`` holds one JSON object per line: ``step``, ``phase``, then metrics under the names declared
+here. The same numbers go to TensorBoard. Solve and refine metrics never share a key: their averages would mix
+two different prompts.
+"""
+
+import json
+import math
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, Self
+
+from thinktwice_fast.errors import UserError
+
+Record = dict[str, Any]  # one line of metrics.jsonl: "step" (int), "phase" (str), then name: number or None
+
+SAMPLED = ("solve", "refine")
+TRAINED = (*SAMPLED, "sft")
+PHASES = (*TRAINED, "eval", "checkpoint")
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One metric. In ``name``, ``{phase}`` is one of ``phases``, ``{set}`` an evaluation set, ``{k}`` a count."""
+
+    name: str
+    unit: str
+    definition: str
+    phases: tuple[str, ...] = ()
+    timing: bool = False  # differs between two runs of one seed
+
+    @property
+    def pattern(self) -> re.Pattern[str]:
+        """Matches the keys that this metric may have in a record."""
+        fields = {"phase": f"(?:{'|'.join(self.phases)})", "set": "[^/]+", "k": "[1-9][0-9]*"}
+        return re.compile(re.sub(r"\{(\w+)\}", lambda found: fields[found[1]], self.name))
+
+
+METRICS: tuple[Metric, ...] = (
+    # Denominators of token means are the tokens of the whole phase over all processes: a mean of per-process or
+    # per-micro-batch means would weigh tokens by how they happened to be packed.
+    Metric("{phase}/reward", "reward", "Mean reward of the phase's samples that have one.", SAMPLED),
+    Metric(
+        "{phase}/reward_std",
+        "reward",
+        "Standard deviation of the rewards inside a group (unbiased), mean over the groups that have a reward.",
+        SAMPLED,
+    ),
+    Metric(
+        "{phase}/group_signal_rate",
+        "share",
+        "Groups whose rewards are not all equal, of the groups that have a reward; the others teach nothing.",
+        SAMPLED,
+    ),
+    Metric(
+        "{phase}/rewards_missing",
+        "samples",
+        "Samples that the reward function left out (None); they enter neither the reward nor the loss.",
+        SAMPLED,
+    ),
+    Metric(
+        "{phase}/grading_timeouts",
+        "samples",
+        "Samples whose grader was stopped after `reward_timeout` seconds.",
+        SAMPLED,
+    ),
+    Metric(
+        "{phase}/preemptions", "sequences", "Times a sequence had to leave a full KV cache and start over.", SAMPLED
+    ),
+    Metric("{phase}/prompt_tokens", "tokens", "Mean prompt length, every sample counted.", SAMPLED),
+    Metric("{phase}/response_tokens", "tokens", "Mean response length, stop token included.", SAMPLED),
+    Metric("{phase}/response_tokens_max", "tokens", "Longest response, stop token included.", SAMPLED),
+    Metric(
+        "{phase}/truncation_rate",
+        "share",
+        "Responses cut off at `rollout.max_response_tokens` without a stop token, of all responses.",
+        SAMPLED,
+    ),
+    Metric("{phase}/boxed_rate", "share", "Responses with a closed `\\boxed{}`, of all responses.", SAMPLED),
+    Metric(
+        "{phase}/entropy",
+        "nats",
+        "Entropy of the distribution that a response token was drawn from, mean over all sampled tokens.",
+        SAMPLED,
+    ),
+    Metric(
+        "{phase}/loss",
+        "",
+        "The policy loss as `loss.loss_agg_mode` normalises it, mean over the phase's mini-batches.",
+        SAMPLED,
+    ),
+    Metric(
+        "sft/loss", "nats", "Negative log-probability of the target tokens, mean over the target tokens of the batch."
+    ),
+    Metric(
+        "sft/token_accuracy",
+        "share",
+        "Target tokens that are the model's likeliest token there, of all target tokens of the batch.",
+    ),
+    Metric(
+        "{phase}/tokens",
+        "tokens",
+        "Response tokens whose sample has a reward: what token means of the loss divide by.",
+        SAMPLED,
+    ),
+    Metric(
+        "{phase}/tokens_skipped",
+        "tokens",
+        "Those whose loss was not computed, because their advantage is 0 and there is no KL and no entropy term.",
+        SAMPLED,
+    ),
+    Metric("{phase}/tokens_guided", "tokens", "Those that a teacher wrote, of the computed ones.", SAMPLED),
+    Metric(
+        "{phase}/tokens_with_gradient",
+        "tokens",
+        "Those that the gradient comes from: computed and not clipped.",
+        SAMPLED,
+    ),
+    Metric(
+        "{phase}/clip_fraction_low",
+        "share",
+        "Tokens held back by the lower bound (ratio below 1 - `loss.epsilon_low`, negative advantage), of the tokens "
+        "the loss was computed on: skipped and guided ones left out.",
+        SAMPLED,
+    ),
+    Metric(
+        "{phase}/clip_fraction_high",
+        "share",
+        "Tokens held back by the upper bound (ratio above 1 + `loss.epsilon_high`, positive advantage), of the tokens "
+        "the loss was computed on.",
+        SAMPLED,
+    ),
+    Metric(
+        "{phase}/ratio_mean",
+        "ratio",
+        "New over old probability of a token, mean over the tokens the loss was computed on.",
+        SAMPLED,
+    ),
+    Metric("{phase}/ratio_max", "ratio", "Largest such ratio of the phase.", SAMPLED),
+    Metric(
+        "{phase}/approx_kl",
+        "nats",
+        "k3 estimate of the divergence between the policy that the phase began with and the current one, mean over the "
+        "tokens the loss was computed on.",
+        SAMPLED,
+    ),
+    Metric(
+        "{phase}/kl_ref",
+        "nats",
+        "Estimate (`loss.kl_estimator`) of the divergence from the initial policy, mean over the tokens the loss was "
+        "computed on; absent where `loss.beta` is 0.",
+        SAMPLED,
+    ),
+    Metric(
+        "{phase}/mismatch",
+        "nats",
+        "Absolute difference between a token's log-probability in rollout and in training with the weights that "
+        "sampled it, mean over the tokens the loss was computed on; with several mini-batches and `update.old_logps: "
+        "rollout` over those of the first.",
+        SAMPLED,
+    ),
+    Metric(
+        "{phase}/grad_norm",
+        "",
+        "Norm of the whole gradient before clipping, mean over the phase's optimizer steps.",
+        TRAINED,
+    ),
+    Metric("{phase}/learning_rate", "", "Learning rate of the phase's last optimizer step.", TRAINED),
+    Metric(
+        "{phase}/tokens_per_second",
+        "tokens/s",
+        "Sampled tokens of all processes, divided by `seconds_rollout`.",
+        SAMPLED,
+        timing=True,
+    ),
+    Metric(
+        "{phase}/seconds_rollout",
+        "s",
+        "From the first prompt handed to the rollout engine to the last sample, on the slowest process.",
+        SAMPLED,
+        timing=True,
+    ),
+    Metric(
+        "{phase}/seconds_grading",
+        "s",
+        "Wait for graders after the last sample, on the slowest process; what they do earlier costs nothing.",
+        SAMPLED,
+        timing=True,
+    ),
+    Metric("{phase}/seconds_update", "s", "Forward, backward and optimizer.", TRAINED, timing=True),
+    Metric("{phase}/seconds_step", "s", "The whole step, without evaluation and checkpoint.", TRAINED, timing=True),
+    Metric("seconds_evaluation", "s", "One evaluation, all sets.", timing=True),
+    Metric("seconds_checkpoint", "s", "Writing one checkpoint.", timing=True),
+    Metric("elapsed_seconds", "s", "Since the start of training, over all sessions of a resumed run.", timing=True),
+    Metric(
+        "peak_memory_bytes",
+        "bytes",
+        "Most memory that a process has held: allocated on the GPU, or resident on the CPU.",
+        timing=True,
+    ),
+    Metric(
+        "generations",
+        "samples",
+        "Training samples drawn since the start, solve and refine together: what methods are compared at, since half "
+        "of ThinkTwice's steps refine.",
+    ),
+    Metric("eval/{set}/solve_accuracy", "share", "Solutions that are right, of all solutions."),
+    Metric(
+        "eval/{set}/refine_accuracy",
+        "share",
+        "Solutions that are right after one greedy refinement each, of all solutions.",
+    ),
+    Metric(
+        "eval/{set}/fix_wrong",
+        "share",
+        "Wrong solutions whose refinement is right, of the wrong solutions; absent where none is wrong. The rest stays "
+        "wrong, so the complement has no metric of its own.",
+    ),
+    Metric(
+        "eval/{set}/damage_correct",
+        "share",
+        "Right solutions whose refinement is wrong, of the right solutions; absent where none is right. The rest stays "
+        "right.",
+    ),
+    Metric("eval/{set}/boxed_rate", "share", "Solutions with a closed `\\boxed{}`, of all solutions."),
+    Metric("eval/{set}/refine_boxed_rate", "share", "Refinements with a closed `\\boxed{}`, of all refinements."),
+    Metric("eval/{set}/solve_tokens", "tokens", "Mean length of the solutions, stop token included."),
+    Metric("eval/{set}/refine_tokens", "tokens", "Mean length of the refinements, stop token included."),
+    Metric(
+        "eval/{set}/solve_pass@{k}",
+        "share",
+        "Chance that one of k solutions of a problem is right, by the unbiased estimator 1 - C(n-c,k)/C(n,k), mean "
+        "over problems.",
+    ),
+    Metric("eval/{set}/refine_pass@{k}", "share", "The same for the refinements."),
+)
+
+AVERAGE = "average"  # as {set}: the plain mean over the sets that have the metric
+
+
+@cache
+def find_metric(name: str) -> Metric:
+    """The declaration of the key ``name``. Raises KeyError for an undeclared one, which only a bug can log."""
+    for metric in METRICS:
+        if metric.pattern.fullmatch(name):
+            return metric
+    raise KeyError(f"metric {name!r} is not declared in thinktwice_fast/run/metrics.py")
+
+
+def reproducible(records: Iterable[Record]) -> list[Record]:
+    """What two runs of one seed must agree on: the records without timing metrics, and without empty ones.
+
+    A resumed run on one CPU process equals an uninterrupted one in this view, bit for bit.
+    """
+    kept = []
+    for record in records:
+        values = {name: value for name, value in _metrics_of(record).items() if not find_metric(name).timing}
+        if values:
+            kept.append({"step": record["step"], "phase": record["phase"], **values})
+    return kept
+
+
+def _metrics_of(record: Record) -> Record:
+    return {name: value for name, value in record.items() if name not in ("step", "phase")}
+
+
+def append_json_lines(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
+    """Append one line per record, handed to the operating system before returning.
+
+    Raises:
+        UserError: the file cannot be written (no space left, say).
+        ValueError: a value is NaN or infinite, which JSON cannot hold.
+    """
+    try:
+        with path.open("ab") as file:
+            for record in records:
+                line = json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n"
+                # A lone surrogate (legal in a JSON data set) has no UTF-8 form; its backslash form is a JSON escape.
+                file.write(line.encode("utf-8", "backslashreplace"))
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}; mend that, then continue with --resume auto") from None
+
+
+def read_json_lines(path: Path) -> Iterator[Record]:
+    """The records of a JSON lines file, in order, without a last line that a kill cut in half.
+
+    Raises:
+        UserError: the file is missing, or a line that others follow is not a record with a ``step``.
+    """
+    try:
+        file = path.open("rb")
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}; give the path of a run's JSON lines file") from None
+    with file:
+        for number, line in enumerate(file, start=1):
+            try:
+                record = json.loads(line)
+                record["step"]
+            except (ValueError, TypeError, KeyError):
+                # Lines are appended whole, so only the end of the file can be torn.
+                if not line.endswith(b"\n"):
+                    return
+                raise UserError(f"{path}, line {number} is not a record of a run; delete that line") from None
+            yield record
+
+
+def read_metrics(path: Path) -> list[Record]:
+    """Every record of a ``metrics.jsonl``; raises UserError as `read_json_lines` does."""
+    return list(read_json_lines(path))
+
+
+def truncate_json_lines(path: Path, last_step: int | None) -> None:
+    """Keep only the records with ``step`` <= ``last_step``, or none where it is None.
+
+    What a killed run wrote after its last checkpoint will be written again. The file is replaced in one rename:
+    a kill leaves the old or the new one. A missing file stays missing.
+
+    Raises:
+        UserError: as `read_json_lines` and `append_json_lines`.
+    """
+    if not path.exists():
+        return
+    if last_step is None:
+        path.unlink()
+        return
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.unlink(missing_ok=True)
+    append_json_lines(temporary, (record for record in read_json_lines(path) if record["step"] <= last_step))
+    with temporary.open("rb") as file:
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+class MetricsWriter:
+    """Writes ``folder/metrics.jsonl`` and TensorBoard events under ``folder/tensorboard``. For rank 0 alone.
+
+    Args:
+        folder: The run's folder; made where it is missing.
+        resume_step: Step of the checkpoint that the run continues from: later records are removed from the file, and
+            TensorBoard is told to forget them. None for a run from the start: the same for all records.
+    """
+
+    def __init__(self, folder: Path, resume_step: int | None) -> None:
+        # Imported here because it takes seconds, and of all processes only this one needs it.
+        from torch.utils.tensorboard import SummaryWriter
+
+        folder.mkdir(parents=True, exist_ok=True)
+        self.path = folder / "metrics.jsonl"
+        truncate_json_lines(self.path, resume_step)
+        self.tensorboard_folder = folder / "tensorboard"
+        purge_step = 0 if resume_step is None else resume_step + 1
+        self._tensorboard = SummaryWriter(str(self.tensorboard_folder), purge_step=purge_step)
+
+    def write(self, step: int, phase: str, values: Mapping[str, float | None]) -> Record:
+        """Write one record and return it as written.
+
+        NaN and infinities become null: JSON has neither, and a broken metric must not stop a run.
+
+        Raises:
+            KeyError: an undeclared name, or one that belongs to another phase.
+            UserError: the file cannot be written.
+        """
+        assert phase in PHASES, phase
+        record: Record = {"step": step, "phase": phase}
+        for name, value in values.items():
+            find_metric(name)
+            if "/" in name and name.partition("/")[0] != phase:
+                raise KeyError(f"metric {name!r} does not belong into a record of phase {phase!r}")
+            record[name] = value if value is not None and math.isfinite(value) else None
+        append_json_lines(self.path, [record])
+        for name, value in _metrics_of(record).items():
+            if value is not None:
+                self._tensorboard.add_scalar(name, value, step)
+        # The writer's own interval is two minutes, all of which a kill would lose.
+        self._tensorboard.flush()
+        return record
+
+    def close(self) -> None:
+        """Close the TensorBoard file."""
+        self._tensorboard.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()

@@ -1,0 +1,92 @@
+"""From the command line and YAML files to a checked ``Config``."""
+
+import argparse
+import contextlib
+import io
+from dataclasses import asdict, fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
+
+from thinktwice_fast.config import Config
+from thinktwice_fast.errors import UserError, one_line
+
+_DESCRIPTION = """Train a language model by ThinkTwice: solve, update, refine, update.
+
+Options come from their defaults (the "tiny" recipe), then from --config files, then from the command line."""
+
+
+def parse_config(arguments: list[str]) -> Config:
+    """The options that ``arguments`` and the ``--config`` files among them give; ``--help`` prints and exits.
+
+    Raises:
+        UserError: an unknown option, a value of the wrong type, a config file that is missing or malformed.
+    """
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = ArgumentParser(
+        prog="train.py",
+        description=_DESCRIPTION,
+        exit_on_error=False,
+        allow_abbrev=False,  # an option has one name
+        formatter_class=_HelpFormatter,
+    )
+    parser.add_argument("--config", action="config", help="YAML file of options; may be given several times.")
+    parser.add_class_arguments(Config, nested_key=None, as_positional=False)
+    _check_files(arguments)
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            parsed = parser.parse_args(arguments)
+    except ArgumentError as error:
+        raise UserError(f"{one_line(error)}: see train.py --help") from error
+    values = parser.instantiate(parsed).as_dict()
+    values.pop("config")
+    return Config(**values)
+
+
+def to_yaml(config: Config) -> str:
+    """Every option with its value, as a file that ``--config`` takes."""
+    return yaml.safe_dump(_plain(asdict(config)), sort_keys=False)
+
+
+def from_yaml(path: Path) -> Config:
+    """The options of a file that ``to_yaml`` wrote."""
+    return parse_config(["--config", str(path)])
+
+
+_CONFIGS = Path(__file__).parents[2] / "configs"
+
+
+class _HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    pass
+
+
+def _check_files(arguments: list[str]) -> None:
+    """Refuse what jsonargparse would not name the file of, or would fail at."""
+    for flag, value in zip(arguments, [*arguments, ""][1:], strict=True):
+        name = value if flag == "--config" else flag.removeprefix("--config=") if "--config=" in flag else None
+        if name is not None and not Path(name).is_file():
+            raise UserError(f"--config {name}: no such file: the ready ones are in {_CONFIGS}/")
+        if name is not None:
+            _check_sections(name)
+
+
+def _check_sections(name: str) -> None:
+    try:
+        with Path(name).open(encoding="utf-8") as file:
+            content = yaml.safe_load(file)
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        raise UserError(f"--config {name}: not readable as YAML ({one_line(error)}): mend the file") from error
+    if not isinstance(content, dict):
+        raise UserError(f"--config {name}: holds no options: write them as in configs/tiny.yaml")
+    sections = (field.name for field in fields(Config) if is_dataclass(field.default_factory))
+    for section in sections:
+        if not isinstance(content.get(section, {}), dict):
+            raise UserError(f"--config {name}: {section} is a section: write its options below it, indented")
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value

@@ -1,0 +1,321 @@
+"""One phase's update: mini-batches to optimizer steps, micro-batches to gradients.
+
+Letters: S sequences, T tokens of a row, N response tokens.
+"""
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch.distributed.tensor import DTensor
+from torch.optim.lr_scheduler import LRScheduler
+
+from thinktwice_fast import parallel
+from thinktwice_fast.config import LOSS_BOUNDS, Config, LossOptions
+from thinktwice_fast.errors import UserError
+from thinktwice_fast.model.policy import Policy
+from thinktwice_fast.model.sharding import ModelPair
+from thinktwice_fast.rollout.records import Rollout
+from thinktwice_fast.update.batches import Example, PackedRow, Trainable, pack, sequence_tokens, split_by_tokens
+from thinktwice_kernels import combine_metrics, grpo_loss, linear_logits, linear_logprobs
+
+S = TypeVar("S", bound=Trainable)
+Metrics = dict[str, torch.Tensor]
+_HIT_ROWS = 256  # rows of logits that exist at a time for an accuracy
+# one micro-batch -> its share of the loss (already divided by the mini-batch's normaliser), its metrics
+Share = tuple[torch.Tensor, Metrics]
+LossOf = Callable[[list[S]], Share]
+
+
+class NonFiniteLoss(UserError):
+    """A loss or gradient that is not a number; ``evidence`` is what led to it."""
+
+    def __init__(self, text: str, evidence: dict[str, Any]):
+        super().__init__(text)
+        self.evidence = evidence
+
+
+class Updater:
+    """Turns samples into weights.
+
+    Args:
+        models: trained and read weights; read ones are refreshed after each call.
+        reference: frozen initial policy, where the loss has a KL term.
+        optimizer, schedule: as ``build_optimizer`` gives them.
+        config: the run's.
+    """
+
+    def __init__(
+        self,
+        models: ModelPair,
+        reference: Policy | None,
+        optimizer: torch.optim.Optimizer,
+        schedule: LRScheduler,
+        config: Config,
+    ):
+        self.models = models
+        self.optimizer = optimizer
+        self.schedule = schedule
+        self.version = 0  # of the weights; grows with each optimizer step
+        self._reference = reference
+        self._loss = config.loss
+        self._options = config.update
+        self._temperature = config.rollout.temperature
+        self._max_response_tokens = config.rollout.max_response_tokens
+        self._device = models.policy.device
+        self._learning_rate = 0.0  # of the latest optimizer step
+
+    def policy_update(self, minibatches: list[list[Rollout]]) -> dict[str, float]:
+        """One optimizer step per mini-batch of graded rollouts. Collective.
+
+        Every normaliser counts the whole mini-batch over all processes and micro-batches, so the gradient
+        does not depend on how the samples are spread. Samples without advantage are not computed where only
+        the advantage could give them a gradient; the normalisers count them all the same.
+
+        Args:
+            minibatches: this process's part of each, with advantages set.
+
+        Returns:
+            The loss metrics over all mini-batches and processes, ``grad_norm`` (mean), ``learning_rate``
+            (the last step's) and ``seconds_update``.
+
+        Raises:
+            NonFiniteLoss: on every process; the weights are those before the mini-batch that failed.
+        """
+        started = time.perf_counter()
+        minibatches, normalizers = self._graded(minibatches)
+        with_signal = [[rollout for rollout in part if self._has_signal(rollout)] for part in minibatches]
+        old = self._old_logps(with_signal)
+        rollouts = [rollout for part in with_signal for rollout in part]
+        reference = self._logps(self._reference, rollouts) if self._reference is not None else {}
+        collected: list[Metrics] = []
+        losses: list[float] = []
+        norms: list[float] = []
+        for computed, normalizer in zip(with_signal, normalizers, strict=True):
+
+            def loss_of(part: list[Rollout], normalizer: int = normalizer, moved: bool = bool(losses)) -> Share:
+                loss, metrics = self._policy_loss(part, normalizer, old, reference)
+                if moved and self._options.old_logps == "rollout":
+                    # The weights that sampled are gone, and what they made of these tokens was never computed.
+                    del metrics["mismatch"]
+                return loss, metrics
+
+            loss, norm, metrics = self._optimizer_step(computed, loss_of)
+            losses.append(loss)
+            norms.append(norm)
+            collected += metrics
+        self.models.sync()
+        measures = _combined(parallel.gather_flat(collected))
+        drawn, kept = (sum(len(r.response) for part in parts for r in part) for parts in (minibatches, with_signal))
+        skipped = sum(parallel.gather(drawn - kept))
+        for name in ("tokens", "tokens_skipped"):
+            measures[name] = measures.get(name, 0.0) + skipped
+        # The rollout engine's entropy is the one reported: it covers every sampled token.
+        measures.pop("entropy", None)
+        return measures | self._measures(losses, norms, started)
+
+    def supervised_update(self, examples: list[Example]) -> dict[str, float]:
+        """One optimizer step on the cross-entropy of the examples' responses, a token mean. Collective.
+
+        Returns:
+            ``loss`` (nats per token), ``token_accuracy``, ``grad_norm``, ``learning_rate``, ``seconds_update``.
+        """
+        started = time.perf_counter()
+        tokens = sum(parallel.gather(sum(len(example.response) for example in examples)))
+
+        def loss_of(part: list[Example]) -> tuple[torch.Tensor, Metrics]:
+            row = pack(part, self._device)
+
+            def head(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> Any:
+                logps = linear_logprobs(hidden, weight, row.targets, bias=bias)
+                return logps, _hits(hidden, weight, bias, row.targets)
+
+            logps, hits = self._run(self.models.policy, row, head)
+            return -logps.sum() / tokens, {"hits": hits}
+
+        loss, norm, metrics = self._optimizer_step(examples, loss_of)
+        self.models.sync()
+        hits = sum(float(part["hits"]) for part in parallel.gather_flat(metrics))
+        return {"token_accuracy": hits / tokens} | self._measures([loss], [norm], started)
+
+    def _optimizer_step(self, sequences: Sequence[S], loss_of: LossOf[S]) -> tuple[float, float, list[Metrics]]:
+        """The mini-batch's loss and gradient norm over all processes, and this process's micro-batch metrics."""
+        lengths = [sequence_tokens(sequence) for sequence in sequences]
+        parts = [[sequences[i] for i in part] for part in split_by_tokens(lengths, self._options.microbatch_tokens)]
+        # Asked before the first of them: the processes' collectives must come in one order. At least one pass
+        # somewhere: AdamW's decay and momentum go on also where no sample has a gradient.
+        passes = max(1, *parallel.gather(len(parts)))
+        collected: list[Metrics] = []
+        shares: list[torch.Tensor] = []
+        for part in parts:
+            loss, metrics = loss_of(part)
+            # FSDP2 averages gradients over processes, and the loss is a share of the global mean already.
+            (loss * parallel.world_size()).backward()
+            shares.append(loss.detach())
+            collected.append(metrics)
+        for _ in range(passes - len(parts)):
+            self._idle_microbatch()
+        norm = self._clip()
+        self._learning_rate = float(self.optimizer.param_groups[0]["lr"])
+        total = sum(parallel.gather_flat([float(share) for share in shares]))
+        if not (math.isfinite(total) and math.isfinite(norm)):
+            self.optimizer.zero_grad()
+            raise NonFiniteLoss(
+                f"the loss or its gradient is not finite (loss {total}, gradient norm {norm}): lower "
+                "--update.learning_rate",
+                {"sequences": list(sequences), "loss": total, "grad_norm": norm},
+            )
+        self.optimizer.step()
+        self.schedule.step()
+        self.optimizer.zero_grad()
+        self.version += 1
+        return total, norm, [{name: value.cpu() for name, value in metrics.items()} for metrics in collected]
+
+    def _policy_loss(
+        self, part: list[Rollout], normalizer: int, old: dict[int, torch.Tensor], reference: dict[int, torch.Tensor]
+    ) -> tuple[torch.Tensor, Metrics]:
+        row = pack(part, self._device)
+
+        def head(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> tuple[torch.Tensor, Metrics]:
+            entropy = None
+            logps = linear_logprobs(
+                hidden, weight, row.targets, bias=bias, temperature=self._temperature,
+                return_entropy=self._loss.entropy_coef != 0,
+            )  # fmt: skip
+            if isinstance(logps, tuple):
+                logps, entropy = logps
+            rollout_logps = _noted(part, self._device)
+            loss, metrics = grpo_loss(
+                logps,
+                torch.tensor([rollout.advantage for rollout in part], device=self._device),
+                row.cu_seqlens,
+                old_logps=_gathered(part, old),
+                ref_logps=_gathered(part, reference),
+                rollout_logps=rollout_logps,
+                entropy=entropy,
+                normalizer=normalizer,
+                **loss_arguments(self._loss, self._max_response_tokens),
+            )
+            if self._options.old_logps == "rollout":
+                # grpo_loss takes the old ones for the trainer's; every token here is one that it computed.
+                metrics["mismatch"] = (logps.detach() - rollout_logps).abs().mean()
+            return loss, metrics
+
+        return self._run(self.models.policy, row, head)
+
+    def _has_signal(self, rollout: Rollout) -> bool:
+        return rollout.advantage != 0 or self._loss.beta != 0 or self._loss.entropy_coef != 0
+
+    def _graded(self, minibatches: list[list[Rollout]]) -> tuple[list[list[Rollout]], list[int]]:
+        """The mini-batches that any process has tokens in, and what the loss of each is divided by. Collective."""
+        own = [(sum(len(rollout.response) for rollout in part), len(part)) for part in minibatches]
+        by_minibatch = zip(*parallel.gather(own), strict=True)
+        totals = [tuple(sum(column) for column in zip(*counts, strict=True)) for counts in by_minibatch]
+        kept = [(part, total) for part, total in zip(minibatches, totals, strict=True) if total[0]]
+        divisor = 0 if self._loss.loss_agg_mode == "token-mean" else 1
+        return [part for part, _ in kept], [total[divisor] for _, total in kept]
+
+    def _old_logps(self, minibatches: list[list[Rollout]]) -> dict[int, torch.Tensor]:
+        """Of the rollouts whose loss needs them, by id(): recomputed ones are the first mini-batch's own."""
+        if len(minibatches) < 2:
+            return {}
+        if self._options.old_logps == "rollout":
+            return {id(rollout): _noted([rollout], self._device) for part in minibatches for rollout in part}
+        return self._logps(self.models.policy, [rollout for part in minibatches[1:] for rollout in part])
+
+    @torch.no_grad()
+    def _logps(self, policy: Policy, rollouts: list[Rollout]) -> dict[int, torch.Tensor]:
+        """Log-probabilities [tokens of the response] of each rollout, by its id()."""
+        lengths = [sequence_tokens(rollout) for rollout in rollouts]
+        parts = split_by_tokens(lengths, self._options.microbatch_tokens)
+        passes = max(parallel.gather(len(parts)))
+        found: dict[int, torch.Tensor] = {}
+        for part in ([rollouts[i] for i in indices] for indices in parts):
+            row = pack(part, self._device)
+
+            def head(
+                hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, row: PackedRow = row
+            ) -> torch.Tensor:
+                return linear_logprobs(hidden, weight, row.targets, bias=bias, temperature=self._temperature)
+
+            pieces = self._run(policy, row, head).split([len(rollout.response) for rollout in part])
+            found.update((id(rollout), piece) for rollout, piece in zip(part, pieces, strict=True))
+        for _ in range(passes - len(parts)):
+            self._run(policy, pack([_IDLE], self._device), _sum_of_hidden)
+        return found
+
+    def _idle_microbatch(self) -> None:
+        """Take part in the collectives of a micro-batch that only other processes have."""
+        loss = self._run(self.models.policy, pack([_IDLE], self._device), _sum_of_hidden)
+        (loss * 0).backward()
+
+    def _run(self, policy: Policy, row: PackedRow, head: Callable[..., Any]) -> Any:
+        return policy(row.input_ids, row.position_ids, row.attention, row.select, head)
+
+    def _clip(self) -> float:
+        parameters = [p for p in self.models.policy.parameters() if p.grad is not None]
+        norm = torch.nn.utils.clip_grad_norm_(parameters, self._options.grad_clip or float("inf"))
+        return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+
+    def _measures(self, losses: list[float], norms: list[float], started: float) -> dict[str, float]:
+        return {
+            "loss": sum(losses) / max(len(losses), 1),
+            "grad_norm": sum(norms) / max(len(norms), 1),
+            "learning_rate": self._learning_rate,
+            "seconds_update": time.perf_counter() - started,
+        }
+
+
+def loss_arguments(options: LossOptions, max_response_tokens: int) -> dict[str, Any]:
+    """The options as keywords of ``grpo_loss``, without the bounds that the objective does not have."""
+    arguments: dict[str, Any] = {
+        "policy_loss": options.policy_loss,
+        "importance_sampling_level": options.importance_sampling_level,
+        **{name: getattr(options, name) for name in LOSS_BOUNDS[options.policy_loss]},
+        "beta": options.beta,
+        "kl_estimator": options.kl_estimator,
+        "entropy_coef": options.entropy_coef,
+        "loss_agg_mode": options.loss_agg_mode,
+    }
+    if options.loss_agg_mode == "seq-mean-token-sum-norm":
+        arguments["max_response_length"] = max_response_tokens
+    return arguments
+
+
+_IDLE = Example((0,), [0])
+
+
+def _sum_of_hidden(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    return (hidden.sum() + weight.sum() + (bias.sum() if bias is not None else 0)).float()
+
+
+@torch.no_grad()
+def _hits(
+    hidden: torch.Tensor,  # [N, H]
+    weight: torch.Tensor,  # [V, H]
+    bias: torch.Tensor | None,  # [V]
+    targets: torch.Tensor,  # [N]
+) -> torch.Tensor:
+    """How many targets are the likeliest token."""
+    pieces = zip(hidden.split(_HIT_ROWS), targets.split(_HIT_ROWS), strict=True)
+    return torch.stack([(linear_logits(h, weight, bias).argmax(-1) == t).sum() for h, t in pieces]).sum()
+
+
+def _noted(part: list[Rollout], device: torch.device) -> torch.Tensor:  # float32 [N]
+    return torch.tensor([logp for rollout in part for logp in rollout.logps], device=device)
+
+
+def _gathered(part: list[Rollout], logps: dict[int, torch.Tensor]) -> torch.Tensor | None:
+    return torch.cat([logps[id(rollout)] for rollout in part]) if id(part[0]) in logps else None
+
+
+def _combined(parts: list[Metrics]) -> dict[str, float]:
+    """The metrics of all micro-batches together; ``mismatch`` over those that have it."""
+    if not parts:
+        return {}
+    together = combine_metrics([{name: part[name] for name in part if name != "mismatch"} for part in parts])
+    if measured := [part for part in parts if "mismatch" in part]:
+        together["mismatch"] = combine_metrics(measured)["mismatch"]
+    return {name: float(value) for name, value in together.items()}
