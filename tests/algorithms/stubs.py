@@ -1,0 +1,131 @@
+"""An engine, a grader and an updater that write down what they are asked, around the real algorithm."""
+
+import random
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, cast
+
+from tests.small_models import bpe_tokenizer
+from thinktwice_fast import parallel
+from thinktwice_fast.algorithms.sampler import Sampler
+from thinktwice_fast.algorithms.thinktwice import ThinkTwice
+from thinktwice_fast.config import Config
+from thinktwice_fast.errors import UserError
+from thinktwice_fast.rollout.records import Request, Rollout
+from thinktwice_fast.tasks.problem import Message, Problem
+from thinktwice_fast.tasks.prompts import ChatFormat
+
+END = bpe_tokenizer().eos_token_id
+INSTRUCTION = "Recheck it."
+WORDS = "The answer is \\boxed{72}. Natalia sold 12 + 7 clips in May"
+
+
+def problem(number: int) -> Problem:
+    return Problem(number, ({"role": "user", "content": f"What is {number} + 12?"},), str(number + 12))
+
+
+class Problems:
+    """Problem number n at position n."""
+
+    def __getitem__(self, position: int) -> Problem:
+        return problem(position)
+
+
+class Engine:
+    """Responses made of the sample's id and the weights' version; two of three end properly."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[Request, int]] = []  # with the weights' version
+        self.preemptions = 5
+
+    def generate(self, requests: Iterable[Request], *, seed: int, version: int = 0) -> Iterator[Rollout]:
+        made = []
+        for request in requests:
+            self.asked.append((request, version))
+            for sample in request.sample_ids:
+                text = f"{WORDS} {seed} {version} {sample}"
+                ids = bpe_tokenizer()(text, add_special_tokens=False)["input_ids"]
+                finished = sample % 3 != 2
+                ids += [END] if finished else []
+                count = len(ids)
+                made.append(
+                    Rollout(request.group, sample, request.prompt, ids, [-1.0] * count, [0.5] * count, finished)
+                )
+        random.Random(seed).shuffle(made)
+        yield from made
+        self.preemptions += len(made)
+
+
+class Grading:
+    def __init__(self, rewards: list[float | None], error: UserError | None):
+        self._rewards, self._error = rewards, error
+
+    def done(self) -> bool:
+        return True
+
+    def result(self) -> list[float | None]:
+        if self._error is not None:
+            raise self._error
+        return self._rewards
+
+
+class Grader:
+    """Rewards drawn from the text of the response; None for one in ``missing_one_in``."""
+
+    def __init__(self, missing_one_in: int = 0) -> None:
+        self.timeouts = 0
+        self.error: UserError | None = None
+        self.submitted: list[tuple[Problem, Sequence[Message], list[str]]] = []
+        self._missing = missing_one_in
+
+    def submit(self, asked: Problem, prompt: Sequence[Message], completions: Sequence[str]) -> Grading:
+        self.submitted.append((asked, prompt, list(completions)))
+        return Grading([self._reward(text) for text in completions], self.error)
+
+    def _reward(self, text: str) -> float | None:
+        numbers = random.Random(text)
+        if self._missing and numbers.randrange(self._missing) == 0:
+            return None
+        return float(numbers.random() < 0.5)
+
+
+class Updater:
+    """Counts an optimizer step per mini-batch."""
+
+    def __init__(self) -> None:
+        self.version = 0
+        self.updates: list[list[list[Rollout]]] = []
+
+    def policy_update(self, minibatches: list[list[Rollout]]) -> dict[str, float]:
+        self.version += len(minibatches)
+        self.updates.append(minibatches)
+        return {"loss": 0.0}
+
+
+class World:
+    """A ThinkTwice run over the stubs."""
+
+    def __init__(self, grader: Grader | None = None, selection: Any = "uniform", **options: Any) -> None:
+        self.config = Config(problems_per_step=4, samples_per_problem=6)
+        self.config.thinktwice.base_selection = selection
+        for name, value in options.items():
+            setattr(self.config, name, value)
+        self.engine = cast(Any, Engine())
+        self.grader = cast(Any, grader or Grader())
+        self.updater = cast(Any, Updater())
+        chat = ChatFormat(bpe_tokenizer())
+        self.sampler = Sampler(self.engine, chat, self.grader, INSTRUCTION, frozenset({END}))
+        problems = cast(Any, Problems())
+        self.algorithm = ThinkTwice(self.config, problems, self.sampler, self.updater)
+
+
+def bases_and_advantages(seed: int = 0) -> dict[str, Any]:
+    """The state after a solve step, and every process's advantages by sample id. Collective."""
+    world = World(seed=seed)
+    world.config.loss.scale_rewards = "batch"
+    step = world.algorithm.step(1)
+    own = {rollout.sample_id: rollout.advantage for group in step.groups for rollout in group.rollouts}
+    return {
+        "state": world.algorithm.state(),
+        "advantages": {sample: value for part in parallel.gather(own) for sample, value in part.items()},
+        "measures": {name: value for name, value in step.measures.items() if "second" not in name},
+    }

@@ -1,0 +1,15 @@
+"""What test_two_processes.py runs in two processes."""
+
+import sys
+from pathlib import Path
+
+import torch
+
+from tests.algorithms.stubs import bases_and_advantages
+from tests.update.worlds import save
+from thinktwice_fast import parallel
+
+if __name__ == "__main__":
+    parallel.start(torch.device("cpu"), 60.0)
+    step = bases_and_advantages()
+    save({"step": step, "states": parallel.gather(step["state"])}, Path(sys.argv[1]))

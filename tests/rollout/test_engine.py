@@ -1,0 +1,361 @@
+"""The rollout engine: transformers' own tokens and log-probabilities, whatever shares the batch and the cache."""
+
+import copy
+from collections.abc import Generator, Iterable
+from typing import Any
+
+import pytest
+import torch
+
+from tests.model.rounding import assert_as_exact
+from tests.small_models import FAMILIES, VOCABULARY, random_model
+from thinktwice_fast.config import RolloutOptions
+from thinktwice_fast.errors import UserError
+from thinktwice_fast.model import csrc, reference
+from thinktwice_fast.model.attention import NAME
+from thinktwice_fast.rollout import engine as engine_module
+from thinktwice_fast.rollout.engine import Engine
+from thinktwice_fast.rollout.records import Request, Rollout, Sampling
+from thinktwice_fast.rollout.scheduler import Scheduler
+
+# On either side of a cache block of 16 and of OLMo-3's window of 8, with responses that cross both.
+PROMPT_LENGTHS = (3, 16, 17, 40)
+RESPONSE = 40
+
+
+@pytest.fixture(autouse=True)
+def schedulers(monkeypatch: pytest.MonkeyPatch) -> list[Scheduler]:
+    """Every scheduler that an engine makes."""
+    made: list[Scheduler] = []
+
+    class Watched(Scheduler):
+        def __init__(self, *arguments: Any) -> None:
+            super().__init__(*arguments)
+            made.append(self)
+
+    monkeypatch.setattr(engine_module, "Scheduler", Watched)
+    return made
+
+
+def prompts() -> list[tuple[int, ...]]:
+    generator = torch.Generator().manual_seed(3)
+    return [tuple(torch.randint(VOCABULARY, (n,), generator=generator).tolist()) for n in PROMPT_LENGTHS]
+
+
+def requests(samples: int, sampling: Sampling | None = None) -> list[Request]:
+    sampling = sampling or Sampling(max_tokens=RESPONSE)
+    return [
+        Request(group, prompt, tuple(range(10 * group, 10 * group + samples)), sampling)
+        for group, prompt in enumerate(prompts())
+    ]
+
+
+def make(family: str = "qwen3", stop_ids: Iterable[int] = (), **options: Any) -> Engine:
+    return Engine(random_model(family, NAME), frozenset(stop_ids), RolloutOptions(**options), 40 + RESPONSE)
+
+
+def draw(engine: Engine, asked: list[Request], seed: int = 0) -> dict[int, Rollout]:
+    rollouts = list(engine.generate(asked, seed=seed))
+    assert engine.cache.free_blocks == engine.cache.num_blocks
+    by_id = {rollout.sample_id: rollout for rollout in rollouts}
+    assert len(by_id) == len(rollouts) == sum(len(request.sample_ids) for request in asked)
+    return by_id
+
+
+def tokens(rollouts: dict[int, Rollout]) -> dict[int, list[int]]:
+    return {number: rollout.response for number, rollout in rollouts.items()}
+
+
+def ranks(logits: torch.Tensor, chosen: list[int]) -> list[int]:
+    """How many tokens are likelier than each chosen one."""
+    return (logits > logits.gather(1, torch.tensor(chosen)[:, None])).sum(1).tolist()
+
+
+def response_logits(model: Any, rollout: Rollout) -> torch.Tensor:  # [tokens of the response, V]
+    """What transformers predicts each token of a response from, given all before it."""
+    ids = torch.tensor([*rollout.prompt, *rollout.response[:-1]])
+    with torch.no_grad():
+        return model(input_ids=ids[None], use_cache=False).logits[0, len(rollout.prompt) - 1 :]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_is_what_transformers_generates(family: str) -> None:
+    got = draw(make(family), requests(1, Sampling(temperature=0.0, max_tokens=RESPONSE)))
+    model = random_model(family, "sdpa")
+    for request in requests(1):
+        ids = torch.tensor([request.prompt])
+        expected = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=False,
+            max_new_tokens=RESPONSE,
+            eos_token_id=None,
+            pad_token_id=0,
+        )[0, ids.shape[1] :]
+        rollout = got[request.sample_ids[0]]
+        best, second = response_logits(model, rollout).topk(2).values.unbind(1)
+        assert (best - second).min() > 1e-4, "choose other weights: rounding may decide this token"
+        assert rollout.response == expected.tolist()
+        assert rollout.group == request.group and rollout.prompt == request.prompt
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_log_probabilities_are_those_of_a_full_forward_pass(family: str) -> None:
+    """Under the temperature alone, also where the draw was truncated: what the trainer will compute."""
+    sampling = Sampling(temperature=0.7, top_p=0.9, top_k=20, max_tokens=RESPONSE)
+    got = draw(make(family), requests(2, sampling))
+    model = random_model(family, "sdpa")
+    exact = copy.deepcopy(model).double()
+    for rollout in got.values():
+        peer, truth = (_logps_and_entropies(response_logits(m, rollout) / 0.7, rollout) for m in (model, exact))
+        assert_as_exact((torch.tensor(rollout.logps), torch.tensor(rollout.entropies)), peer, truth)
+
+
+def _logps_and_entropies(logits: torch.Tensor, rollout: Rollout) -> tuple[torch.Tensor, torch.Tensor]:
+    table = logits.log_softmax(-1)
+    return table.gather(1, torch.tensor(rollout.response)[:, None])[:, 0], -(table.exp() * table).sum(-1)
+
+
+def test_bfloat16_weights_and_cache() -> None:
+    model = random_model("llama", NAME).bfloat16()
+    engine = Engine(model, frozenset(), RolloutOptions(), 40 + RESPONSE)
+    assert engine.cache.k_cache.dtype == torch.bfloat16
+    got = draw(engine, requests(2))
+    exact = random_model("llama", "sdpa")
+    for rollout in got.values():
+        expected, _ = _logps_and_entropies(response_logits(exact, rollout), rollout)
+        # bfloat16 keeps 8 bits of logits of about 3: off by up to 0.02 each, and more from the layers before.
+        assert (torch.tensor(rollout.logps) - expected).abs().mean() < 0.05
+
+
+def test_logits_of_bfloat16_weights_are_sampled_unrounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[torch.Tensor] = []
+
+    def spy(logits: torch.Tensor, *columns: Any, **keys: Any) -> Any:
+        seen.append(logits)
+        return csrc.sample(logits, *columns, **keys)
+
+    monkeypatch.setattr(engine_module, "sample", spy)
+    engine = Engine(random_model("llama", NAME).bfloat16(), frozenset(), RolloutOptions(), 40 + RESPONSE)
+    draw(engine, requests(1))
+    assert {logits.dtype for logits in seen} == {torch.float32}
+    assert not torch.equal(seen[0], seen[0].bfloat16().float())
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [Sampling(top_k=1), Sampling(top_p=1e-4), Sampling(min_p=1.0), Sampling(temperature=1e-4)],
+    ids=["top_k", "top_p", "min_p", "temperature"],
+)
+def test_each_option_reaches_the_sampler(sampling: Sampling) -> None:
+    engine = make()
+    greedy = tokens(draw(engine, requests(1, Sampling(temperature=0.0))))
+    assert tokens(draw(engine, requests(1, sampling))) == greedy
+    assert tokens(draw(engine, requests(1, Sampling()))) != greedy
+
+
+def test_each_draw_is_keyed_by_seed_sample_and_position() -> None:
+    """Token by token what the sampler's reference draws from transformers' logits."""
+    model = random_model("qwen3", "sdpa")
+    n = RESPONSE
+    for number, rollout in draw(make(), requests(3), seed=17).items():
+        options = (torch.ones(n), torch.zeros(n, dtype=torch.int32), torch.ones(n), torch.zeros(n))
+        keys = (17, torch.full((n,), number), torch.arange(n))
+        tokens, *_ = reference.sample(response_logits(model, rollout), *options, *keys)
+        assert rollout.response == tokens.tolist()
+
+
+def test_top_k_takes_the_likeliest_and_more_than_one() -> None:
+    model = random_model("qwen3", "sdpa")
+    got = draw(make(), requests(4, Sampling(top_k=3)))
+    seen = {rank for rollout in got.values() for rank in ranks(response_logits(model, rollout), rollout.response)}
+    assert seen == {0, 1, 2}
+
+
+def test_one_batch_may_hold_different_options() -> None:
+    engine = make()
+    kinds = [Sampling(temperature=0.0), Sampling(top_k=3), Sampling(temperature=1.5, max_tokens=9), Sampling(min_p=0.1)]
+    mixed = [Request(r.group, r.prompt, r.sample_ids, kind) for r, kind in zip(requests(2), kinds, strict=True)]
+    together = tokens(draw(engine, mixed))
+    alone = [tokens(draw(engine, [request])) for request in mixed]
+    assert together == {number: response for part in alone for number, response in part.items()}
+
+
+def test_samples_of_a_group_differ_and_seeds_too() -> None:
+    engine = make()
+    got = draw(engine, requests(6))
+    for group in range(len(PROMPT_LENGTHS)):
+        responses = [tuple(rollout.response) for rollout in got.values() if rollout.group == group]
+        assert len(set(responses)) == 6
+        assert len({response[0] for response in responses}) > 1
+    assert tokens(draw(engine, requests(6), seed=1)) != tokens(got)
+    assert tokens(draw(engine, requests(6))) == tokens(got)
+
+
+@pytest.mark.parametrize("family", ["qwen3", "olmo3"])
+@pytest.mark.parametrize(
+    ("options", "preempts"),
+    [
+        ({"max_sequences": 1}, False),
+        ({"max_sequences": 5}, False),
+        ({"max_batch_tokens": 7}, False),
+        ({"max_batch_tokens": 7, "max_sequences": 3}, False),
+        ({"cache_tokens": 96}, True),
+        ({"cache_tokens": 160, "max_batch_tokens": 13}, True),
+    ],
+    ids=lambda value: " ".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else None,
+)
+def test_a_sample_depends_on_its_id_and_not_on_the_batch(
+    family: str, options: dict[str, Any], preempts: bool, schedulers: list[Scheduler]
+) -> None:
+    expected = draw(make(family), requests(4))
+    got = draw(make(family, **options), requests(4))
+    assert tokens(got) == tokens(expected)
+    for number, rollout in got.items():
+        assert rollout.logps == pytest.approx(expected[number].logps, abs=1e-4)
+    assert (schedulers[-1].preemptions > 0) == preempts
+
+
+def test_a_sample_depends_on_its_id_and_not_on_its_neighbours() -> None:
+    engine = make()
+    together = draw(engine, requests(4))
+    second = requests(4)[1]
+    alone = draw(engine, [Request(0, second.prompt, (12,), second.sampling)])
+    assert alone[12].response == together[12].response
+    backwards = [Request(r.group, r.prompt, r.sample_ids[::-1], r.sampling) for r in requests(4)[::-1]]
+    assert tokens(draw(engine, backwards)) == tokens(together)
+
+
+def test_a_response_ends_with_the_first_stop_token_or_at_its_limit() -> None:
+    free = draw(make(), requests(4))
+    stop = {free[0].response[5], free[21].response[20]}
+    stopped = draw(make(stop_ids=stop), requests(4))
+    for number, rollout in stopped.items():
+        response = free[number].response
+        ends = [place for place, token in enumerate(response) if token in stop]
+        assert rollout.finished == bool(ends)
+        assert rollout.response == response[: ends[0] + 1 if ends else RESPONSE]
+        assert len(rollout.response) == len(rollout.logps) == len(rollout.entropies)
+    assert {rollout.finished for rollout in stopped.values()} == {True, False}
+    assert not any(rollout.finished for rollout in free.values())
+
+
+def test_a_stop_token_at_the_limit_counts_as_finished() -> None:
+    free = draw(make(), requests(1, Sampling(max_tokens=4)))
+    last = free[0].response[3]
+    assert last not in free[0].response[:3]
+    stopped = draw(make(stop_ids=[last]), requests(1, Sampling(max_tokens=4)))
+    assert stopped[0].finished and stopped[0].response == free[0].response
+
+
+def test_one_token_responses() -> None:
+    engine = make(cache_tokens=64)
+    one = draw(engine, requests(3, Sampling(max_tokens=1)))
+    full = draw(engine, requests(3, Sampling(max_tokens=20)))
+    assert tokens(one) == {number: rollout.response[:1] for number, rollout in full.items()}
+
+
+def test_rollouts_come_as_they_end() -> None:
+    engine = make()
+    short = Request(0, prompts()[0], (0,), Sampling(max_tokens=2))
+    long = Request(1, prompts()[1], (1,), Sampling(max_tokens=30))
+    generator = engine.generate([long, short], seed=0)
+    assert next(generator).group == 0
+    assert engine.cache.free_blocks < engine.cache.num_blocks
+    assert [rollout.group for rollout in generator] == [1]
+
+
+def test_a_generator_closed_early_frees_the_cache() -> None:
+    engine = make(cache_tokens=320, max_batch_tokens=30)
+    stops = requests(5, Sampling(max_tokens=5)) + requests(5)
+    generator = engine.generate(stops, seed=0)
+    next(generator)
+    assert engine.cache.free_blocks < engine.cache.num_blocks
+    assert isinstance(generator, Generator)
+    generator.close()
+    assert engine.cache.free_blocks == engine.cache.num_blocks
+    assert tokens(draw(engine, requests(1))) == tokens(draw(make(), requests(1)))
+
+
+def test_a_sequence_larger_than_the_cache_is_refused_before_any_work() -> None:
+    engine = make(cache_tokens=64)
+    with pytest.raises(UserError, match=r"a sequence of up to 80 tokens .* cache of 64: raise --rollout\.cache_tokens"):
+        next(engine.generate(requests(1), seed=0))
+    assert engine.cache.free_blocks == engine.cache.num_blocks == 4
+    draw(engine, requests(1)[:2])
+
+
+def test_the_cache_is_as_large_as_the_options_say() -> None:
+    assert make(cache_tokens=33).cache.num_blocks == 3
+    assert make(max_sequences=7).cache.num_blocks == 7 * 5
+    assert make("llama").cache.k_cache.shape[0::2] == (3, 2, 16)
+    assert make("qwen3").cache.k_cache.shape[-1] == 32
+
+
+TOKEN_BYTES = 1000  # of the cache, in the tests below: 16000 a block
+
+
+def gpu_blocks(monkeypatch: pytest.MonkeyPatch, free: int, reserve: int = 0, **options: Any) -> int:
+    """Blocks of a cache on a GPU with ``free`` bytes once the allocator's own are given back; sequences take 5."""
+    returned: list[bool] = []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: returned.append(True))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free if returned else 0, 10 * free))
+    gpu = torch.device("cuda", 0)
+    return engine_module._cache_blocks(RolloutOptions(**options), 40 + RESPONSE, TOKEN_BYTES, gpu, reserve)
+
+
+def test_on_a_gpu_the_cache_takes_its_share_of_what_training_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert gpu_blocks(monkeypatch, 10_000_000) == 6_000_000 // 16_000
+    assert gpu_blocks(monkeypatch, 10_000_000, reserve=4_000_000) == 3_600_000 // 16_000
+    assert gpu_blocks(monkeypatch, 10_000_000, max_sequences=7) == 7 * 5
+    assert gpu_blocks(monkeypatch, 10_000, reserve=20_000, cache_tokens=33) == 3
+    assert gpu_blocks(monkeypatch, 140_000) == 5
+
+
+@pytest.mark.parametrize(("free", "reserve"), [(2 << 30, 3 << 30), (130_000, 0)])
+def test_a_gpu_without_room_for_one_sequence_is_an_error(
+    monkeypatch: pytest.MonkeyPatch, free: int, reserve: int
+) -> None:
+    with pytest.raises(UserError) as caught:
+        gpu_blocks(monkeypatch, free, reserve)
+    missing, rest = str(caught.value).split(
+        " GiB of GPU memory are missing for a KV cache of one sequence of 80 tokens "
+    )
+    assert float(missing) == pytest.approx((80_000 / 0.6 - (free - reserve)) / 2**30, abs=0.006)
+    assert f"(training will take {reserve / 2**30:.2f} GiB more): lower --rollout.max_response_tokens" in rest
+
+
+def test_preemptions_are_counted_over_calls_also_those_closed_early(schedulers: list[Scheduler]) -> None:
+    engine = make(cache_tokens=96)
+    assert engine.preemptions == 0
+    draw(engine, requests(4))
+    first = engine.preemptions
+    assert first == schedulers[0].preemptions > 0
+    generator = engine.generate(requests(4), seed=1)
+    next(generator)
+    assert isinstance(generator, Generator)
+    generator.close()
+    assert engine.preemptions == first + schedulers[1].preemptions > first
+
+
+def test_changed_weights_are_sampled_from_at_once() -> None:
+    engine = make()
+    before = tokens({r.sample_id: r for r in engine.generate(requests(2), seed=0, version=0)})
+    other = random_model("qwen3", "sdpa", seed=9)
+    model = engine._policy.model
+    with torch.no_grad():
+        for mine, new in zip(model.parameters(), other.parameters(), strict=True):
+            mine.copy_(new)
+    after = tokens({r.sample_id: r for r in engine.generate(requests(2), seed=0, version=1)})
+    fresh = Engine(random_model("qwen3", NAME, seed=9), frozenset(), RolloutOptions(), 40 + RESPONSE)
+    assert after != before
+    assert after == tokens(draw(fresh, requests(2)))
+
+
+def test_logits_that_are_no_numbers_leave_the_cache_free() -> None:
+    engine = make()
+    with torch.no_grad():
+        next(engine._policy.model.parameters()).fill_(float("nan"))
+    with pytest.raises(UserError, match=r"logits are not finite: lower --update\.learning_rate"):
+        list(engine.generate(requests(2), seed=0))
+    assert engine.cache.free_blocks == engine.cache.num_blocks

@@ -1,0 +1,351 @@
+"""Options: what --help says, which source wins, what is written down, and the ready configurations."""
+
+import dataclasses
+import re
+import subprocess
+import sys
+import typing
+from collections.abc import Iterator
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.command import LIMIT, ROOT, TRAIN, environment
+from thinktwice_fast.config import Config, evaluation_sources
+from thinktwice_fast.errors import UserError
+from thinktwice_fast.run.build import recipe_notes, refine_instruction
+from thinktwice_fast.run.checks import check_config, check_output
+from thinktwice_fast.run.options import from_yaml, parse_config, to_yaml
+from thinktwice_fast.update.updater import loss_arguments
+
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+PAPER_CONFIGS = ("qwen3-4b", "olmo3-7b", "llama3.2-3b")
+# ThinkTwice, arXiv 2604.01591, hyperparameters of its runs.
+PAPER = {
+    "algorithm": "thinktwice",
+    "problems_per_step": 32,
+    "samples_per_problem": 8,
+    "reward": "math",
+    "thinktwice.base_selection": "uniform",
+    "thinktwice.refine_instruction": "default",
+    "rollout.temperature": 1.0,
+    "rollout.top_p": 1.0,
+    "rollout.top_k": 0,
+    "rollout.max_prompt_tokens": 5120,
+    "rollout.max_response_tokens": 3000,
+    "loss.scale_rewards": "none",
+    "loss.epsilon_low": 0.2,
+    "loss.epsilon_high": 0.28,
+    "loss.dual_clip": 3.0,
+    "loss.beta": 0.0,
+    "loss.entropy_coef": 0.0,
+    "loss.loss_agg_mode": "token-mean",
+    "update.learning_rate": 1e-6,
+    "update.warmup_steps": 0,
+    "update.lr_schedule": "constant",
+    "update.adam_betas": (0.9, 0.999),
+    "update.weight_decay": 0.01,
+    "update.grad_clip": 1.0,
+    "update.minibatch_sequences": 64,
+    "run.steps": 300,
+}
+
+
+def leaves(owner: type = Config, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Full name and default of every option."""
+    hints = typing.get_type_hints(owner)
+    for field in fields(owner):
+        if is_dataclass(hints[field.name]):
+            yield from leaves(hints[field.name], f"{prefix}{field.name}.")
+        else:
+            factory = field.default_factory
+            yield prefix + field.name, field.default if factory is dataclasses.MISSING else factory()
+
+
+def value(config: Config, name: str) -> Any:
+    found: Any = config
+    for part in name.split("."):
+        found = getattr(found, part)
+    return found
+
+
+def written(path: Path) -> set[str]:
+    """Names of the options that a YAML file states."""
+    content = yaml.safe_load(path.read_text())
+    sections = {field.name for field in fields(Config) if is_dataclass(field.default_factory)}
+    inner = {f"{section}.{name}" for section in sections & content.keys() for name in content[section]}
+    return inner | (content.keys() - sections)
+
+
+@pytest.fixture(scope="module")
+def help_text() -> str:
+    command = [sys.executable, str(TRAIN), "--help"]
+    wide = environment() | {"COLUMNS": "400"}
+    done = subprocess.run(command, env=wide, capture_output=True, text=True, timeout=LIMIT)
+    assert done.returncode == 0 and not done.stderr
+    return " ".join(done.stdout.partition("options:")[2].split())
+
+
+@pytest.mark.parametrize(("name", "default"), list(leaves()))
+def test_help_explains_every_option_with_its_default(name: str, default: Any, help_text: str) -> None:
+    entry = re.search(
+        rf"--{re.escape(name)} (\S+|{{.*?}}) (?P<meaning>.*?) \(default: (?P<default>.*?)\)( --|$| [A-Z])", help_text
+    )
+    assert entry is not None
+    assert len(entry["meaning"].split()) >= 3 and "--" not in entry["meaning"]
+    assert entry["default"] == str(default)
+
+
+def test_help_names_only_what_exists(help_text: str) -> None:
+    known = {name for name, _ in leaves()} | {"config", "help", "print_config"}
+    sections = {field.name for field in fields(Config) if is_dataclass(field.default_factory)}
+    named = {name.rstrip(".") for name in re.findall(r"--([a-z_.]+)", help_text)}
+    assert named - sections <= known
+
+
+def test_the_command_line_goes_before_files_and_later_files_before_earlier_ones(tmp_path: Path) -> None:
+    first, second = tmp_path / "first.yaml", tmp_path / "second.yaml"
+    first.write_text("seed: 1\nrun:\n  steps: 11\n  keep_checkpoints: 7\nupdate:\n  learning_rate: 1.0e-3\n")
+    second.write_text("seed: 2\nrun:\n  steps: 22\n")
+    config = parse_config(["--config", str(first), "--config", str(second), "--run.steps", "33"])
+    assert (config.seed, config.run.steps, config.run.keep_checkpoints) == (2, 33, 7)
+    assert config.update.learning_rate == 1e-3
+    assert config.loss == Config().loss
+
+
+def test_values_keep_their_types() -> None:
+    values = ["--loss.dual_clip", "null", "--update.adam_betas", "[0.8, 0.95]", "--eval.sets", '{"a": "b.jsonl"}']
+    config = parse_config([*values, "--data.shuffle", "false", "--update.learning_rate", "1e-6"])
+    assert config.loss.dual_clip is None
+    assert config.update.adam_betas == (0.8, 0.95)
+    assert config.eval.sets == {"a": "b.jsonl"}
+    assert config.data.shuffle is False
+    assert config.update.learning_rate == 1e-6
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_the_saved_configuration_gives_the_same_run_again(path: Path, tmp_path: Path) -> None:
+    config = parse_config(["--config", str(path), "--loss.dual_clip", "null", "--data.source", "mine: a file.jsonl"])
+    saved = tmp_path / "config.yaml"
+    saved.write_text(to_yaml(config))
+    assert from_yaml(saved) == config
+    assert written(saved) == {name for name, _ in leaves()}
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("processes", [1, 2])
+def test_ready_configurations_are_valid(path: Path, processes: int) -> None:
+    check_config(from_yaml(path), processes)
+
+
+@pytest.mark.parametrize("name", PAPER_CONFIGS)
+def test_ready_configurations_state_what_the_paper_fixes(name: str) -> None:
+    path = ROOT / "configs" / f"{name}.yaml"
+    config = from_yaml(path)
+    assert {option: value(config, option) for option in PAPER} == PAPER
+    assert set(PAPER) <= written(path)
+    # Options the paper does not name stay off.
+    assert (config.rollout.min_p, config.update.lr_decay_steps, config.loss.policy_loss) == (0.0, 0, "clip")
+
+
+def test_the_tiny_configuration_is_the_default() -> None:
+    assert from_yaml(ROOT / "configs" / "tiny.yaml") == Config()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "--algorithm sft --loss.epsilon_low 0.1",
+        "--algorithm sft --rollout.temperature 0.5",
+        "--sft.refine_fraction 0.1",
+        "--data.target_column solution",
+        "--data.question_column text",
+        "--data.instruction think",
+        "--data.shuffle false",
+        "--data.split test",
+        "--data.source mine.jsonl --data.subset main",
+        "--loss.kl_estimator k1",
+        "--eval.samples 4",
+        "--eval.top_p 0.9",
+        "--eval.sets {} --eval.temperature 0.5",
+        "--update.lr_decay_steps 10",
+        "--loss.policy_loss sapo --loss.dual_clip 2.0",
+        "--loss.policy_loss sapo --loss.epsilon_high 0.2",
+        "--loss.policy_loss cispo --loss.epsilon_low 0.1",
+        "--update.old_logps rollout",
+        "--update.old_logps rollout --update.minibatch_sequences 256",
+        "--algorithm sft --data.limit 100",
+        "--algorithm sft --data.limit 100 --data.shuffle false",
+        "--algorithm sft --eval.sets {} --reward exact",
+        "--algorithm sft --eval.sets {} --rollout.cache_tokens 4096",
+        "--reward exact --reward_workers 4",
+        "--reward choice --reward_workers 4",
+        "--reward mine.py:reward --reward_workers 4",
+        "--reward exact --reward_timeout 3",
+        "--eval.split train",
+        "--eval.subset main",
+        "--eval.question_column text",
+        "--eval.answer_column gold",
+        "--eval.instruction think",
+        '--eval.sets {"a":"mine.jsonl","b":"arithmetic:tm5"} --eval.split train',
+        '--eval.sets {"a":"mine.jsonl"} --eval.subset main',
+        "--eval.sets {} --eval.limit 10",
+        "--eval.sets {} --eval.every 10",
+        "--data.source mine.jsonl --eval.limit 10",  # a file holds nothing back, so there are no sets
+    ],
+)
+def test_an_option_without_effect_is_an_error(arguments: str) -> None:
+    with pytest.raises(UserError, match=" would be ignored ") as refusal:
+        check_config(parse_config(arguments.split()), 1)
+    assert str(refusal.value).split()[0] in arguments.split()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "--data.limit 100 --data.shuffle false",
+        "--loss.policy_loss sapo",  # the defaults of bounds that an objective lacks count as not set
+        "--loss.policy_loss sapo --loss.dual_clip null",
+        "--loss.policy_loss cispo --loss.importance_sampling_level sequence",
+        "--loss.policy_loss cispo --loss.epsilon_high 0.3",
+        "--update.old_logps rollout --update.minibatch_sequences 64",
+        '--eval.sets {"a":"mine.jsonl"} --eval.question_column text',
+        '--eval.sets {"a":"openai/gsm8k","b":"arithmetic:tm5"} --eval.split train --eval.subset main',
+        "--algorithm sft --data.source mine.jsonl --data.target_column solution --sft.refine_fraction 0",
+        "--update.lr_schedule linear --update.lr_decay_steps 6",
+        "--rollout.cache_tokens 241",  # in blocks of 16 as many as 256 tokens take
+        "--seed 2147483647",
+    ],
+)
+def test_an_option_with_effect_is_not(arguments: str) -> None:
+    check_config(parse_config(arguments.split()), 1)
+
+
+def test_bounds_that_an_objective_lacks_do_not_reach_it() -> None:
+    bounds = {"epsilon_low", "epsilon_high", "dual_clip"}
+    for objective, kept in (("clip", bounds), ("cispo", {"epsilon_high"}), ("sapo", set())):
+        options = parse_config(["--loss.policy_loss", objective]).loss
+        assert bounds & loss_arguments(options, 64).keys() == kept
+
+
+def test_evaluation_sets_follow_the_training_data() -> None:
+    def sets(*arguments: str) -> dict[str, str]:
+        return evaluation_sources(parse_config([*arguments]))
+
+    assert sets() == {"held_out": "arithmetic:tm5"}
+    assert sets("--data.source", "arithmetic:te5") == {"held_out": "arithmetic:te5"}
+    assert sets("--data.source", "mine.jsonl") == {}
+    assert sets("--eval.sets", "{}") == {}
+    assert sets("--data.source", "mine.jsonl", "--eval.sets", '{"a": "b.csv"}') == {"a": "b.csv"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "processes", "says"),
+    [
+        ("--problems_per_step 3", 2, "does not divide over 2 processes: take a multiple of 2"),
+        ("--problems_per_step 1", 2, "start fewer processes"),
+        ("--update.minibatch_sequences 12", 1, "take a multiple of 8 that divides 256"),
+        ("--update.minibatch_sequences 512", 1, "take a multiple of 8 that divides 256"),
+        ("--update.minibatch_sequences 8", 2, "take a multiple of 16"),
+        ("--samples_per_problem 1", 1, "at least 2"),
+        ("--rollout.temperature 0", 1, "above 0"),
+        ("--rollout.top_p 0", 1, "above 0 and at most 1"),
+        ("--rollout.min_p 2", 1, "from 0 to 1"),
+        ("--run.keep_checkpoints 0", 1, "at least 1"),
+        ("--seed -1", 1, "--seed -1: must be at least 0"),
+        ("--seed 2147483648", 1, "--seed 2147483648: must be at most 2147483647"),
+        ("--rollout.top_k 5000000000", 1, "--rollout.top_k 5000000000: must be at most 2147483647"),
+        ("--update.adam_betas [1.0,0.9]", 1, "--update.adam_betas [1.0, 0.9]: each must be from 0 to below 1"),
+        ("--update.adam_betas [0.9,-0.1]", 1, "each must be from 0 to below 1"),
+        ("--update.adam_betas [0.9,.nan]", 1, "--update.adam_betas nan: give a finite number"),
+        ("--sft.draft_error_rates []", 1, "--sft.draft_error_rates []: give at least one rate"),
+        ("--algorithm sft --sft.draft_error_rates [0.5,1.5]", 1, "each from 0 to 1"),
+        ("--run.distributed_timeout .inf", 1, "--run.distributed_timeout inf: give a finite number"),
+        ("--run.distributed_timeout .nan", 1, "--run.distributed_timeout nan: give a finite number"),
+        ("--run.distributed_timeout 1e300", 1, "must be at most 1000000"),
+        ("--reward_timeout 1e300", 1, "must be at most 1000000"),
+        ("--update.lr_schedule linear --update.lr_decay_steps 5", 1, "give more than --update.warmup_steps 5"),
+        ("--rollout.cache_tokens 240", 1, "one sequence may take 256"),
+        ("--algorithm sft --data.source mine.jsonl --sft.refine_fraction 0", 1, "set --data.target_column"),
+        ("--algorithm sft --data.source a.jsonl --data.target_column b", 1, "--sft.refine_fraction 0"),
+        ("--loss.dual_clip 0.9", 1, "dual_clip is 0.9: choose a number above 1"),
+        ('--eval.sets {"average":"a.jsonl"}', 1, "rename it"),
+        ('--eval.sets {"a/b":"a.jsonl"}', 1, "rename it"),
+    ],
+)
+def test_values_that_can_not_work_are_refused(arguments: str, processes: int, says: str) -> None:
+    with pytest.raises(UserError, match=re.escape(says)):
+        check_config(parse_config(arguments.split()), processes)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "instruction"),
+    [
+        ("", "recheck"),
+        ("--data.source arithmetic:te5", "recheck"),
+        ("--data.source mine.jsonl", "recheck"),
+        ("--data.source mine.jsonl --model.path mine", "default"),
+        ("--model.path mine", "recheck"),
+        ("--thinktwice.refine_instruction again", "again"),
+        ("--data.source mine.jsonl --thinktwice.refine_instruction again", "again"),
+    ],
+)
+def test_the_refine_instruction_follows_task_and_model(arguments: str, instruction: str) -> None:
+    assert refine_instruction(parse_config(arguments.split())) == instruction
+
+
+@pytest.mark.parametrize(
+    ("arguments", "noted"),
+    [
+        ("", False),
+        ("--data.source arithmetic:te5", False),
+        ("--data.source mine.jsonl", False),
+        ("--model.path Qwen/Qwen3-0.6B", True),
+        ("--model.path Qwen/Qwen3-0.6B --update.learning_rate 1e-6", False),
+        ("--model.path Qwen/Qwen3-0.6B --rollout.max_response_tokens 500", False),
+        (f"--config {ROOT / 'configs' / 'qwen3-4b.yaml'}", False),
+        (f"--config {ROOT / 'configs' / 'tiny-warm-start.yaml'}", False),
+    ],
+)
+def test_a_note_tells_who_took_another_model_but_not_its_recipe(arguments: str, noted: bool) -> None:
+    notes = recipe_notes(parse_config(arguments.split()))
+    assert len(notes) == noted
+    assert all("--rollout.max_response_tokens 64, --update.learning_rate 5e-05" in note for note in notes)
+
+
+@pytest.mark.parametrize("value", [".inf", "-.inf", ".nan"])
+@pytest.mark.parametrize(
+    "name", [name for name, default in leaves() if isinstance(default, float) or name == "loss.dual_clip"]
+)
+def test_no_option_takes_a_number_that_is_not_finite(name: str, value: str) -> None:
+    number = float(value.replace(".", ""))
+    with pytest.raises(UserError, match=re.escape(f"--{name} {number}: give a finite number")):
+        check_config(parse_config([f"--{name}={value}"]), 1)
+
+
+def test_only_rank_0_probes_the_output_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    probe = tmp_path / ".writable"
+    probe.touch()  # rank 0's, which it is about to remove
+    monkeypatch.setenv("RANK", "1")
+    check_output(Config(output=str(tmp_path)))
+    assert probe.exists()
+    monkeypatch.setenv("RANK", "0")
+    check_output(Config(output=str(tmp_path)))
+    assert not probe.exists()
+
+
+def test_an_output_folder_is_one_run(tmp_path: Path) -> None:
+    config = Config(output=str(tmp_path / "run"))
+    check_output(config)
+    (tmp_path / "run" / "config.yaml").touch()  # of an attempt that failed before it logged anything
+    check_output(config)
+    (tmp_path / "run" / "metrics.jsonl").touch()
+    with pytest.raises(UserError, match="--resume auto, or give another --output"):
+        check_output(config)
+    check_output(Config(output=config.output, resume="auto"))
+    check_output(Config(output=config.output, resume=f"{config.output}/checkpoints/step-000001"))
+    with pytest.raises(UserError, match="holds another run"):
+        check_output(Config(output=config.output, resume=str(tmp_path / "other" / "checkpoints" / "step-000001")))

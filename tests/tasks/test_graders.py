@@ -1,0 +1,96 @@
+import pytest
+
+from thinktwice_fast.errors import UserError
+from thinktwice_fast.tasks.graders import (
+    choice_letter,
+    gold_answer,
+    grade_choice,
+    grade_exact,
+    grade_math,
+    prepare_math_verify,
+    verify_math,
+)
+from thinktwice_fast.tasks.problem import Problem
+
+
+def problem(answer: str) -> Problem:
+    return Problem(7, ({"role": "user", "content": "q"},), answer)
+
+
+@pytest.mark.parametrize(
+    ("completion", "letter"),
+    [
+        (r"so \boxed{C}", "C"),
+        (r"\boxed{c}", "C"),
+        (r"\boxed{(B)}", "B"),
+        (r"\boxed{\text{(D) forty}}", "D"),
+        (r"\boxed{\textbf{A. one}}", "A"),
+        (r"\boxed{A} and \boxed{B}", "B"),
+        (r"\boxed{Carbon}", None),
+        (r"\boxed{}", None),
+        (r"the answer is A but \boxed{A", None),
+        ("I think the answer is (B).", "B"),
+        ("**Answer:** C", "C"),
+        ("Answer: A, no. The answer is D because of E", "D"),
+        ("weighing it\n\n(E)", "E"),
+        ("B.", "B"),
+        ("the answer is a mess", None),
+        ("The correct option is **C**.", "C"),
+        ("The answer is I'm not sure", None),
+        ("The answer is option C, because option A is wrong.", "C"),
+        ("So I choose option B", "B"),
+        (r"\boxed{A, B}", None),
+        ("", None),
+    ],
+)
+def test_choice_letter(completion: str, letter: str | None) -> None:
+    assert choice_letter(completion) == letter
+
+
+def test_choice_compares_letters() -> None:
+    assert grade_choice(r"\boxed{b}", problem("(B)")) == 1.0
+    assert grade_choice(r"\boxed{A}", problem("B")) == 0.0
+    assert grade_choice("dunno", problem("B")) == 0.0
+
+
+def test_choice_needs_a_letter_as_gold_answer() -> None:
+    with pytest.raises(UserError, match=r"row 7 \(from 0\): the gold answer '42' is no letter .* use --reward exact"):
+        grade_choice("A", problem("42"))
+
+
+def test_exact_strips() -> None:
+    assert grade_exact(" yes\n", "yes ") == 1.0
+    assert grade_exact("Yes", "yes") == 0.0
+
+
+def test_math_settles_numbers_and_leaves_the_rest() -> None:
+    assert grade_math(r"thus \boxed{1/2}", "0.5") == (1.0, "1/2")
+    assert grade_math(r"thus \boxed{3}", "0.5") == (0.0, "3")
+    assert grade_math("0.5", "0.5") == (0.0, "")
+    assert grade_math(r"\boxed{0.5", "0.5") == (0.0, "")
+    assert grade_math(r"\boxed{\sqrt8}", r"2\sqrt2") == (None, r"\sqrt8")
+
+
+def test_gold_answer_out_of_a_solution() -> None:
+    assert gold_answer(r"We add: \boxed{5}") == "5"
+    assert gold_answer("5") == "5"
+
+
+@pytest.mark.parametrize(
+    ("answer", "gold", "equal"),
+    [
+        ("\\sqrt8", "2\\sqrt2", True),
+        ("x=5", "5", True),
+        ("5 \\text{ cm}", "5", True),
+        ("(x+1)^2", "x^2+2x+1", True),
+        ("\\frac{\\sqrt3}{3}", "1/\\sqrt3", True),
+        ("\\{2, 1\\}", "\\{1, 2\\}", True),
+        ("\\sqrt7", "2\\sqrt2", False),
+        ("\\frac{", "2", False),
+        ("\\\\{{}$", "\\pi", False),
+        ("5", "np.arcsin(10/13)", False),
+    ],
+)
+def test_math_verify(answer: str, gold: str, equal: bool) -> None:
+    prepare_math_verify()
+    assert verify_math(answer, gold) is equal

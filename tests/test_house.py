@@ -1,0 +1,85 @@
+"""The rules that keep the house in order: which way imports point, and which names modules may carry."""
+
+import ast
+import importlib.metadata
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "thinktwice_fast"
+# Lower layers first; a module may import its own layer's folder and anything lower. `tasks`, `rollout` and
+# `update` stand side by side and don't know each other, but for the records that rollouts are.
+LAYERS = [
+    {"errors", "launch"},
+    {"config", "parallel"},
+    {"model"},
+    {"tasks", "rollout", "update"},
+    {"algorithms"},
+    {"run"},
+]
+ACROSS = {("update", "thinktwice_fast.rollout.records")}
+MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path.name != "__init__.py")
+
+
+def imports(path: Path) -> set[str]:
+    """Every module that a file imports, also inside functions."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
+            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level:
+            raise AssertionError(f"{path}: relative import")
+    return found
+
+
+def room(module: str) -> str:
+    """The part of thinktwice_fast that a dotted module name lies in."""
+    return module.split(".")[1]
+
+
+def layer(name: str) -> int:
+    return next(number for number, rooms in enumerate(LAYERS) if name in rooms)
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_point_down(path: Path) -> None:
+    own = path.relative_to(PACKAGE).with_suffix("").parts[0]
+    if own == "train":
+        return
+    for module in imports(path):
+        if not module.startswith("thinktwice_fast.") or room(module) == own:
+            continue
+        other = room(module)
+        allowed = layer(other) < layer(own) or any(own == name and module.startswith(target) for name, target in ACROSS)
+        assert allowed, f"{path.relative_to(ROOT)} imports {module}: {own} must not know {other}"
+
+
+def test_the_entry_point_only_parses_builds_and_runs() -> None:
+    assert {room(m) for m in imports(PACKAGE / "train.py") if m.startswith("thinktwice_fast.")} == {
+        "errors",
+        "launch",
+        "run",
+    }
+
+
+def test_the_ops_library_knows_nothing_of_the_trainer() -> None:
+    allowed = {"torch", "triton", "numpy", "thinktwice_kernels"} | set(sys.stdlib_module_names)
+    for path in (ROOT / "kernels").rglob("*.py"):
+        foreign = {module.split(".")[0] for module in imports(path)} - allowed
+        assert not foreign, f"{path.relative_to(ROOT)} imports {foreign}"
+
+
+def test_no_module_shadows_another() -> None:
+    """`torchrun thinktwice_fast/train.py` puts thinktwice_fast/ first on the module path."""
+    names = {entry.stem for entry in PACKAGE.iterdir() if entry.suffix == ".py" or (entry / "__init__.py").exists()}
+    taken = set(sys.stdlib_module_names) | set(importlib.metadata.packages_distributions())
+    assert not names & (taken - {"thinktwice_fast", "thinktwice_kernels"})
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_files_stay_readable(path: Path) -> None:
+    assert len(path.read_text().splitlines()) <= 400, "split it: a file is read in one sitting"

@@ -1,0 +1,134 @@
+"""Rollouts without an engine, an updater whose step is the plain gradient, and the formula it must follow.
+
+Letters: S sequences, N response tokens, V vocabulary.
+"""
+
+import random
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch.nn.utils.rnn import pad_sequence
+
+from tests.small_models import VOCABULARY, random_model
+from thinktwice_fast import parallel
+from thinktwice_fast.config import Config
+from thinktwice_fast.model.attention import NAME
+from thinktwice_fast.model.sharding import frozen_copy, pair_models
+from thinktwice_fast.rollout.records import Rollout
+from thinktwice_fast.update.updater import Updater
+
+TEMPERATURE = 0.8
+
+
+def rollouts(count: int, seed: int = 0, longest: int = 24) -> list[Rollout]:
+    """Random ones of mixed lengths; every fourth has advantage 0."""
+    numbers = random.Random(seed)
+
+    def ids(length: int) -> list[int]:
+        return [numbers.randrange(VOCABULARY) for _ in range(length)]
+
+    made = []
+    for number in range(count):
+        response = ids(numbers.randint(1, longest))
+        advantage = 0.0 if number % 4 == 3 else numbers.choice([-1.0, -0.25, 0.5, 0.75])
+        logps = [-numbers.uniform(4.0, 8.0) for _ in response]
+        made.append(
+            Rollout(
+                number // 4,
+                number,
+                tuple(ids(numbers.randint(1, 20))),
+                response,
+                logps,
+                [1.0] * len(response),
+                advantage=advantage,
+            )
+        )
+    return made
+
+
+def config(**options: Any) -> Config:
+    """Options by dotted name, with ``__`` for the dot."""
+    made = Config()
+    made.rollout.temperature = TEMPERATURE
+    made.update.grad_clip = 0.0
+    for name, value in options.items():
+        owner, _, field = name.rpartition("__")
+        assert hasattr(getattr(made, owner), field)
+        setattr(getattr(made, owner), field, value)
+    return made
+
+
+def updater(
+    made: Config,
+    family: str = "qwen3",
+    dtype: torch.dtype = torch.float32,
+    learning_rate: float = 1.0,
+    prepare: Callable[[Any], None] = lambda model: None,
+) -> Any:
+    """With plain gradient descent, so that weights before - weights after = learning rate * gradient.
+
+    ``prepare`` gets the model before it is sharded.
+    """
+    model = random_model(family, NAME)
+    prepare(model)
+    reference = frozen_copy(random_model(family, NAME, seed=5), dtype) if made.loss.beta else None
+    models = pair_models(model, dtype)
+    optimizer = torch.optim.SGD(models.policy.parameters(), lr=learning_rate)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+    return Updater(models, reference, optimizer, schedule, made)
+
+
+def weights(model: torch.nn.Module) -> torch.Tensor:
+    """All parameters as one float32 vector. Collective where they are sharded."""
+    parts = [p.full_tensor() if hasattr(p, "full_tensor") else p for p in model.parameters()]
+    return torch.cat([part.detach().float().flatten() for part in parts])
+
+
+def share(minibatches: Sequence[list[Rollout]]) -> list[list[Rollout]]:
+    """This process's part of each: neighbouring stretches, as ``minibatch_slots`` gives them."""
+    world, rank = parallel.world_size(), parallel.rank()
+    return [part[rank * len(part) // world : (rank + 1) * len(part) // world] for part in minibatches]
+
+
+def padded_logps(model: Any, batch: list[Rollout]) -> torch.Tensor:  # [N]
+    """Log-probabilities of the response tokens by transformers' forward pass over a right-padded batch."""
+    whole = [torch.tensor([*r.prompt, *r.response]) for r in batch]
+    ids = pad_sequence(whole, batch_first=True)
+    mask = pad_sequence([torch.ones_like(sequence) for sequence in whole], batch_first=True)
+    logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits / TEMPERATURE
+    table = logits.log_softmax(-1)
+    return torch.cat(
+        [
+            table[row, len(r.prompt) - 1 + torch.arange(len(r.response)), torch.tensor(r.response)]
+            for row, r in enumerate(batch)
+        ]
+    )
+
+
+def formula(
+    logps: torch.Tensor,  # [N]
+    old_logps: torch.Tensor,  # [N]
+    batch: list[Rollout],
+    ref_logps: torch.Tensor | None = None,  # [N]
+    beta: float = 0.0,
+) -> torch.Tensor:
+    """Token mean of the clipped surrogate (0.2 below, 0.28 above, dual clip 3) + beta * k3, written out."""
+    advantages = torch.tensor([r.advantage for r in batch for _ in r.response])
+    ratio = (logps - old_logps).exp()
+    loss = torch.maximum(-advantages * ratio, -advantages * ratio.clamp(0.8, 1.28))
+    loss = torch.where(advantages < 0, torch.minimum(loss, -3.0 * advantages), loss)
+    if ref_logps is not None:
+        difference = ref_logps - logps
+        loss = loss + beta * (difference.exp() - difference - 1)
+    return loss.mean()
+
+
+def assert_same_step(got: torch.Tensor, expected: torch.Tensor) -> None:
+    """Two weight changes are equal but for float32 rounding.
+
+    Sums of some hundred terms through a few layers lose about 1e-6 of the norm; one token too many or too few in a
+    normaliser would change 1e-2 of it.
+    """
+    assert expected.norm() > 0
+    assert (got - expected).norm() <= 3e-5 * expected.norm()

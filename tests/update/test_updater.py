@@ -1,0 +1,358 @@
+"""The update against the formula on transformers' own padded forward pass, and its bookkeeping."""
+
+import copy
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tests.small_models import FAMILIES, VOCABULARY, random_model
+from tests.update.cases import (
+    TEMPERATURE,
+    assert_same_step,
+    config,
+    formula,
+    padded_logps,
+    rollouts,
+    updater,
+    weights,
+)
+from thinktwice_fast.rollout.records import Rollout
+from thinktwice_fast.update import updater as updater_module
+from thinktwice_fast.update.batches import Example
+from thinktwice_fast.update.updater import NonFiniteLoss
+from thinktwice_kernels import chunked_logprobs
+
+pytestmark = pytest.mark.usefixtures("one_process")
+
+
+def change(made: Any, minibatches: list[list[Rollout]]) -> tuple[torch.Tensor, dict[str, float]]:
+    """What ``policy_update`` adds to the weights, and its measures."""
+    before = weights(made.models.policy)
+    measures = made.policy_update(minibatches)
+    return weights(made.models.policy) - before, measures
+
+
+def plain_change(
+    model: Any,
+    minibatches: list[list[Rollout]],
+    learning_rate: float,
+    old: torch.Tensor | None = None,
+    reference: Any = None,
+    beta: float = 0.0,
+) -> torch.Tensor:
+    """The same by gradient descent on `formula`. ``old`` [all tokens]: default, the first weights' own."""
+    everything = [rollout for minibatch in minibatches for rollout in minibatch]
+    before = weights(model)
+    with torch.no_grad():
+        old = padded_logps(model, everything) if old is None else old
+        ref = padded_logps(reference, everything) if reference is not None else None
+    sizes = [sum(len(rollout.response) for rollout in minibatch) for minibatch in minibatches]
+    refs = ref.split(sizes) if ref is not None else [None] * len(sizes)
+    for minibatch, old_part, ref_part in zip(minibatches, old.split(sizes), refs, strict=True):
+        model.zero_grad()
+        formula(padded_logps(model, minibatch), old_part, minibatch, ref_part, beta).backward()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter -= learning_rate * parameter.grad
+    return weights(model) - before
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gradient_is_that_of_the_formula_on_a_padded_batch(family: str) -> None:
+    batch = rollouts(11)
+    got, measures = change(updater(config(), family), [batch])
+    assert_same_step(got, plain_change(random_model(family), [batch], 1.0))
+    assert measures["ratio_mean"] == measures["ratio_max"] == 1.0
+    assert measures["grad_norm"] == pytest.approx(float(got.norm()), rel=1e-4)
+    assert measures["tokens"] == sum(len(rollout.response) for rollout in batch)
+
+
+@pytest.mark.parametrize("mode", ["token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm"])
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_micro_batches_change_nothing(mode: str, level: str) -> None:
+    options = {
+        "loss__loss_agg_mode": mode,
+        "loss__importance_sampling_level": level,
+        "loss__dual_clip": None if level == "sequence" else 3.0,
+        "loss__beta": 0.1,
+        "loss__entropy_coef": 0.01,
+    }
+    batch = rollouts(11)
+    whole, first = change(updater(config(**options)), [batch])
+    small, second = change(updater(config(**options, update__microbatch_tokens=50)), [batch])
+    single, third = change(updater(config(**options, update__microbatch_tokens=1)), [batch])
+    assert_same_step(small, whole)
+    assert_same_step(single, whole)
+    for name in first.keys() - {"seconds_update"}:
+        assert second[name] == pytest.approx(first[name], rel=1e-4, abs=1e-6), name
+        assert third[name] == pytest.approx(first[name], rel=1e-4, abs=1e-6), name
+
+
+def test_kl_term_to_the_reference() -> None:
+    batch = rollouts(8)
+    got, measures = change(updater(config(loss__beta=0.3)), [batch])
+    reference = random_model("qwen3", seed=5)
+    assert_same_step(got, plain_change(random_model("qwen3"), [batch], 1.0, reference=reference, beta=0.3))
+    assert measures["kl_ref"] > 0
+
+
+def test_later_mini_batches_keep_the_first_weights_as_their_old_policy() -> None:
+    minibatches = [rollouts(6, seed) for seed in range(3)]
+    got, measures = change(updater(config(update__microbatch_tokens=60), learning_rate=3.0), minibatches)
+    assert_same_step(got, plain_change(random_model("qwen3"), minibatches, 3.0))
+    assert measures["ratio_max"] > 1.28 and measures["clip_fraction_high"] > 0
+
+
+def with_own_logps(minibatches: list[list[Rollout]], off: float = 0.0) -> list[list[Rollout]]:
+    """Log-probabilities as an engine with the first weights notes them, off by ``off`` times a cosine."""
+    with torch.no_grad():
+        for rollout in (r for minibatch in minibatches for r in minibatch):
+            own = padded_logps(random_model("qwen3"), [rollout])
+            rollout.logps = (own + off * torch.arange(len(own)).cos()).tolist()
+    return minibatches
+
+
+def test_old_log_probabilities_of_the_rollouts() -> None:
+    """They are near the policy's own, as an engine's are, and off by what tells the two modes apart."""
+    minibatches = with_own_logps([rollouts(6, seed) for seed in range(2)], off=0.05)
+    noted = torch.tensor([logp for minibatch in minibatches for rollout in minibatch for logp in rollout.logps])
+    got, measures = change(updater(config(update__old_logps="rollout"), learning_rate=2.0), minibatches)
+    expected = plain_change(random_model("qwen3"), minibatches, 2.0, old=noted)
+    assert_same_step(got, expected)
+    assert measures["ratio_mean"] != 1.0
+    recomputed, _ = change(updater(config(), learning_rate=2.0), minibatches)
+    assert (recomputed - expected).norm() > 1e-3 * expected.norm()
+
+
+def test_mismatch_is_that_of_the_weights_that_sampled() -> None:
+    minibatches = with_own_logps([rollouts(6, seed) for seed in range(3)])
+    _, measures = change(updater(config(), learning_rate=3.0), minibatches)
+    assert measures["ratio_max"] > 1.28, "the policy has to move for this test"
+    assert measures["mismatch"] < 1e-5
+
+
+def test_mismatch_with_the_rollouts_own_as_old_ones_is_that_of_the_first_mini_batch() -> None:
+    minibatches = with_own_logps([rollouts(6, seed) for seed in range(2)], off=0.05)
+    made = updater(config(update__old_logps="rollout", update__microbatch_tokens=60), learning_rate=2.0)
+    _, measures = change(made, [[], *minibatches])
+    lengths = [len(rollout.response) for rollout in minibatches[0] if rollout.advantage]
+    differences = torch.cat([0.05 * torch.arange(length).cos().abs() for length in lengths])
+    assert measures["mismatch"] == pytest.approx(float(differences.mean()), rel=1e-4)
+    for rollout in minibatches[0]:
+        rollout.advantage = 0.0
+    assert "mismatch" not in change(updater(config(update__old_logps="rollout")), minibatches)[1]
+
+
+def test_the_first_mini_batch_has_no_log_probabilities_recomputed(monkeypatch: pytest.MonkeyPatch) -> None:
+    minibatches = [rollouts(6, seed) for seed in range(3)]
+    made = updater(config(update__microbatch_tokens=60), learning_rate=3.0)
+    recomputed: list[int] = []
+
+    def count(module: torch.nn.Module, inputs: Any) -> None:
+        if not torch.is_grad_enabled():
+            recomputed.append(inputs[0].numel())
+
+    made.models.policy.model.base_model.embed_tokens.register_forward_pre_hook(count)
+    got, measures = change(made, [[], *minibatches])
+    later = [r for minibatch in minibatches[1:] for r in minibatch if r.advantage]
+    assert sum(recomputed) == sum(len(r.prompt) + len(r.response) - 1 for r in later)
+
+    whole = updater(config(update__microbatch_tokens=60), learning_rate=3.0)
+    everything = [rollout for minibatch in minibatches for rollout in minibatch]
+    old = whole._logps(whole.models.policy, everything)
+    monkeypatch.setattr(whole, "_old_logps", lambda _: old)
+    expected, before = change(whole, minibatches)
+    assert_same_step(got, expected)
+    for name in measures.keys() - {"seconds_update"}:
+        assert measures[name] == pytest.approx(before[name], rel=1e-4, abs=1e-6), name
+
+
+def test_gradient_falls_on_what_predicts_a_sampled_token_alone() -> None:
+    batch = rollouts(4)
+    made = updater(config())
+    states: list[torch.Tensor] = []
+    ids: list[torch.Tensor] = []
+
+    def keep(module: torch.nn.Module, inputs: Any, output: torch.Tensor) -> None:
+        output.retain_grad()
+        states.append(output)
+
+    made.models.policy.model.base_model.norm.register_forward_hook(keep)
+    made.models.policy.model.base_model.embed_tokens.register_forward_pre_hook(lambda _, inputs: ids.append(inputs[0]))
+    made.policy_update([batch])
+    (state,), (row,) = states, ids
+    assert state.grad is not None
+    # A row holds the sequences one after another; what precedes a response token has a gradient, the rest has none.
+    expected = {
+        (*rollout.prompt, *rollout.response[:-1]): [False] * (len(rollout.prompt) - 1) + [True] * len(rollout.response)
+        for rollout in batch
+        if rollout.advantage
+    }
+    with_gradient = (state.grad[0] != 0).any(-1).tolist()
+    start, tokens = 0, row[0].tolist()
+    while start < len(tokens):
+        sequence = next(s for s in expected if tuple(tokens[start : start + len(s)]) == s)
+        assert with_gradient[start : start + len(sequence)] == expected.pop(sequence)
+        start += len(sequence)
+    assert not expected
+
+
+def test_temperature_is_the_sampling_one() -> None:
+    """At the rollouts' own log-probabilities the engine's and the trainer's agree: mismatch is 0 to rounding."""
+    batch = rollouts(5)
+    with torch.no_grad():
+        for rollout in batch:
+            rollout.logps = padded_logps(random_model("qwen3"), [rollout]).tolist()
+    _, measures = change(updater(config()), [batch])
+    assert measures["mismatch"] < 1e-5
+    _, measures = change(updater(config(rollout__temperature=2 * TEMPERATURE)), [batch])
+    assert measures["mismatch"] > 0.01
+
+
+def test_a_phase_without_signal_moves_nothing() -> None:
+    batch = rollouts(4)
+    for rollout in batch:
+        rollout.advantage = 0.0
+    got, measures = change(updater(config()), [batch])
+    assert not got.any()
+    assert measures["loss"] == 0 and measures["grad_norm"] == 0
+    assert measures["tokens_skipped"] == measures["tokens"] > 0
+
+
+def test_a_mini_batch_that_nothing_was_graded_in_is_passed_over() -> None:
+    made = updater(config())
+    minibatches: list[list[Rollout]] = [[], rollouts(4)]
+    got, _ = change(made, minibatches)
+    assert made.version == 1
+    assert_same_step(got, change(updater(config()), minibatches[1:])[0])
+    got, measures = change(made, [[], []])
+    assert made.version == 1 and not got.any() and measures["loss"] == 0
+
+
+def test_the_norm_of_the_gradient_is_bounded() -> None:
+    free, measures = change(updater(config()), [rollouts(6)])
+    bound = measures["grad_norm"] / 4
+    clipped, again = change(updater(config(update__grad_clip=bound)), [rollouts(6)])
+    assert again["grad_norm"] == pytest.approx(measures["grad_norm"])
+    assert_same_step(clipped, free / 4)
+
+
+@pytest.mark.parametrize("spoiled", ["loss", "gradient"])
+def test_a_loss_that_is_no_number_is_an_error_and_leaves_the_weights(spoiled: str) -> None:
+    made = updater(config(update__microbatch_tokens=60))
+    fine, bad = rollouts(6, 1), rollouts(6, 2)
+    expected, _ = change(updater(config(update__microbatch_tokens=60)), [fine])
+    if spoiled == "loss":
+        bad[0].advantage = math.inf
+    else:
+        # The second mini-batch's gradients, of losses that are finite.
+        model = made.models.policy.model.base_model
+
+        def spoil(module: torch.nn.Module, inputs: Any, output: torch.Tensor) -> None:
+            if output.requires_grad and made.version == 1:
+                output.register_hook(lambda gradient: gradient * math.nan)
+
+        model.norm.register_forward_hook(spoil)
+    before = weights(made.models.policy)
+    with pytest.raises(NonFiniteLoss, match=r"not finite \(loss .*\): lower --update\.learning_rate") as caught:
+        made.policy_update([fine, bad])
+    assert_same_step(weights(made.models.policy) - before, expected)
+    assert made.version == 1
+    assert caught.value.evidence["sequences"] == [rollout for rollout in bad if rollout.advantage]
+    assert math.isfinite(caught.value.evidence["loss"]) == (spoiled == "gradient")
+    assert all(parameter.grad is None for parameter in made.models.policy.parameters())
+
+
+def test_versions_count_optimizer_steps_and_the_schedule_moves_with_them() -> None:
+    made = updater(config())
+    made.schedule = torch.optim.lr_scheduler.LambdaLR(made.optimizer, lambda step: 0.5**step)
+    measures = made.policy_update([rollouts(3, 1), rollouts(3, 2)])
+    assert made.version == 2
+    assert measures["learning_rate"] == 0.5
+    assert made.policy_update([rollouts(3, 3)])["learning_rate"] == 0.25
+    assert made.version == 3
+
+
+def examples() -> list[Example]:
+    return [Example(rollout.prompt, rollout.response) for rollout in rollouts(7)]
+
+
+@pytest.mark.parametrize("microbatch_tokens", [16384, 50])
+def test_supervised_loss_is_transformers_own(microbatch_tokens: int) -> None:
+    batch = examples()
+    made = updater(config(update__microbatch_tokens=microbatch_tokens))
+    before = weights(made.models.policy)
+    measures = made.supervised_update(batch)
+    got = weights(made.models.policy) - before
+
+    model = random_model("qwen3")
+    longest = max(len(e.prompt) + len(e.response) for e in batch)
+    ids, labels = torch.zeros(7, longest, dtype=torch.long), torch.full((7, longest), -100)
+    for row, e in enumerate(batch):
+        end = len(e.prompt) + len(e.response)
+        ids[row, :end] = torch.tensor([*e.prompt, *e.response])
+        labels[row, len(e.prompt) : end] = torch.tensor(e.response)
+    output = model(input_ids=ids, labels=labels, use_cache=False)
+    output.loss.backward()
+    expected = torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
+    assert measures["loss"] == pytest.approx(output.loss.item(), rel=1e-5)
+    assert_same_step(got, -expected)
+    hits = (output.logits[:, :-1].argmax(-1) == labels[:, 1:]).sum()
+    assert measures["token_accuracy"] == pytest.approx(int(hits) / int((labels != -100).sum()))
+    assert made.version == 1
+
+
+def test_supervised_update_never_holds_all_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = 8
+    monkeypatch.setattr(updater_module, "_HIT_ROWS", rows)
+    monkeypatch.setitem(chunked_logprobs.CHUNK_BYTES, "cpu", rows * VOCABULARY * 4)
+    made = updater(config())
+    shapes: set[tuple[int, ...]] = set()
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            result = func(*args, **(kwargs or {}))
+            if isinstance(result, torch.Tensor):
+                shapes.add(tuple(result.shape))
+            return result
+
+    with Watch():
+        measures = made.supervised_update(examples())
+    count = sum(len(example.response) for example in examples())
+    assert count > rows and (rows, VOCABULARY) in shapes
+    assert not {shape for shape in shapes if shape[-2:] == (count, VOCABULARY)}
+    monkeypatch.undo()
+    assert measures["token_accuracy"] == updater(config()).supervised_update(examples())["token_accuracy"]
+
+
+def test_supervised_training_learns() -> None:
+    made = updater(config(), learning_rate=0.3)
+    losses = [made.supervised_update(examples())["loss"] for _ in range(25)]
+    assert losses[-1] < losses[0] / 2
+
+
+@pytest.mark.filterwarnings("ignore:FSDP")
+def test_bfloat16_compute_trains_float32_weights_and_refreshes_the_read_ones() -> None:
+    made = updater(config(), dtype=torch.bfloat16)
+    assert not made.models.shared
+    addresses = [parameter.data_ptr() for parameter in made.models.rollout.parameters()]
+    exact = plain_change(random_model("qwen3"), [rollouts(8)], 1.0)
+    got, measures = change(made, [rollouts(8)])
+    # bfloat16 rounds each activation to 8 bits.
+    assert (got - exact).norm() < 0.05 * exact.norm()
+    assert math.isfinite(measures["loss"])
+    trained = weights(made.models.policy)
+    read = [parameter.flatten() for parameter in made.models.rollout.parameters()]
+    assert torch.equal(torch.cat(read), trained.bfloat16())
+    assert [parameter.data_ptr() for parameter in made.models.rollout.parameters()] == addresses
+
+
+def test_in_one_float32_process_rollouts_read_the_trained_weights() -> None:
+    made = updater(config())
+    assert made.models.shared
+    before = copy.deepcopy(weights(made.models.rollout))
+    made.policy_update([rollouts(4)])
+    assert not torch.equal(weights(made.models.rollout), before)

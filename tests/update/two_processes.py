@@ -1,0 +1,136 @@
+"""What test_two_processes.py runs in one process and in two, to compare."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tests.small_models import random_model
+from tests.update.cases import config, rollouts, share, updater, weights
+from thinktwice_fast import parallel
+from thinktwice_fast.model.attention import NAME
+from thinktwice_fast.model.loading import checkpoint_layers
+from thinktwice_fast.model.sharding import full_state, load_full_state, pair_models
+from thinktwice_fast.rollout.records import Rollout
+from thinktwice_fast.update.batches import Example
+from thinktwice_fast.update.updater import NonFiniteLoss
+
+
+def uneven() -> list[Rollout]:
+    """Long sequences first: the first process has many micro-batches, the second few."""
+    return sorted(rollouts(8), key=lambda rollout: -len(rollout.response))
+
+
+def half_without_signal() -> list[Rollout]:
+    """The second half has no advantage, so the second process has nothing to compute."""
+    batch = rollouts(8, 3)
+    for rollout in batch[4:]:
+        rollout.advantage = 0.0
+    return batch
+
+
+def half_ungraded() -> list[list[Rollout]]:
+    """Mini-batches of which a process has nothing at all, as where its rewards are missing."""
+    first, second = rollouts(8, 4), rollouts(8, 5)
+    if parallel.world_size() == 1:
+        return [first[:4], second[4:]]
+    return [first[:4], []] if parallel.rank() == 0 else [[], second[4:]]
+
+
+SMALL = {"update__microbatch_tokens": 45}
+CASES: dict[str, tuple[dict[str, Any], Any]] = {
+    "plain": ({}, lambda: share([rollouts(8)])),
+    "uneven micro-batches": (SMALL, lambda: share([uneven()])),
+    "half without signal": (SMALL, lambda: share([half_without_signal()])),
+    "half ungraded": (SMALL, half_ungraded),
+    "several mini-batches": (SMALL, lambda: share([rollouts(8, seed) for seed in range(3)])),
+    "reference": (SMALL | {"loss__beta": 0.2}, lambda: share([uneven(), rollouts(6, 9)])),
+    "sequence means": ({"loss__loss_agg_mode": "seq-mean-token-mean"}, lambda: share([uneven()])),
+    "entropy and clipped norm": ({"loss__entropy_coef": 0.1, "update__grad_clip": 0.3}, lambda: share([rollouts(8)])),
+}
+
+
+def update(name: str, family: str = "qwen3") -> tuple[torch.Tensor, dict[str, float]]:
+    """The change of the weights, and the measures, of one phase's update. Collective."""
+    options, minibatches = CASES[name]
+    made = updater(config(**options), family)
+    before = weights(made.models.policy)
+    measures = made.policy_update(minibatches())
+    after = weights(made.models.policy)
+    assert torch.equal(after, weights(made.models.rollout)), "rollouts read other weights than the trained ones"
+    return after - before, measures
+
+
+def supervised() -> tuple[torch.Tensor, dict[str, float]]:
+    made = updater(config(**SMALL))
+    before = weights(made.models.policy)
+    (part,) = share([uneven()])
+    measures = made.supervised_update([Example(rollout.prompt, rollout.response) for rollout in part])
+    return weights(made.models.policy) - before, measures
+
+
+def checkpointed() -> tuple[torch.Tensor, dict[str, float]]:
+    """As "plain", with each layer's activations recomputed."""
+    made = updater(config(), prepare=checkpoint_layers)
+    before = weights(made.models.policy)
+    measures = made.policy_update(share([rollouts(8)]))
+    return weights(made.models.policy) - before, measures
+
+
+def state_round_trip() -> dict[str, Any]:
+    """Saved on rank 0, loaded into other weights; gives what was saved and what rollouts then read."""
+    models = pair_models(random_model("llama", NAME), torch.float32)
+    state = {name: value.clone() for name, value in full_state(models.policy).items()}
+    assert bool(state) == (parallel.rank() == 0)
+    other = pair_models(random_model("llama", NAME, seed=7), torch.float32)
+    load_full_state(other.policy, state)
+    other.sync()
+    return {"state": state, "read": weights(other.rollout), "trained": weights(other.policy)}
+
+
+def bfloat16_pair() -> dict[str, torch.Tensor]:
+    models = pair_models(random_model("olmo3", NAME), torch.bfloat16)
+    trained = weights(models.policy)
+    with torch.no_grad():
+        for parameter in models.policy.parameters():
+            parameter.mul_(1.5)
+    stale = weights(models.rollout)
+    models.sync()
+    return {"trained": trained, "stale": stale, "read": weights(models.rollout)}
+
+
+def bad_loss_on_one() -> str:
+    """The error that this process gets where only the last one has a bad sample."""
+    made = updater(config())
+    (part,) = share([rollouts(8)])
+    if parallel.rank() == parallel.world_size() - 1:
+        part[0].advantage = float("inf")
+    before = weights(made.models.policy)
+    try:
+        made.policy_update([part])
+    except NonFiniteLoss as error:
+        assert torch.equal(weights(made.models.policy), before)
+        return str(error)
+    return "no error"
+
+
+def everything() -> dict[str, Any]:
+    """All results, those of rank 0. Collective."""
+    return {
+        "updates": {name: update(name) for name in CASES},
+        "windowed": update("several mini-batches", "olmo3"),
+        "supervised": supervised(),
+        "checkpointed": checkpointed(),
+        "state": state_round_trip(),
+        "bfloat16": bfloat16_pair(),
+        "errors": parallel.gather(bad_loss_on_one()),
+    }
+
+
+if __name__ == "__main__":
+    from tests.update.worlds import save
+
+    torch.set_num_threads(1)
+    parallel.start(torch.device("cpu"), 60.0)
+    save(everything(), Path(sys.argv[1]))
