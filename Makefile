@@ -44,7 +44,7 @@ warm-start: $(VENV)/built
 	cp -r runs/tiny-warm-start/model thinktwice_fast/assets/tiny
 
 clean:
-	rm -rf $(VENV) build *.egg-info thinktwice_fast/_csrc*.so
+	rm -rf $(VENV) build *.egg-info thinktwice_fast/_csrc*.so kernels/thinktwice_kernels/_csrc*.so
 
 $(VENV)/installed: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' \

@@ -5,6 +5,7 @@ Everything is packed: the T tokens of S sequences lie one after another without 
 """
 
 from thinktwice_kernels.advantages import group_advantages
+from thinktwice_kernels.linear_loss import linear_grpo_loss
 from thinktwice_kernels.logprobs import linear_logits, linear_logprobs, token_logprobs
 from thinktwice_kernels.loss import grpo_loss
 from thinktwice_kernels.metrics import METRICS, Metric, combine_metrics
@@ -20,6 +21,7 @@ __all__ = [
     "combine_metrics",
     "group_advantages",
     "grpo_loss",
+    "linear_grpo_loss",
     "linear_logits",
     "linear_logprobs",
     "token_logprobs",

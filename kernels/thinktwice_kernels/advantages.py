@@ -3,17 +3,16 @@
 Letters: S sequences.
 """
 
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 from torch import Tensor
 
+from thinktwice_kernels.ops import loss as ops
+from thinktwice_kernels.options import ScaleRewards
 from thinktwice_kernels.packed import accumulation_dtype
 
-ScaleRewards = Literal["none", "group", "batch"]
 
-
-@torch.no_grad()
 def group_advantages(
     rewards: Tensor,  # [S], any real type
     group_ids: Tensor,  # [S], integers
@@ -48,28 +47,17 @@ def group_advantages(
     Raises:
         ValueError: shapes differ, ids that are no integers, a negative eps, or an unknown `scale_rewards`.
     """
-    _check(rewards, group_ids, scale_rewards, eps)
-    out_dtype = accumulation_dtype(rewards)
-    # S is small, and float64 keeps rewards like 1e6 + 0.1 apart from their mean.
-    rewards = rewards.double()
-    members = _dense_labels(group_ids)
-    sizes = _group_sum(torch.ones_like(rewards), members)
-    # Rewards that are all equal must give exactly 0, which sum / n does not guarantee: take the group's
-    # smallest reward off first.
-    lowest = torch.zeros_like(rewards).scatter_reduce(0, members, rewards, "amin", include_self=False)
-    shifted = rewards - lowest[members]
-    centred = shifted - (_group_sum(shifted, members) / sizes)[members]
-    if scale_rewards == "group":
-        variance = _group_sum(centred.square(), members) / (sizes - 1).clamp(min=1)
-        centred = centred / (variance.sqrt()[members] + eps)
-    elif scale_rewards == "batch":
-        deviation = rewards - rewards.sum() / max(rewards.numel(), 1)
-        variance = deviation.square().sum() / max(rewards.numel() - 1, 1)
-        centred = centred / (variance.sqrt() + eps)
-    return centred.to(out_dtype)
+    check_rewards(rewards, group_ids, scale_rewards, eps)
+    return ops.group_advantages(*prepared_rewards(rewards, group_ids), scale_rewards, eps)
 
 
-def _check(rewards: Tensor, group_ids: Tensor, scale_rewards: str, eps: float) -> None:
+def prepared_rewards(rewards: Tensor, group_ids: Tensor) -> tuple[Tensor, Tensor]:
+    """As the ops take them: floating-point and int64, contiguous."""
+    return rewards.detach().to(accumulation_dtype(rewards)).contiguous(), group_ids.to(torch.int64).contiguous()
+
+
+def check_rewards(rewards: Tensor, group_ids: Tensor, scale_rewards: str, eps: float) -> None:
+    """Raise ValueError for what `group_advantages` does not take."""
     if rewards.dim() != 1 or rewards.shape != group_ids.shape:
         raise ValueError(
             f"rewards has shape {list(rewards.shape)} and group_ids {list(group_ids.shape)}: "
@@ -81,15 +69,3 @@ def _check(rewards: Tensor, group_ids: Tensor, scale_rewards: str, eps: float) -
         raise ValueError(f"unknown scale_rewards {scale_rewards!r}: choose one of {', '.join(get_args(ScaleRewards))}")
     if not eps >= 0:
         raise ValueError(f"eps is {eps}: choose a number that is not negative")
-
-
-def _dense_labels(group_ids: Tensor) -> Tensor:
-    # torch.unique would do the same, at the price of a device synchronisation.
-    ordered, order = group_ids.sort(stable=True)
-    starts = torch.zeros_like(ordered, dtype=torch.int64)
-    starts[1:] = ordered[1:] != ordered[:-1]
-    return torch.empty_like(starts).scatter_(0, order, starts.cumsum(0))
-
-
-def _group_sum(values: Tensor, members: Tensor) -> Tensor:
-    return torch.zeros_like(values).index_add_(0, members, values)

@@ -7,21 +7,39 @@ from typing import Literal, overload
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
-from thinktwice_kernels.chunked_logprobs import LinearLogprobs, TokenLogprobs, accumulated_logits
+from thinktwice_kernels.ops import logprobs as ops
+from thinktwice_kernels.packed import accumulation_dtype
+from thinktwice_kernels.products import accumulated_logits
 
 
 @overload
 def token_logprobs(
-    logits: Tensor, targets: Tensor, *, temperature: float | Tensor = ..., return_entropy: Literal[False] = ...
+    logits: Tensor,
+    targets: Tensor,
+    *,
+    temperature: float | Tensor = ...,
+    return_entropy: Literal[False] = ...,
+    inplace_backward: bool = ...,
 ) -> Tensor: ...
 @overload
 def token_logprobs(
-    logits: Tensor, targets: Tensor, *, temperature: float | Tensor = ..., return_entropy: Literal[True]
+    logits: Tensor,
+    targets: Tensor,
+    *,
+    temperature: float | Tensor = ...,
+    return_entropy: Literal[True],
+    inplace_backward: bool = ...,
 ) -> tuple[Tensor, Tensor]: ...
 @overload
 def token_logprobs(
-    logits: Tensor, targets: Tensor, *, temperature: float | Tensor = ..., return_entropy: bool
+    logits: Tensor,
+    targets: Tensor,
+    *,
+    temperature: float | Tensor = ...,
+    return_entropy: bool,
+    inplace_backward: bool = ...,
 ) -> Tensor | tuple[Tensor, Tensor]: ...
 def token_logprobs(
     logits: Tensor,  # [T, V], any floating type
@@ -29,6 +47,7 @@ def token_logprobs(
     *,
     temperature: float | Tensor = 1.0,  # a number, or [T]
     return_entropy: bool = False,
+    inplace_backward: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Log-probability of each target under softmax(logits / temperature), and optionally each row's entropy.
 
@@ -41,6 +60,8 @@ def token_logprobs(
         targets: [T]; for tokens that carry no loss any valid id.
         temperature: positive; a number, or one value per token. No gradient flows to it.
         return_entropy: also return the entropy, in nats; it is differentiable too.
+        inplace_backward: the gradient overwrites the logits, which saves its memory. Only for logits that nothing
+            else reads after the backward pass has begun, and for one backward pass.
 
     Returns:
         logps [T], or (logps [T], entropy [T]); fp32, or float64 for float64 logits.
@@ -51,9 +72,9 @@ def token_logprobs(
     """
     if logits.dim() != 2:
         raise ValueError(f"logits has shape {list(logits.shape)}: pass [T, V], for instance logits.flatten(0, -2)")
-    _check_targets(targets, *logits.shape)
-    temperature = _check_temperature(temperature, logits.shape[0])
-    logps, entropy = TokenLogprobs.apply(logits, targets.long(), temperature, return_entropy)
+    check_targets(targets, *logits.shape)
+    arguments = temperature_arguments(temperature, logits.shape[0])
+    logps, _, entropy = ops.token_logprobs(logits, targets.long(), *arguments, return_entropy, inplace_backward)
     return (logps, entropy) if return_entropy else logps
 
 
@@ -123,13 +144,11 @@ def linear_logprobs(
     Raises:
         ValueError: as for `token_logprobs`, and for a softcap that is not positive.
     """
-    _check_linear(hidden, weight, bias)
-    if logit_softcap is not None and not logit_softcap > 0:
-        raise ValueError(f"logit_softcap is {logit_softcap}: pass a positive number, or None for no cap")
-    _check_targets(targets, hidden.shape[0], weight.shape[0])
-    temperature = _check_temperature(temperature, hidden.shape[0])
-    logps, entropy = LinearLogprobs.apply(
-        hidden, weight, bias, targets.long(), temperature, logit_softcap, return_entropy
+    check_head(hidden, weight, bias, logit_softcap)
+    check_targets(targets, hidden.shape[0], weight.shape[0])
+    arguments = temperature_arguments(temperature, hidden.shape[0])
+    logps, _, entropy = ops.linear_logprobs(
+        hidden, weight, bias, targets.long(), *arguments, logit_softcap, return_entropy
     )
     return (logps, entropy) if return_entropy else logps
 
@@ -148,41 +167,56 @@ def linear_logits(
     Raises:
         ValueError: shapes that do not fit.
     """
-    _check_linear(hidden, weight, bias)
-    return accumulated_logits(hidden, weight, bias)
+    check_head(hidden, weight, bias)
+    if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
+        raise ValueError("linear_logits has no gradient: call it under torch.no_grad(), or train on linear_logprobs")
+    with torch.autocast(hidden.device.type, enabled=False):
+        logits = accumulated_logits(hidden, weight)
+        return logits if bias is None else logits.add_(bias)
 
 
-def _check_linear(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None = None) -> None:
+    """Raise ValueError unless these are [T, H], [V, H], [V] and a positive number."""
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
         raise ValueError(f"hidden has shape {list(hidden.shape)}, weight {list(weight.shape)}: pass [T, H] and [V, H]")
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias has shape {list(bias.shape)}: pass [V], here [{weight.shape[0]}]")
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"logit_softcap is {softcap}: pass a positive number, or None for no cap")
+    if isinstance(weight, DTensor) or isinstance(hidden, DTensor):
+        raise ValueError(
+            "hidden or weight is a sharded DTensor: call this inside the forward of the module that FSDP2 wraps, where "
+            "the weight is whole, or pass weight.full_tensor()"
+        )
 
 
-def _check_targets(targets: Tensor, tokens: int, vocabulary: int) -> None:
+def check_targets(targets: Tensor, tokens: int, vocabulary: int) -> None:
+    """Raise ValueError unless these are T integers; on the CPU, unless each is in [0, V)."""
     if targets.shape != (tokens,):
         raise ValueError(f"targets has shape {list(targets.shape)}: pass one token id per row, [{tokens}]")
     if targets.is_floating_point() or targets.dtype == torch.bool:
         raise ValueError(f"targets has type {targets.dtype}: pass integer token ids")
-    # On a GPU this look would wait for the device; there a wrong id fails in the gather itself.
-    if targets.device.type == "cpu" and tokens and not 0 <= int(targets.min()) <= int(targets.max()) < vocabulary:
+    # On a GPU this look would wait for the device; there a wrong id gives NaN.
+    looked_at = targets.device.type == "cpu" and not torch.compiler.is_compiling() and tokens
+    if looked_at and not 0 <= int(targets.min()) <= int(targets.max()) < vocabulary:
         raise ValueError(
             f"targets lie between {int(targets.min())} and {int(targets.max())}: pass ids from 0 to {vocabulary - 1}, "
             "and for tokens without loss any of these"
         )
 
 
-def _check_temperature(temperature: float | Tensor, tokens: int) -> float | Tensor:
+def temperature_arguments(temperature: float | Tensor, tokens: int) -> tuple[float, Tensor | None]:
+    """The number, or 1 and a tensor [T], as the ops take them. Raises ValueError."""
     if not isinstance(temperature, Tensor):
         if not temperature > 0:
             raise ValueError(f"temperature is {temperature}: pass a positive number")
-        return float(temperature)
+        return float(temperature), None
     if temperature.requires_grad:
         raise ValueError("temperature wants a gradient, and none is computed for it: pass temperature.detach()")
     if temperature.dim() == 0:
-        return temperature.expand(tokens)
+        temperature = temperature.expand(tokens)
     if temperature.shape != (tokens,):
         raise ValueError(
             f"temperature has shape {list(temperature.shape)}: pass a number or one value per row, [{tokens}]"
         )
-    return temperature
+    return 1.0, temperature.to(accumulation_dtype(temperature)).contiguous()

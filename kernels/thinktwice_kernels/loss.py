@@ -3,14 +3,13 @@
 Letters: T tokens, S sequences. A is the advantage, r the importance ratio, logp the current log-probability.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor
 
-from thinktwice_kernels.metrics import masked_max, masked_mean
-from thinktwice_kernels.objectives import clipped, kl_to_reference, shaped, surrogate, too_unlikely_to_shape
+from thinktwice_kernels.advantages import check_rewards, prepared_rewards
+from thinktwice_kernels.ops import loss as ops
 from thinktwice_kernels.options import (
     GuideFallback,
     ImportanceSamplingLevel,
@@ -19,15 +18,21 @@ from thinktwice_kernels.options import (
     LossOptions,
     PolicyLoss,
     RolloutIs,
+    ScaleRewards,
 )
-from thinktwice_kernels.packed import Sequences, accumulation_dtype, check_cu_seqlens
+from thinktwice_kernels.packed import accumulation_dtype, check_cu_seqlens
+from thinktwice_kernels.totals import loss_weights, metrics_of
 
 
 def grpo_loss(
     logps: Tensor,  # [T], any floating type
-    advantages: Tensor,  # [S] or [T]
+    advantages: Tensor | None,  # [S] or [T]
     cu_seqlens: Tensor,  # [S+1] int32
     *,
+    rewards: Tensor | None = None,  # [S]
+    group_ids: Tensor | None = None,  # [S]
+    scale_rewards: ScaleRewards = "none",
+    advantage_eps: float = 1e-6,
     old_logps: Tensor | None = None,  # [T]
     ref_logps: Tensor | None = None,  # [T]
     rollout_logps: Tensor | None = None,  # [T]
@@ -98,7 +103,9 @@ def grpo_loss(
 
     Args:
         logps: log-probabilities of the tokens under the current policy; the gradient goes here (and to `entropy`).
-        advantages: one per sequence, or one per token (S = T is read as one per sequence).
+        advantages: one per sequence, or one per token (S = T is read as one per sequence); None with `rewards`.
+        rewards, group_ids, scale_rewards, advantage_eps: in place of advantages, the arguments of `group_advantages`,
+            which is then computed in the same kernel.
         cu_seqlens: offsets of the sequences, from 0 to T.
         old_logps, ref_logps, rollout_logps: under the policy at the start of the update, the reference, and as the
             rollout engine saw them. Constants. `ref_logps` and `rollout_logps` alone only add metrics.
@@ -132,6 +139,12 @@ def grpo_loss(
         loss_agg_mode=loss_agg_mode,
         max_response_length=max_response_length,
     )
+    if logps.dim() != 1 or not logps.is_floating_point():
+        raise ValueError(
+            f"logps has shape {list(logps.shape)} and type {logps.dtype}: pass one floating-point number per token, "
+            "[T], without padding"
+        )
+    check_cu_seqlens(cu_seqlens, logps.shape[0])
     optional = {
         "old_logps": old_logps,
         "ref_logps": ref_logps,
@@ -140,200 +153,88 @@ def grpo_loss(
         "loss_mask": loss_mask,
         "guide_mask": guide_mask,
     }
-    given = {name: tensor for name, tensor in optional.items() if tensor is not None}
-    options.check_inputs(given)
-    _check_shapes(logps, advantages, cu_seqlens, given)
+    given = prepared_tensors(optional, logps.shape, options, accumulation_dtype(logps))
+    check_advantages(advantages, rewards, group_ids, cu_seqlens, logps.shape[0], scale_rewards, advantage_eps)
+    check_normalizer(normalizer)
+    logps = logps.to(accumulation_dtype(logps)).contiguous()
+    per_group = (None, None) if rewards is None or group_ids is None else prepared_rewards(rewards, group_ids)
+    loss, totals, _, _ = ops.grpo_loss(
+        logps,
+        None if advantages is None else advantages.detach().to(logps.dtype).contiguous(),
+        *per_group,
+        scale_rewards,
+        advantage_eps,
+        cu_seqlens.to(logps.device),
+        loss_weights(cu_seqlens, given["loss_mask"], options, normalizer, logps),
+        *given.values(),
+        options.encode(),
+        torch.is_grad_enabled() and (logps.requires_grad or (entropy is not None and entropy.requires_grad)),
+    )
+    return loss, metrics_of(totals, loss.dtype, absent_metrics(given))
+
+
+def absent_metrics(given: Mapping[str, Tensor | None]) -> set[str]:
+    """The metrics that are not there without an optional tensor."""
+    needs = {"ref_logps": "kl_ref", "rollout_logps": "mismatch", "entropy": "entropy"}
+    return {metric for name, metric in needs.items() if given.get(name) is None}
+
+
+def prepared_tensors(
+    optional: Mapping[str, Tensor | None],
+    shape: torch.Size,  # [T]
+    options: LossOptions,
+    dtype: torch.dtype,
+    computed: Collection[str] = (),
+) -> dict[str, Tensor | None]:
+    """The optional tensors [T] checked, and as the ops take them: masks as bool, the others in `dtype`.
+
+    Only `entropy` keeps its gradient. `computed` names those that are not given but computed on the way.
+    """
+    options.check_inputs({name for name, tensor in optional.items() if tensor is not None} | set(computed))
+    prepared: dict[str, Tensor | None] = {}
+    for name, tensor in optional.items():
+        if tensor is None:
+            prepared[name] = None
+            continue
+        if tensor.shape != shape:
+            raise ValueError(f"{name} has shape {list(tensor.shape)}: pass one value per token, {list(shape)}")
+        if name.endswith("mask"):
+            tensor = tensor if tensor.dtype == torch.bool else tensor != 0
+        else:
+            tensor = (tensor if name == "entropy" else tensor.detach()).to(dtype)
+        prepared[name] = tensor.contiguous()
+    return prepared
+
+
+def check_advantages(
+    advantages: Tensor | None,
+    rewards: Tensor | None,
+    group_ids: Tensor | None,
+    cu_seqlens: Tensor,
+    tokens: int,
+    scale_rewards: str,
+    eps: float,
+) -> None:
+    """Raise ValueError unless there are advantages [S] or [T], or rewards [S] and group_ids [S]."""
+    count = cu_seqlens.numel() - 1
+    if rewards is None and group_ids is None:
+        if scale_rewards != "none":
+            raise ValueError(f"scale_rewards={scale_rewards!r} has no effect without rewards: leave it at 'none'")
+        if advantages is None or advantages.dim() != 1 or advantages.numel() not in (count, tokens):
+            shape = None if advantages is None else list(advantages.shape)
+            raise ValueError(
+                f"advantages has shape {shape}: pass one per sequence, [{count}], or one per token, [{tokens}], or "
+                "rewards and group_ids in their place"
+            )
+        return
+    if advantages is not None or rewards is None or group_ids is None:
+        raise ValueError("pass either advantages, or rewards and group_ids with advantages=None")
+    check_rewards(rewards, group_ids, scale_rewards, eps)
+    if rewards.numel() != count:
+        raise ValueError(f"rewards has shape {list(rewards.shape)}: pass one per sequence, [{count}]")
+
+
+def check_normalizer(normalizer: float | Tensor | None) -> None:
+    """Raise ValueError for a number that is no positive count."""
     if isinstance(normalizer, float | int) and not normalizer > 0:
         raise ValueError(f"normalizer is {normalizer}: pass a positive count, or None for this batch's own")
-
-    sequences = Sequences(cu_seqlens.to(logps.device), logps.numel())
-    tokens = _prepare(logps, advantages, given, sequences, options)
-    log_ratio = _log_ratio(tokens, sequences, options)
-    per_token, flows = _policy_term(tokens, log_ratio, sequences, options)
-    kl = None if tokens.ref_logps is None else kl_to_reference(tokens.logps, tokens.ref_logps, kl_estimator)
-    if kl is not None and beta != 0:
-        per_token = per_token + beta * kl
-    if tokens.entropy is not None and entropy_coef != 0:
-        per_token = per_token - entropy_coef * tokens.entropy
-    loss = _aggregate(per_token, tokens.in_loss, sequences, options, normalizer)
-    with torch.no_grad():
-        return loss, _metrics(tokens, log_ratio, flows, kl, options)
-
-
-@dataclass(frozen=True)
-class _Tokens:
-    """The inputs in one floating type, with 0 in place of every value that may not be read."""
-
-    logps: Tensor  # [T], of `computed`
-    old_logps: Tensor  # [T], of `with_ratio`, constant
-    advantages: Tensor  # [T], of `computed`
-    ref_logps: Tensor | None  # [T], of `computed`
-    rollout_logps: Tensor | None  # [T], of `ordinary`
-    entropy: Tensor | None  # [T], of `computed`
-    in_loss: Tensor  # [T] bool: selected by loss_mask
-    computed: Tensor  # [T] bool: of those, not skipped
-    ordinary: Tensor  # [T] bool: of those, not guided
-    with_ratio: Tensor  # [T] bool: ordinary, or guided and fallen back to the ratio objective
-
-
-def _prepare(
-    logps: Tensor,  # [T]
-    advantages: Tensor,  # [S] or [T]
-    given: Mapping[str, Tensor],  # the optional [T] tensors by name
-    sequences: Sequences,
-    options: LossOptions,
-) -> _Tokens:
-    dtype = accumulation_dtype(logps)
-
-    def read(values: Tensor, where: Tensor) -> Tensor:
-        return torch.where(where, values.to(dtype), 0)
-
-    def read_constant(name: str, where: Tensor) -> Tensor | None:
-        return read(given[name].detach(), where) if name in given else None
-
-    in_loss = given["loss_mask"] != 0 if "loss_mask" in given else torch.ones_like(logps, dtype=torch.bool)
-    per_token = advantages.detach()
-    if advantages.numel() == sequences.count:
-        per_token = sequences.spread(per_token)
-    computed = in_loss
-    if options.beta == 0 and options.entropy_coef == 0:
-        computed = in_loss & (per_token != 0)
-        if options.needs_whole_sequences():
-            computed = in_loss & sequences.any(computed)
-    logps, per_token = read(logps, computed), read(per_token, computed)
-
-    guided = torch.zeros_like(in_loss)
-    if "guide_mask" in given:
-        guided = in_loss & (given["guide_mask"] != 0)
-        if options.released_code_compat:
-            guided = sequences.any(guided)
-    ordinary = computed & ~guided
-    with_ratio = ordinary
-    if options.guide_fallback == "clip":
-        with_ratio = ordinary | (computed & guided & too_unlikely_to_shape(logps, per_token))
-    return _Tokens(
-        logps=logps,
-        old_logps=read(given.get("old_logps", logps).detach(), with_ratio),
-        advantages=per_token,
-        ref_logps=read_constant("ref_logps", computed),
-        rollout_logps=read_constant("rollout_logps", ordinary),
-        entropy=read(given["entropy"], computed) if "entropy" in given else None,
-        in_loss=in_loss,
-        computed=computed,
-        ordinary=ordinary,
-        with_ratio=with_ratio,
-    )
-
-
-def _log_ratio(tokens: _Tokens, sequences: Sequences, options: LossOptions) -> Tensor:  # [T], 0 outside with_ratio
-    log_ratio = torch.where(tokens.with_ratio, tokens.logps - tokens.old_logps, 0)
-    if options.importance_sampling_level == "token":
-        return log_ratio
-    lengths = sequences.sum(tokens.with_ratio.to(log_ratio.dtype)).clamp(min=1)
-    return torch.where(tokens.with_ratio, sequences.spread(sequences.sum(log_ratio) / lengths), 0)
-
-
-def _rollout_weight(tokens: _Tokens, sequences: Sequences, options: LossOptions) -> Tensor:  # [T], constant
-    if options.rollout_is == "none" or tokens.rollout_logps is None:
-        return torch.ones_like(tokens.old_logps)
-    log_weight = torch.where(tokens.ordinary, tokens.old_logps - tokens.rollout_logps, 0)
-    if options.rollout_is.startswith("sequence"):
-        log_weight = sequences.spread(sequences.sum(log_weight))
-    weight = log_weight.exp()
-    floor, cap = options.rollout_is_floor or 0.0, options.rollout_is_cap
-    if options.rollout_is.endswith("truncate"):
-        weight = weight.clamp(floor, cap)
-    else:
-        weight = weight.masked_fill((weight < floor) | (weight > cap), 0)
-    return torch.where(tokens.ordinary, weight, 1)
-
-
-def _policy_term(
-    tokens: _Tokens,
-    log_ratio: Tensor,  # [T]
-    sequences: Sequences,
-    options: LossOptions,
-) -> tuple[Tensor, Tensor]:  # [T] loss, [T] bool: a gradient comes from it
-    weight = _rollout_weight(tokens, sequences, options)
-    used = tokens.with_ratio & (tokens.advantages != 0) & (weight != 0)
-    # Unused tokens get arguments at which every objective and its slope are finite.
-    objective, flows = surrogate(
-        torch.where(used, log_ratio, 0),
-        torch.where(used, tokens.logps, 0),
-        torch.where(used, tokens.advantages, 0),
-        options,
-    )
-    policy = torch.where(used, weight * objective, 0)
-    flows = flows & used
-    if options.importance_sampling_level == "sequence" and options.policy_loss != "cispo":
-        flows = tokens.ordinary & sequences.any(flows)
-    guided = tokens.computed & ~tokens.with_ratio
-    shaped_policy, shaped_flows = shaped(tokens.logps, tokens.advantages, guided, options)
-    return torch.where(guided, shaped_policy, policy), flows | shaped_flows
-
-
-def _aggregate(
-    per_token: Tensor,  # [T], 0 outside in_loss
-    in_loss: Tensor,  # [T] bool
-    sequences: Sequences,
-    options: LossOptions,
-    normalizer: float | Tensor | None,
-) -> Tensor:
-    if options.loss_agg_mode == "token-mean":
-        return per_token.sum() / (in_loss.sum().clamp(min=1) if normalizer is None else normalizer)
-    count = max(sequences.count, 1) if normalizer is None else normalizer
-    if options.loss_agg_mode == "seq-mean-token-mean":
-        lengths = sequences.sum(in_loss.to(per_token.dtype)).clamp(min=1)
-        return (sequences.sum(per_token) / lengths).sum() / count
-    if options.max_response_length is not None:
-        per_token = per_token / options.max_response_length
-    return per_token.sum() / count
-
-
-def _metrics(
-    tokens: _Tokens,
-    log_ratio: Tensor,  # [T]
-    flows: Tensor,  # [T] bool
-    kl: Tensor | None,  # [T]
-    options: LossOptions,
-) -> dict[str, Tensor]:
-    ratio = log_ratio.exp()
-    difference = tokens.logps - tokens.old_logps
-    low, high = clipped(log_ratio, tokens.advantages, options)
-    every_token_has_gradient = options.beta != 0 or options.entropy_coef != 0
-    metrics = {
-        "tokens": tokens.in_loss.sum(),
-        "tokens_skipped": (tokens.in_loss & ~tokens.computed).sum(),
-        "tokens_guided": (tokens.computed & ~tokens.ordinary).sum(),
-        "tokens_with_gradient": (tokens.computed if every_token_has_gradient else flows).sum(),
-        "clip_fraction_low": masked_mean(low.to(ratio.dtype), tokens.ordinary),
-        "clip_fraction_high": masked_mean(high.to(ratio.dtype), tokens.ordinary),
-        "ratio_mean": masked_mean(ratio, tokens.ordinary),
-        "ratio_max": masked_max(ratio, tokens.ordinary),
-        "approx_kl": masked_mean(difference.expm1() - difference, tokens.ordinary),
-    }
-    if kl is not None:
-        metrics["kl_ref"] = masked_mean(kl, tokens.ordinary)
-    if tokens.rollout_logps is not None:
-        metrics["mismatch"] = masked_mean((tokens.old_logps - tokens.rollout_logps).abs(), tokens.ordinary)
-    if tokens.entropy is not None:
-        metrics["entropy"] = masked_mean(tokens.entropy, tokens.computed)
-    return {name: value.detach() for name, value in metrics.items()}
-
-
-def _check_shapes(logps: Tensor, advantages: Tensor, cu_seqlens: Tensor, given: Mapping[str, Tensor]) -> None:
-    if logps.dim() != 1 or not logps.is_floating_point():
-        raise ValueError(
-            f"logps has shape {list(logps.shape)} and type {logps.dtype}: pass one floating-point number per token, "
-            "[T], without padding"
-        )
-    check_cu_seqlens(cu_seqlens, logps.numel())
-    for name, tensor in given.items():
-        if tensor.shape != logps.shape:
-            raise ValueError(f"{name} has shape {list(tensor.shape)}: pass one value per token, {list(logps.shape)}")
-    count = cu_seqlens.numel() - 1
-    if advantages.dim() != 1 or advantages.numel() not in (count, logps.numel()):
-        raise ValueError(
-            f"advantages has shape {list(advantages.shape)}: pass one per sequence, [{count}], or one per token, "
-            f"{list(logps.shape)}"
-        )

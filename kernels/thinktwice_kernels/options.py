@@ -1,8 +1,10 @@
 """The options of the loss, and which of them make sense together."""
 
-from collections.abc import Collection
+import math
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, fields
-from typing import Literal, get_args
+from functools import lru_cache
+from typing import Any, Literal, TypedDict, get_args
 
 PolicyLoss = Literal["clip", "cispo", "sapo"]
 ImportanceSamplingLevel = Literal["token", "sequence"]
@@ -10,6 +12,7 @@ KlEstimator = Literal["k1", "k2", "k3"]
 LossAggMode = Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm"]
 RolloutIs = Literal["none", "token-truncate", "token-mask", "sequence-truncate", "sequence-mask"]
 GuideFallback = Literal["mask", "clip"]
+ScaleRewards = Literal["none", "group", "batch"]
 
 _CHOICES: dict[str, tuple[str, ...]] = {
     "policy_loss": get_args(PolicyLoss),
@@ -19,6 +22,29 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "rollout_is": get_args(RolloutIs),
     "guide_fallback": get_args(GuideFallback),
 }
+
+
+class LossKeywords(TypedDict, total=False):
+    """The options of the loss as keyword arguments; `LossOptions` has their defaults."""
+
+    policy_loss: PolicyLoss
+    importance_sampling_level: ImportanceSamplingLevel
+    epsilon_low: float
+    epsilon_high: float
+    dual_clip: float | None
+    delta: float | None
+    sapo_temperature_pos: float
+    sapo_temperature_neg: float
+    rollout_is: RolloutIs
+    rollout_is_cap: float
+    rollout_is_floor: float | None
+    guide_fallback: GuideFallback
+    released_code_compat: bool
+    beta: float
+    kl_estimator: KlEstimator
+    entropy_coef: float
+    loss_agg_mode: LossAggMode
+    max_response_length: int | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +81,21 @@ class LossOptions:
         self._check_ranges()
         self._check_policy()
         self._check_aggregation()
+
+    def encode(self) -> list[float]:
+        """Every field as a number, for a schema of torch.library; `decode` turns them back."""
+        values = []
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.name in _CHOICES:
+                value = _CHOICES[field.name].index(value)
+            values.append(math.nan if value is None else float(value))
+        return values
+
+    @staticmethod
+    def decode(numbers: Sequence[float]) -> "LossOptions":
+        """The options that `encode` made these numbers of."""
+        return _decoded(tuple(numbers))
 
     def needs_whole_sequences(self) -> bool:
         """Whether one token's loss depends on the other tokens of its sequence."""
@@ -136,3 +177,16 @@ class LossOptions:
                 raise ValueError(
                     f"{name}={getattr(self, name)!r} has no effect {circumstance}: leave it at {defaults[name]!r}"
                 )
+
+
+@lru_cache(maxsize=64)
+def _decoded(numbers: tuple[float, ...]) -> LossOptions:
+    values: dict[str, Any] = {}
+    for field, number in zip(fields(LossOptions), numbers, strict=True):
+        if field.name in _CHOICES:
+            values[field.name] = _CHOICES[field.name][int(number)]
+        elif math.isnan(number):
+            values[field.name] = None
+        else:
+            values[field.name] = bool(number) if field.default is False else number
+    return LossOptions(**values)

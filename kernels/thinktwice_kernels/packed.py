@@ -15,14 +15,14 @@ def accumulation_dtype(*tensors: Tensor) -> torch.dtype:
 def check_cu_seqlens(cu_seqlens: Tensor, tokens: int) -> None:
     """Raise ValueError unless `cu_seqlens` [S+1] partitions `tokens`.
 
-    The values are looked at on the CPU only: on a GPU that would wait for the device.
+    The values are looked at on the CPU only, and not while compiling: on a GPU that would wait for the device.
     """
     if cu_seqlens.dim() != 1 or cu_seqlens.numel() == 0 or cu_seqlens.dtype not in (torch.int32, torch.int64):
         raise ValueError(
             f"cu_seqlens has shape {list(cu_seqlens.shape)} and type {cu_seqlens.dtype}: pass the int32 offsets [S+1], "
             "from 0 to the number of tokens"
         )
-    if cu_seqlens.device.type != "cpu":
+    if cu_seqlens.device.type != "cpu" or torch.compiler.is_compiling():
         return
     if cu_seqlens[0] != 0 or cu_seqlens[-1] != tokens or bool((cu_seqlens.diff() < 0).any()):
         raise ValueError(
@@ -41,6 +41,7 @@ class Sequences:
     ):
         positions = torch.arange(tokens, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
         self.count = cu_seqlens.numel() - 1
+        self.offsets = cu_seqlens  # [S+1]
         self.of_token = torch.searchsorted(cu_seqlens[1:].contiguous(), positions, right=True)  # [T]
 
     def sum(self, values: Tensor) -> Tensor:

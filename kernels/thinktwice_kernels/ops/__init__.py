@@ -1,0 +1,1 @@
+"""The ops as torch.library knows them: ``torch.ops.thinktwice_kernels.*``."""
