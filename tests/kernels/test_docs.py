@@ -1,0 +1,54 @@
+"""The programs of docs/ops.md, each run as it stands."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.command import ROOT, environment
+
+DOCS = (ROOT / "docs/ops.md").read_text()
+PROGRAMS = dict(re.findall(r"^## ([^\n]+)\n(?:(?!^## ).)*?```python\n(.*?)```", DOCS, re.M | re.S))
+TINY = ROOT / "thinktwice_fast/assets/tiny"
+
+
+def run(title: str, folder: Path, *launcher: str) -> str:
+    program = folder / "program.py"
+    code = PROGRAMS[title].replace('"Qwen/Qwen3-0.6B"', repr(str(TINY)))  # nothing can be downloaded here
+    program.write_text(code)
+    done = subprocess.run(
+        [sys.executable, *launcher, str(program)],
+        cwd=folder,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=180,
+        stdin=subprocess.DEVNULL,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stdout
+
+
+def test_there_are_five() -> None:
+    assert len(PROGRAMS) == DOCS.count("```python") == 5
+
+
+@pytest.mark.parametrize(
+    ("title", "printed"),
+    [
+        ("A plain torch loop", "'tokens_skipped': 36.0"),
+        ("In a TRL trainer", "'train_loss':"),
+        ("In a trainer of verl's shape", "."),
+        ("Guided tokens (ThinkTuning)", "tensor(["),
+    ],
+)
+def test_program(title: str, printed: str, tmp_path: Path) -> None:
+    assert printed in run(title, tmp_path)
+
+
+def test_fsdp2_program(tmp_path: Path) -> None:
+    printed = run("With FSDP2", tmp_path, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    losses = {line.split("global loss")[1] for line in printed.splitlines() if "global loss" in line}
+    assert printed.count("global loss") == 2 and len(losses) == 1
