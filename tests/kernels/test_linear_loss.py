@@ -112,7 +112,7 @@ def test_gradcheck(case: str) -> None:
 def test_rewards_in_place_of_advantages(scale: str) -> None:
     batch = linear_batch([3, 1, 0, 4, 2], 1, old_logps=True)
     del batch["advantages"]
-    rewards = {
+    rewards: Batch = {
         "rewards": torch.tensor([1.0, 0, 0, 1, 1], dtype=torch.float64),
         "group_ids": torch.tensor([7, 7, 2, 2, 5]),
         "scale_rewards": scale,
@@ -233,7 +233,7 @@ def test_as_exact_as_the_type_allows(dtype: torch.dtype, scale: float) -> None:
     tokens, vocabulary, size = 256, 500, 48
     hidden = (torch.randn(tokens, size, generator=rng) * scale / 7).to(dtype)
     weight = torch.randn(vocabulary, size, generator=rng).to(dtype)
-    batch = {
+    batch: Batch = {
         "targets": torch.randint(0, vocabulary, (tokens,), generator=rng),
         "advantages": torch.randn(8, generator=rng),
         "cu_seqlens": torch.arange(0, tokens + 1, 32, dtype=torch.int32),
