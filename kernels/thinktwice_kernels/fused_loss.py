@@ -112,12 +112,20 @@ class _Segment:
 
 
 def _segments(tokens: _Signal, options: LossOptions, step: int) -> Iterator[_Segment]:
-    if not options.needs_whole_sequences():
-        for piece in tiles(0, tokens.rows.numel(), step):
-            yield _Segment(piece.start, piece.stop, [0, piece.stop - piece.start])
+    if options.needs_whole_sequences():
+        yield from _whole_sequences(tokens.inputs.cu_seqlens.tolist(), step)
         return
+    # Where one guided token makes its sequence guided, it must not reach into the next one.
+    borders = tokens.inputs.cu_seqlens.tolist() if options.released_code_compat else []
+    for piece in tiles(0, tokens.rows.numel(), step):
+        inside = sorted({border - piece.start for border in borders if piece.start < border < piece.stop})
+        yield _Segment(piece.start, piece.stop, [0, *inside, piece.stop - piece.start])
+
+
+def _whole_sequences(borders: list[int], step: int) -> Iterator[_Segment]:
+    """As many sequences at a time as a tile has rows for, at least one."""
     start, offsets = 0, [0]
-    for begin, end in pairwise(tokens.inputs.cu_seqlens.tolist()):
+    for begin, end in pairwise(borders):
         if end - start > step and begin > start:
             yield _Segment(start, begin, offsets)
             start, offsets = begin, [0]

@@ -20,8 +20,9 @@ ROW = V * 8  # bytes of a row of float64 logits
 Batch = dict[str, Any]
 
 
-def linear_batch(lengths: list[int], seed: int, dtype: torch.dtype = torch.float64, **wanted: Any) -> Batch:
-    """As make_batch, with hidden states, weight, bias and targets in place of the log-probabilities."""
+def linear_batch(lengths: list[int], seed: int, **wanted: Any) -> Batch:
+    """As make_batch, with hidden states, weight, bias and targets (of type `dtype`) in place of log-probabilities."""
+    dtype = wanted.pop("dtype", torch.float64)
     batch = make_batch(lengths, seed, **wanted)
     tokens = batch.pop("logps").numel()
     batch.pop("entropy", None)
@@ -202,7 +203,7 @@ def test_what_needs_no_gradient_gets_none(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_backward_twice_and_the_incoming_gradient() -> None:
-    batch = linear_batch([3, 4], 7, torch.float32)
+    batch = linear_batch([3, 4], 7, dtype=torch.float32)
     weight = batch["weight"].requires_grad_()
     loss, _ = linear_grpo_loss(**batch)
     (first,) = torch.autograd.grad(loss, [weight], retain_graph=True)
@@ -298,7 +299,7 @@ def test_logits_never_exist_whole(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_inputs_that_are_not_contiguous_and_autocast() -> None:
-    batch = linear_batch([3, 4], 10, torch.float32, old_logps=True)
+    batch = linear_batch([3, 4], 10, dtype=torch.float32, old_logps=True)
     want = run(linear_grpo_loss, batch)
     batch["hidden"] = batch["hidden"].t().contiguous().t()
     with torch.autocast("cpu", torch.bfloat16):
