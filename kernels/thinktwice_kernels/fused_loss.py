@@ -26,6 +26,9 @@ from thinktwice_kernels.products import HeadGradients, accumulated_logits, gradi
 from thinktwice_kernels.tiles import rows_per_tile, tiles
 from thinktwice_kernels.totals import totals_of
 
+# Tokens that one thread or program takes at a time where sequences don't matter.
+_TOKENS_TOGETHER = 1024
+
 
 def linear_loss_forward(
     hidden: Tensor,  # [T, H]
@@ -115,9 +118,10 @@ def _segments(tokens: _Signal, options: LossOptions, step: int) -> Iterator[_Seg
     if options.needs_whole_sequences():
         yield from _whole_sequences(tokens.inputs.cu_seqlens.tolist(), step)
         return
-    # Where one guided token makes its sequence guided, it must not reach into the next one.
-    borders = tokens.inputs.cu_seqlens.tolist() if options.released_code_compat else []
-    for piece in tiles(0, tokens.rows.numel(), step):
+    # Where one guided token makes its sequence guided, it must not reach into the next one. Elsewhere any cuts do.
+    count = tokens.rows.numel()
+    borders = tokens.inputs.cu_seqlens.tolist() if options.released_code_compat else range(0, count, _TOKENS_TOGETHER)
+    for piece in tiles(0, count, step):
         inside = sorted({border - piece.start for border in borders if piece.start < border < piece.stop})
         yield _Segment(piece.start, piece.stop, [0, *inside, piece.stop - piece.start])
 

@@ -1,0 +1,1 @@
+"""The Triton kernels under `thinktwice_kernels.backends.triton_backend`."""

@@ -1,0 +1,307 @@
+"""Compiles every kernel ahead of time, without a GPU: ``python -m thinktwice_kernels.triton_kernels.aot``.
+
+The configurations are recorded from the backend's own launches over all types, optional tensors and options. Their
+product is large, so a covering set stands for it: every pair of values is there in at least one configuration. Of the
+loss, whose kernel takes long to compile, a shorter set can be had, with every value in at least one for each type.
+"""
+
+import random
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import combinations, product
+from typing import Any, get_args
+
+import torch
+import triton
+from torch import Tensor
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.jit import JITFunction, create_function_from_signature
+
+from thinktwice_kernels.backends import Head, LossInputs, triton_backend
+from thinktwice_kernels.options import (
+    GuideFallback,
+    ImportanceSamplingLevel,
+    KlEstimator,
+    LossOptions,
+    PolicyLoss,
+    RolloutIs,
+)
+from thinktwice_kernels.packed import accumulation_dtype
+from thinktwice_kernels.triton_kernels.launch import Launch, recording
+
+ARCHITECTURES = (80, 90, 100)
+_TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_BOTH = (False, True)
+_HEAD_AXES: dict[str, Sequence[Any]] = {"bias": _BOTH, "temperatures": _BOTH, "softcap": _BOTH}
+# Rows that begin on multiples of 16 bytes or not; one program or several to a row.
+_STATISTICS_AXES = {"logits": _TYPES, "aligned": _BOTH, "split": _BOTH, "entropy": _BOTH, **_HEAD_AXES}
+_GRADIENT_AXES = {
+    "types": (*((dtype, dtype) for dtype in _TYPES), (torch.float32, torch.bfloat16)),  # logits, their gradient
+    "aligned": _BOTH,
+    "rows": _BOTH,
+    "in_place": _BOTH,
+    "d_logps": _BOTH,
+    "d_entropy": _BOTH,
+    **_HEAD_AXES,
+}
+_LOSS_OPTIONS: dict[str, Sequence[Any]] = {
+    "policy_loss": get_args(PolicyLoss),
+    "importance_sampling_level": get_args(ImportanceSamplingLevel),
+    "rollout_is": get_args(RolloutIs),
+    "guide_fallback": get_args(GuideFallback),
+    "kl_estimator": get_args(KlEstimator),
+    "released_code_compat": _BOTH,
+    "beta": (0.0, 0.1),
+}
+_OPTIONAL = ("old_logps", "ref_logps", "rollout_logps", "entropy", "loss_mask", "guide_mask")
+_LOSS_TYPES = (torch.float32, torch.float64)  # of logps
+_LOSS_AXES: dict[str, Sequence[Any]] = {
+    "offsets": (torch.int32, torch.int64),
+    "advantages": ("sequence", "token", "rewards"),
+    "weight_per_token": _BOTH,
+    "entropy_coef and want_gradient": tuple(product((0.0, 0.1), _BOTH)),  # together these say what is written
+    **_LOSS_OPTIONS,
+    **dict.fromkeys(_OPTIONAL, _BOTH),
+}
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """What a kernel is compiled for; equal ones are one compiled kernel."""
+
+    kernel: str
+    parameters: tuple[tuple[str, str], ...]  # name -> type and divisibility, or value of a constant
+    warps: int
+
+    def describe(self) -> str:
+        """The parameters that tell configurations of a kernel apart."""
+        return " ".join(f"{name}={value}" for name, value in self.parameters if value not in ("i32", "i64", "fp64"))
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A line of the table."""
+
+    configuration: Configuration
+    architecture: int
+    registers: int  # of a thread
+    shared: int  # bytes of a program
+    stack: int  # bytes of a thread: where spilled registers go
+    ptx: str
+
+
+def configurations(pairs: bool = True) -> dict[Configuration, Launch]:
+    """Configurations, each with a launch that needs it; `pairs` is about the loss: of values, or values alone."""
+    with recording() as launches:
+        for values in covering(_STATISTICS_AXES, lambda _: True, 2):
+            _launch_statistics(**values)
+        for values in covering(_GRADIENT_AXES, _is_gradient, 2):
+            _launch_gradient(**values)
+        for dtypes in [_LOSS_TYPES] if pairs else [(dtype,) for dtype in _LOSS_TYPES]:
+            for values in covering(_LOSS_AXES | {"logps": dtypes}, _is_loss, 2 if pairs else 1):
+                _launch_loss(values)
+        for dtype in _LOSS_TYPES:
+            triton_backend.group_advantages(torch.zeros(4, dtype=dtype), torch.zeros(4).long(), "none", 1e-6)
+    return {configuration_of(launch): launch for launch in launches}
+
+
+def configuration_of(launch: Launch) -> Configuration:
+    """The key under which Triton keeps the compiled kernel of a launch."""
+    kernel, arguments, warps = launch
+    signature, constants, attributes = _source_of(kernel, arguments)
+    parameters = []
+    for position, (name, kind) in enumerate(signature.items()):
+        if kind == "constexpr":
+            kind = str(constants[(position,)])
+        elif attributes.get((position,)):
+            kind += ":16"
+        parameters.append((name, kind))
+    return Configuration(kernel.__name__, tuple(parameters), warps)
+
+
+def compiled(launch: Launch, architecture: int) -> Compiled:
+    """Compiles what a launch needs. Nothing runs."""
+    kernel, arguments, warps = launch
+    signature, constants, attributes = _source_of(kernel, arguments)
+    result = triton.compile(
+        ASTSource(kernel, signature, constants, attributes),
+        target=GPUTarget("cuda", architecture, 32),
+        options={"num_warps": warps, "num_stages": 1},
+    )
+    registers, stack = _resources(result.asm["cubin"])
+    return Compiled(configuration_of(launch), architecture, registers, result.metadata.shared, stack, result.asm["ptx"])
+
+
+def table(pairs: bool = True, processes: int = 1) -> Iterator[Compiled]:
+    """Compiles every configuration for every architecture, in as many processes."""
+    numbers = range(len(configurations(pairs)))
+    jobs = [(pairs, number, architecture) for number in numbers for architecture in ARCHITECTURES]
+    if processes == 1:
+        yield from map(_compile_job, jobs)
+        return
+    with ProcessPoolExecutor(processes) as pool:
+        yield from pool.map(_compile_job, jobs, chunksize=4)
+
+
+def covering(
+    axes: Mapping[str, Sequence[Any]],
+    valid: Callable[[dict[str, Any]], bool],
+    together: int,
+) -> list[dict[str, Any]]:
+    """Assignments of a value to each axis in which all values of that many axes occur together, if they validly can."""
+    draw = random.Random(0)
+
+    def parts(values: dict[str, Any]) -> set[Any]:
+        return set(combinations([(name, axes[name].index(value)) for name, value in values.items()], together))
+
+    missing = dict.fromkeys(
+        part
+        for names in combinations(axes, together)
+        for part in product(*([(name, at) for at in range(len(axes[name]))] for name in names))
+    )
+    found: list[dict[str, Any]] = []
+    while missing:
+        wanted = {name: axes[name][at] for name, at in next(iter(missing))}
+        tries = [{name: draw.choice(values) for name, values in axes.items()} | wanted for _ in range(300)]
+        best = max(filter(valid, tries), key=lambda values: len(parts(values) & missing.keys()), default=None)
+        if best is not None:
+            found.append(best)
+        for part in [next(iter(missing))] if best is None else parts(best) & missing.keys():
+            del missing[part]
+    return found
+
+
+def _source_of(kernel: Any, arguments: dict[str, Any]) -> tuple[dict[str, str], dict[Any, Any], dict[Any, Any]]:
+    """Signature, constants and attributes that Triton would compile the kernel with."""
+    if not isinstance(kernel, JITFunction):
+        raise RuntimeError("Triton interprets the kernels: unset TRITON_INTERPRET to compile them")
+    backend = make_backend(GPUTarget("cuda", ARCHITECTURES[0], 32))
+    bound, specialization, options = create_function_from_signature(kernel.signature, kernel.params, backend)(
+        **arguments, debug=False
+    )
+    _, signature, constants, attributes = kernel._pack_args(backend, options, bound, specialization, options)
+    return signature, constants, attributes
+
+
+def _resources(cubin: bytes) -> tuple[int, int]:
+    """Registers and bytes of stack of a thread."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
+        text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    usage = dict(re.findall(r"(REG|STACK):(\d+)", text))
+    return int(usage["REG"]), int(usage["STACK"])
+
+
+@lru_cache
+def _launches(pairs: bool) -> list[Launch]:
+    return list(configurations(pairs).values())
+
+
+def _compile_job(job: tuple[bool, int, int]) -> Compiled:
+    pairs, number, architecture = job
+    return compiled(_launches(pairs)[number], architecture)
+
+
+def _head(logits: Tensor, values: Mapping[str, Any]) -> Head:
+    rows, size = logits.shape
+    numbers = torch.empty(max(rows, size), dtype=accumulation_dtype(logits))
+    return Head(
+        numbers[:size] if values["bias"] else None,
+        numbers[:rows] if values["temperatures"] else 1.0,
+        30.0 if values["softcap"] else None,
+    )
+
+
+def _launch_statistics(logits: torch.dtype, aligned: bool, split: bool, entropy: bool, **head: Any) -> None:
+    size = (65536 if split else 16) if aligned else (50257 if split else 7)
+    tile = torch.empty(2, size, dtype=logits)
+    triton_backend.row_statistics(tile, torch.zeros(2).long(), _head(tile, head), entropy)
+
+
+def _is_gradient(values: Mapping[str, Any]) -> bool:
+    same = values["types"][0] == values["types"][1]
+    return (values["d_logps"] or values["d_entropy"]) and (same or not values["in_place"])
+
+
+def _launch_gradient(
+    types: tuple[torch.dtype, torch.dtype],
+    aligned: bool,
+    rows: bool,
+    in_place: bool,
+    d_logps: bool,
+    d_entropy: bool,
+    **head: Any,
+) -> None:
+    logits, targets = torch.empty(2, 16 if aligned else 7, dtype=types[0]), torch.zeros(2).long()
+    numbers = torch.empty(2, dtype=accumulation_dtype(logits))
+    triton_backend.row_gradient(
+        logits,
+        targets,
+        _head(logits, head),
+        numbers,
+        numbers if d_entropy else None,
+        numbers if d_logps else None,
+        numbers if d_entropy else None,
+        targets if rows else None,
+        logits if in_place else torch.empty_like(logits, dtype=types[1]),
+    )
+
+
+def _loss_options(values: Mapping[str, Any]) -> LossOptions:
+    coefficient, _ = values["entropy_coef and want_gradient"]
+    return LossOptions(**{name: values[name] for name in _LOSS_OPTIONS}, entropy_coef=coefficient)
+
+
+def _is_loss(values: Mapping[str, Any]) -> bool:
+    try:
+        _loss_options(values).check_inputs({name for name in _OPTIONAL if values[name]})
+    except ValueError:
+        return False
+    return True
+
+
+def _launch_loss(values: Mapping[str, Any]) -> None:
+    tokens, sequences, dtype = 8, 4, values["logps"]
+
+    def numbers(count: int) -> Tensor:
+        return torch.empty(count, dtype=dtype)
+
+    optional: dict[str, Any] = {
+        name: torch.empty(tokens, dtype=torch.bool if name.endswith("mask") else dtype)
+        for name in _OPTIONAL
+        if values[name]
+    }
+    given = {"sequence": sequences, "token": tokens, "rewards": None}[values["advantages"]]
+    inputs = LossInputs(
+        logps=numbers(tokens),
+        advantages=None if given is None else numbers(given),
+        cu_seqlens=torch.zeros(sequences + 1, dtype=values["offsets"]),
+        weights=numbers(tokens if values["weight_per_token"] else sequences),
+        rewards=numbers(sequences),
+        group_ids=torch.zeros(sequences).long(),
+        **optional,
+    )
+    triton_backend.sequence_loss(inputs, _loss_options(values), values["entropy_coef and want_gradient"][1])
+
+
+def main() -> None:
+    """Prints the table."""
+    print(f"{'kernel':<20} {'sm':>3} {'warps':>5} {'registers':>9} {'shared':>6} {'stack':>5}  configuration")
+    for line in table():
+        print(
+            f"{line.configuration.kernel:<20} {line.architecture:>3} {line.configuration.warps:>5} "
+            f"{line.registers:>9} {line.shared:>6} {line.stack:>5}  {line.configuration.describe()}"
+        )
+
+
+if __name__ == "__main__":
+    main()

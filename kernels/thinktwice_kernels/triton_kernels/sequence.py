@@ -1,0 +1,373 @@
+"""The loss of whole sequences with metrics and gradient: `reference.grpo_loss`, one program per sequence.
+
+All arithmetic is in float64, which costs nothing beside the memory that a token takes, and sums of a hundred thousand
+tokens keep their digits. Sums add up per lane and meet once, at the end, always in the same order.
+
+Letters: T tokens, S sequences.
+"""
+
+import triton
+import triton.language as tl
+
+from thinktwice_kernels.backends import PARTIALS
+from thinktwice_kernels.triton_kernels.advantages import advantage_of
+from thinktwice_kernels.triton_kernels.numerics import expm1_minus, number
+from thinktwice_kernels.triton_kernels.objective import (
+    _CISPO,
+    clipped,
+    kl_to_reference,
+    rollout_weight,
+    shaped,
+    surrogate,
+    too_unlikely_to_shape,
+)
+
+_COLUMNS = tl.constexpr(len(PARTIALS))
+_LOSS = tl.constexpr(PARTIALS.index("loss"))
+_TOKENS = tl.constexpr(PARTIALS.index("tokens"))
+_COMPUTED = tl.constexpr(PARTIALS.index("computed"))
+_GUIDED = tl.constexpr(PARTIALS.index("guided"))
+_WITH_GRADIENT = tl.constexpr(PARTIALS.index("with_gradient"))
+_CLIP_LOW = tl.constexpr(PARTIALS.index("clip_low"))
+_CLIP_HIGH = tl.constexpr(PARTIALS.index("clip_high"))
+_RATIO = tl.constexpr(PARTIALS.index("ratio"))
+_APPROX_KL = tl.constexpr(PARTIALS.index("approx_kl"))
+_KL_REF = tl.constexpr(PARTIALS.index("kl_ref"))
+_MISMATCH = tl.constexpr(PARTIALS.index("mismatch"))
+_ENTROPY = tl.constexpr(PARTIALS.index("entropy"))
+_RATIO_MAX = tl.constexpr(PARTIALS.index("ratio_max"))
+
+
+@triton.jit
+def _flags(loss_mask_ptr, tokens, inside):
+    """Which of the tokens are in the loss."""
+    if loss_mask_ptr is None:
+        return inside
+    else:
+        return tl.load(loss_mask_ptr + tokens, mask=inside, other=0) != 0
+
+
+@triton.jit
+def _of_tokens(values_ptr, tokens, where, own, PER_TOKEN: tl.constexpr):
+    """Values of tokens, 0 where they may not be read; `own` is the sequence's, which all of its tokens share."""
+    if PER_TOKEN:
+        return tl.load(values_ptr + tokens, mask=where, other=0.0).to(tl.float64)
+    else:
+        return tl.where(where, own, 0.0)
+
+
+@triton.jit
+def _read(values_ptr, tokens, where):
+    """In float64; 0 where they may not be read."""
+    return tl.load(values_ptr + tokens, mask=where, other=0.0).to(tl.float64)
+
+
+@triton.jit
+def _load_tokens(
+    tokens,
+    inside,
+    own_advantage,
+    any_advantage,
+    any_guided,
+    logps_ptr,
+    advantages_ptr,
+    old_logps_ptr,
+    loss_mask_ptr,
+    guide_mask_ptr,
+    ADVANTAGE_PER_TOKEN: tl.constexpr,
+    WHOLE: tl.constexpr,
+    SKIP: tl.constexpr,
+    FALLBACK: tl.constexpr,
+    COMPAT: tl.constexpr,
+):
+    """Flags (in loss, computed, guided among these, with ratio), then logp, old logp and advantage."""
+    in_loss = _flags(loss_mask_ptr, tokens, inside)
+    advantages = _of_tokens(advantages_ptr, tokens, in_loss, own_advantage, ADVANTAGE_PER_TOKEN)
+    computed = in_loss
+    if SKIP:
+        computed = in_loss & (any_advantage if WHOLE else advantages != 0)
+    logps = _read(logps_ptr, tokens, computed)
+    guided = computed & any_guided
+    if guide_mask_ptr is not None and not COMPAT:
+        guided = tl.load(guide_mask_ptr + tokens, mask=computed, other=0) != 0
+    with_ratio = computed & (guided == 0)
+    if FALLBACK:
+        with_ratio = with_ratio | (guided & too_unlikely_to_shape(logps, advantages))
+    old_logps = tl.where(with_ratio, logps, 0.0)
+    if old_logps_ptr is not None:
+        old_logps = _read(old_logps_ptr, tokens, with_ratio)
+    return in_loss, computed, guided, with_ratio, logps, old_logps, advantages
+
+
+@triton.jit
+def _any(flags):
+    """Whether a flag is set in any lane."""
+    return tl.max(flags.to(tl.int32), 0) > 0
+
+
+@triton.jit(
+    do_not_specialize=["sequences", "scale_rewards"],
+    do_not_specialize_on_alignment=[
+        "cu_seqlens_ptr",
+        "logps_ptr",
+        "advantages_ptr",
+        "rewards_ptr",
+        "group_ids_ptr",
+        "weights_ptr",
+        "old_logps_ptr",
+        "ref_logps_ptr",
+        "rollout_logps_ptr",
+        "entropy_ptr",
+        "loss_mask_ptr",
+        "guide_mask_ptr",
+        "partials_ptr",
+        "d_logps_ptr",
+        "d_entropy_ptr",
+    ],
+)
+def sequence_loss(
+    cu_seqlens_ptr,  # [S+1]
+    logps_ptr,  # [T]
+    advantages_ptr,  # [S] or [T]; None: from the rewards
+    rewards_ptr,  # [S] or None
+    group_ids_ptr,  # [S] or None
+    weights_ptr,  # [S] or [T]
+    old_logps_ptr,  # [T] or None
+    ref_logps_ptr,  # [T] or None
+    rollout_logps_ptr,  # [T] or None
+    entropy_ptr,  # [T] or None
+    loss_mask_ptr,  # [T] bytes or None
+    guide_mask_ptr,  # [T] bytes or None
+    partials_ptr,  # [S, len(PARTIALS)]
+    d_logps_ptr,  # [T]; None: no gradient wanted
+    d_entropy_ptr,  # [T]; None: not wanted, or entropy_coef is 0
+    sequences,  # S
+    scale_rewards,  # position among its choices
+    epsilon_low: tl.float64,
+    epsilon_high: tl.float64,
+    ceiling: tl.float64,
+    temperature_pos: tl.float64,
+    temperature_neg: tl.float64,
+    rollout_floor: tl.float64,
+    rollout_cap: tl.float64,
+    beta: tl.float64,
+    entropy_coef: tl.float64,
+    advantage_eps: tl.float64,
+    ADVANTAGE_PER_TOKEN: tl.constexpr,
+    WEIGHT_PER_TOKEN: tl.constexpr,
+    POLICY: tl.constexpr,
+    SEQUENCE_RATIO: tl.constexpr,
+    ROLLOUT_IS: tl.constexpr,  # importance correction of the rollout
+    SEQUENCE_ROLLOUT: tl.constexpr,  # of which the weight is the sequence's
+    TRUNCATE: tl.constexpr,  # of which the weight is bounded, not masked
+    FALLBACK: tl.constexpr,  # guided tokens too unlikely to shape use the ratio
+    COMPAT: tl.constexpr,
+    KL: tl.constexpr,  # estimator
+    USE_KL: tl.constexpr,  # beta is not 0
+    USE_ENTROPY: tl.constexpr,  # entropy_coef is not 0
+    BLOCK: tl.constexpr,
+):
+    WHOLE: tl.constexpr = SEQUENCE_RATIO or SEQUENCE_ROLLOUT
+    SKIP: tl.constexpr = not USE_KL and not USE_ENTROPY
+    # Whether the gradient flows through the mean log-ratio of the sequence.
+    SPREAD: tl.constexpr = SEQUENCE_RATIO and POLICY != _CISPO
+
+    epsilon_low = number(epsilon_low, tl.float64)
+    epsilon_high = number(epsilon_high, tl.float64)
+    ceiling = number(ceiling, tl.float64)
+    temperature_pos = number(temperature_pos, tl.float64)
+    temperature_neg = number(temperature_neg, tl.float64)
+    rollout_floor = number(rollout_floor, tl.float64)
+    rollout_cap = number(rollout_cap, tl.float64)
+    beta = number(beta, tl.float64)
+    entropy_coef = number(entropy_coef, tl.float64)
+
+    sequence = tl.program_id(0).to(tl.int64)
+    begin = tl.load(cu_seqlens_ptr + sequence).to(tl.int64)
+    end = tl.load(cu_seqlens_ptr + sequence + 1).to(tl.int64)
+    lanes = tl.arange(0, BLOCK)
+    own_weight = tl.full((), 0.0, tl.float64)
+    if not WEIGHT_PER_TOKEN:
+        own_weight = tl.load(weights_ptr + sequence).to(tl.float64)
+    own_advantage = tl.full((), 0.0, tl.float64)
+    if advantages_ptr is None:
+        own_advantage = advantage_of(
+            sequence, rewards_ptr, group_ids_ptr, sequences, advantage_eps, scale_rewards, BLOCK
+        ).to(tl.float64)
+    elif not ADVANTAGE_PER_TOKEN:
+        own_advantage = tl.load(advantages_ptr + sequence).to(tl.float64)
+
+    # What all tokens need to know of the sequence: flags.
+    any_advantage = own_advantage != 0
+    any_guided = begin > end
+    if COMPAT or (WHOLE and SKIP):
+        advantage_found = tl.zeros((BLOCK,), tl.int1)
+        guide_found = tl.zeros((BLOCK,), tl.int1)
+        for start in range(begin, end, BLOCK):
+            tokens = start + lanes
+            in_loss = _flags(loss_mask_ptr, tokens, tokens < end)
+            advantages = _of_tokens(advantages_ptr, tokens, in_loss, own_advantage, ADVANTAGE_PER_TOKEN)
+            advantage_found = advantage_found | (advantages != 0)
+            if COMPAT:
+                guide_found = guide_found | (tl.load(guide_mask_ptr + tokens, mask=in_loss, other=0) != 0)
+        any_advantage = _any(advantage_found)
+        any_guided = _any(guide_found)
+
+    # Then the means and sums of log-ratios.
+    log_ratio_mean = tl.full((), 0.0, tl.float64)
+    log_weight_sum = tl.full((), 0.0, tl.float64)
+    with_ratio_count = tl.full((), 0.0, tl.float64)
+    if WHOLE:
+        log_ratios = tl.zeros((BLOCK,), tl.float64)
+        log_weights = tl.zeros((BLOCK,), tl.float64)
+        counts = tl.zeros((BLOCK,), tl.int32)
+        for start in range(begin, end, BLOCK):
+            tokens = start + lanes
+            _, computed, guided, with_ratio, logps, old_logps, _ = _load_tokens(
+                tokens, tokens < end, own_advantage, any_advantage, any_guided,
+                logps_ptr, advantages_ptr, old_logps_ptr, loss_mask_ptr, guide_mask_ptr,
+                ADVANTAGE_PER_TOKEN, WHOLE, SKIP, FALLBACK, COMPAT,
+            )  # fmt: skip
+            log_ratios += tl.where(with_ratio, logps - old_logps, 0.0)
+            counts += with_ratio.to(tl.int32)
+            if SEQUENCE_ROLLOUT:
+                ordinary = computed & (guided == 0)
+                rollout_logps = _read(rollout_logps_ptr, tokens, ordinary)
+                log_weights += tl.where(ordinary, old_logps - rollout_logps, 0.0)
+        with_ratio_count = tl.maximum(tl.sum(counts, 0), 1).to(tl.float64)
+        log_ratio_mean = tl.sum(log_ratios, 0) / with_ratio_count
+        log_weight_sum = tl.sum(log_weights, 0)
+
+    # Then each token's term, its own slope and the metrics.
+    loss = tl.zeros((BLOCK,), tl.float64)
+    ratio_sum = tl.zeros((BLOCK,), tl.float64)
+    ratio_max = tl.zeros((BLOCK,), tl.float64)
+    approx_kl = tl.zeros((BLOCK,), tl.float64)
+    kl_ref = tl.zeros((BLOCK,), tl.float64)
+    mismatch = tl.zeros((BLOCK,), tl.float64)
+    entropy_sum = tl.zeros((BLOCK,), tl.float64)
+    shared_slope = tl.zeros((BLOCK,), tl.float64)
+    token_count = tl.zeros((BLOCK,), tl.int32)
+    computed_count = tl.zeros((BLOCK,), tl.int32)
+    guided_count = tl.zeros((BLOCK,), tl.int32)
+    flow_count = tl.zeros((BLOCK,), tl.int32)
+    shaped_count = tl.zeros((BLOCK,), tl.int32)
+    low_count = tl.zeros((BLOCK,), tl.int32)
+    high_count = tl.zeros((BLOCK,), tl.int32)
+    for start in range(begin, end, BLOCK):
+        tokens = start + lanes
+        inside = tokens < end
+        in_loss, computed, guided, with_ratio, logps, old_logps, advantages = _load_tokens(
+            tokens, inside, own_advantage, any_advantage, any_guided,
+            logps_ptr, advantages_ptr, old_logps_ptr, loss_mask_ptr, guide_mask_ptr,
+            ADVANTAGE_PER_TOKEN, WHOLE, SKIP, FALLBACK, COMPAT,
+        )  # fmt: skip
+        ordinary = computed & (guided == 0)
+        token_count += in_loss.to(tl.int32)
+        computed_count += computed.to(tl.int32)
+        guided_count += guided.to(tl.int32)
+
+        difference = tl.where(with_ratio, logps - old_logps, 0.0)
+        log_ratio = difference
+        if SEQUENCE_RATIO:
+            log_ratio = tl.where(with_ratio, log_ratio_mean, 0.0)
+        ratio = tl.exp(log_ratio)
+        low, high = clipped(ratio, advantages, epsilon_low, epsilon_high, POLICY)
+        low_count += (low & ordinary).to(tl.int32)
+        high_count += (high & ordinary).to(tl.int32)
+        ratio_sum += tl.where(ordinary, ratio, 0.0)
+        # A NaN stays: nothing is larger.
+        larger = ordinary & ((ratio > ratio_max) | (ratio != ratio))
+        ratio_max = tl.where(larger, ratio, ratio_max)
+        approx_kl += tl.where(ordinary, expm1_minus(difference), 0.0)
+
+        rollout = tl.full((BLOCK,), 1.0, tl.float64)
+        if rollout_logps_ptr is not None:
+            rollout_logps = _read(rollout_logps_ptr, tokens, ordinary)
+            log_weight = tl.where(ordinary, old_logps - rollout_logps, 0.0)
+            mismatch += tl.abs(log_weight)
+            if ROLLOUT_IS:
+                if SEQUENCE_ROLLOUT:
+                    log_weight = tl.where(ordinary, log_weight_sum, 0.0)
+                corrected = rollout_weight(log_weight, rollout_floor, rollout_cap, TRUNCATE)
+                rollout = tl.where(ordinary, corrected, 1.0)
+
+        objective, slope, flows = surrogate(
+            log_ratio, ratio, logps, advantages, epsilon_low, epsilon_high, ceiling,
+            temperature_pos, temperature_neg, POLICY,
+        )  # fmt: skip
+        used = with_ratio & (advantages != 0) & (rollout != 0)
+        flows = flows & used
+        value = tl.where(used, rollout * objective, 0.0)
+        slope = tl.where(flows, rollout * slope, 0.0)
+        shaped_value, shaped_flows = shaped(logps, advantages, computed & (with_ratio == 0), COMPAT)
+        value += shaped_value
+        flow_count += flows.to(tl.int32)
+        shaped_count += shaped_flows.to(tl.int32)
+
+        weights = _of_tokens(weights_ptr, tokens, computed, own_weight, WEIGHT_PER_TOKEN)
+        if SPREAD:
+            shared_slope += weights * slope
+            slope = shaped_value
+        else:
+            slope += shaped_value
+        if ref_logps_ptr is not None:
+            kl, kl_slope = kl_to_reference(logps, _read(ref_logps_ptr, tokens, computed), KL)
+            kl_ref += tl.where(ordinary, kl, 0.0)
+            if USE_KL:
+                value += beta * kl
+                slope += beta * kl_slope
+        if entropy_ptr is not None:
+            entropy = _read(entropy_ptr, tokens, computed)
+            entropy_sum += entropy
+            if USE_ENTROPY:
+                value -= entropy_coef * entropy
+        loss += tl.where(computed, weights * value, 0.0)
+        if d_logps_ptr is not None and not SPREAD:
+            tl.store(d_logps_ptr + tokens, tl.where(computed, weights * slope, 0.0), mask=inside)
+        if d_entropy_ptr is not None:
+            tl.store(d_entropy_ptr + tokens, tl.where(computed, -entropy_coef * weights, 0.0), mask=inside)
+
+    # The slope with respect to the mean log-ratio goes to all tokens that it was taken over.
+    if d_logps_ptr is not None and SPREAD:
+        share = tl.sum(shared_slope, 0) / with_ratio_count
+        for start in range(begin, end, BLOCK):
+            tokens = start + lanes
+            inside = tokens < end
+            _, computed, guided, with_ratio, logps, _, advantages = _load_tokens(
+                tokens, inside, own_advantage, any_advantage, any_guided,
+                logps_ptr, advantages_ptr, old_logps_ptr, loss_mask_ptr, guide_mask_ptr,
+                ADVANTAGE_PER_TOKEN, WHOLE, SKIP, FALLBACK, COMPAT,
+            )  # fmt: skip
+            slope, _ = shaped(logps, advantages, computed & (with_ratio == 0), COMPAT)
+            if USE_KL:
+                _, kl_slope = kl_to_reference(logps, _read(ref_logps_ptr, tokens, computed), KL)
+                slope += beta * kl_slope
+            weights = _of_tokens(weights_ptr, tokens, computed, own_weight, WEIGHT_PER_TOKEN)
+            slope = tl.where(computed, weights * slope, 0.0) + tl.where(with_ratio, share, 0.0)
+            tl.store(d_logps_ptr + tokens, slope, mask=inside)
+
+    computed_total = tl.sum(computed_count, 0)
+    guided_total = tl.sum(guided_count, 0)
+    flow_total = tl.sum(flow_count, 0)
+    if SPREAD:
+        flow_total = tl.where(flow_total > 0, computed_total - guided_total, 0)
+    flow_total += tl.sum(shaped_count, 0)
+    if not SKIP:
+        flow_total = computed_total
+    not_a_number = _any(ratio_max != ratio_max)
+
+    own_ptr = partials_ptr + sequence * _COLUMNS
+    tl.store(own_ptr + _LOSS, tl.sum(loss, 0))
+    tl.store(own_ptr + _TOKENS, tl.sum(token_count, 0))
+    tl.store(own_ptr + _COMPUTED, computed_total)
+    tl.store(own_ptr + _GUIDED, guided_total)
+    tl.store(own_ptr + _WITH_GRADIENT, flow_total)
+    tl.store(own_ptr + _CLIP_LOW, tl.sum(low_count, 0))
+    tl.store(own_ptr + _CLIP_HIGH, tl.sum(high_count, 0))
+    tl.store(own_ptr + _RATIO, tl.sum(ratio_sum, 0))
+    tl.store(own_ptr + _APPROX_KL, tl.sum(approx_kl, 0))
+    tl.store(own_ptr + _KL_REF, tl.sum(kl_ref, 0))
+    tl.store(own_ptr + _MISMATCH, tl.sum(mismatch, 0))
+    tl.store(own_ptr + _ENTROPY, tl.sum(entropy_sum, 0))
+    tl.store(own_ptr + _RATIO_MAX, tl.where(not_a_number, float("nan"), tl.max(ratio_max, 0)))

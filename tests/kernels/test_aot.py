@@ -1,0 +1,147 @@
+"""The Triton kernels compiled ahead of time for three architectures, and run in Triton's interpreter."""
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("Triton compiles nothing while it interprets", allow_module_level=True)
+
+from tests.kernels.batches import make_batch
+from tests.kernels.cases import CASES
+from thinktwice_kernels.backends import Head, LossInputs, triton_backend
+from thinktwice_kernels.options import LossOptions
+from thinktwice_kernels.triton_kernels import aot
+from thinktwice_kernels.triton_kernels.launch import recording
+
+ROOT = Path(__file__).parent.parent.parent
+ROW_KERNELS = ("row_statistics", "combine_statistics", "row_gradient")
+
+
+@pytest.fixture(scope="module")
+def lines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[aot.Compiled]]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("triton")))
+        yield list(aot.table(pairs=False, processes=2))
+
+
+def test_the_kernels_in_the_interpreter() -> None:
+    """Two files in a process with TRITON_INTERPRET set, since Triton looks at it when imported."""
+    files = ["tests/kernels/test_triton_backend.py", "tests/kernels/test_interpreted_ops.py"]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files]
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stdout[-5000:]
+    (passed,) = re.findall(r"(\d+) passed", done.stdout)
+    assert int(passed) > 140
+    assert "skipped" not in done.stdout.splitlines()[-1]
+
+
+def test_everything_compiles(lines: list[aot.Compiled]) -> None:
+    wanted = {(key, architecture) for key in aot.configurations(pairs=False) for architecture in aot.ARCHITECTURES}
+    assert {(line.configuration, line.architecture) for line in lines} == wanted
+    assert len(lines) == len(wanted)
+    assert {line.configuration.kernel for line in lines} == {*ROW_KERNELS, "sequence_loss", "group_advantages"}
+
+
+def test_no_row_kernel_spills(lines: list[aot.Compiled]) -> None:
+    assert not [line for line in lines if line.configuration.kernel in ROW_KERNELS and line.stack]
+    assert all(16 <= line.registers <= 255 for line in lines)
+
+
+def test_aligned_rows_are_read_and_written_16_bytes_at_a_time(lines: list[aot.Compiled]) -> None:
+    for line in lines:
+        kinds = dict(line.configuration.parameters)
+        if line.configuration.kernel not in ("row_statistics", "row_gradient"):
+            continue
+        wide = re.findall(r"(ld|st)\.global\S*\.(?:v4\.b32|v2\.b64)", line.ptx)
+        aligned = kinds["stride"].endswith(":16")
+        assert aligned == ("ld" in wide)
+        if "out_ptr" in kinds:
+            assert aligned == ("st" in wide)
+
+
+def test_pairs_are_covered() -> None:
+    axes: dict[str, Any] = {"a": (1, 2, 3), "b": "xy", "c": (False, True)}
+    found = aot.covering(axes, lambda values: values["a"] != 3 or values["c"], 2)
+    assert {(v["a"], v["b"]) for v in found} == {(a, b) for a in (1, 2, 3) for b in "xy"}
+    assert {(v["b"], v["c"]) for v in found} == {(b, c) for b in "xy" for c in (False, True)}
+    assert {(v["a"], v["c"]) for v in found} == {(a, c) for a in (1, 2, 3) for c in (False, True)} - {(3, False)}
+
+
+def row_launches(rows: int, start: int, head: Head, dtype: torch.dtype = torch.float32) -> set[aot.Configuration]:
+    """What a tile of logits compiles whose rows begin at `start` of what they are indexed by."""
+    tile = torch.empty(rows, 4096, dtype=dtype)
+    numbers, targets = torch.empty(start + rows)[start:], torch.zeros(start + rows).long()[start:]
+    if isinstance(head.temperature, Tensor):
+        head = replace(head, temperature=torch.empty(start + rows)[start:])
+    with recording() as launches:
+        triton_backend.row_statistics(tile, targets, head, True)
+        for index in (None, targets):
+            out = torch.empty_like(tile, dtype=torch.bfloat16)
+            triton_backend.row_gradient(tile, targets, head, numbers, numbers, numbers, numbers, index, out)
+    return {aot.configuration_of(launch) for launch in launches}
+
+
+@pytest.mark.parametrize("head", [Head(), Head(torch.empty(4096), torch.empty(1), 30.0)], ids=["plain", "all"])
+def test_new_numbers_of_rows_compile_nothing(head: Head) -> None:
+    first = row_launches(600, 0, head)
+    for rows, start in ((601, 0), (1000, 1), (1024, 16), (4096, 3)):
+        assert row_launches(rows, start, head) == first
+    few = row_launches(16, 0, head)
+    assert len(few) == len(first)
+    for rows, start in ((1, 0), (1, 1), (2, 3), (17, 5)):
+        assert row_launches(rows, start, head) == few
+
+
+def loss_launches(lengths: list[int], case: str, start: int = 0, **numbers: float) -> set[aot.Configuration]:
+    options, tensors = CASES[case]
+    options = {name: value for name, value in options.items() if name != "normalizer"} | numbers
+    total = sum(lengths)
+    batch = make_batch([start, *lengths], 3, **dict.fromkeys(tensors, True), loss_mask=True)
+    sequences = len(lengths)
+    own = {name: value.detach()[-total:] for name, value in batch.items() if name not in ("advantages", "cu_seqlens")}
+    inputs = LossInputs(
+        **own,
+        advantages=batch["advantages"][-sequences:],
+        cu_seqlens=torch.tensor([0, *lengths]).cumsum(0),
+        weights=torch.ones(sequences, dtype=torch.float64),
+    )
+    with recording() as launches:
+        triton_backend.sequence_loss(inputs, LossOptions(**options), True)
+    return {aot.configuration_of(launch) for launch in launches}
+
+
+@pytest.mark.parametrize("case", ["clip", "gspo", "sequence-mask", "guided, with kl"])
+def test_new_lengths_compile_nothing(case: str) -> None:
+    first = loss_launches([5, 7, 3], case)
+    assert len(first) == 1
+    for lengths, start in (([16, 16], 0), ([1], 1), ([3, 0, 70], 1), ([1, 1, 1, 5], 3)):
+        assert loss_launches(lengths, case, start) == first
+
+
+def test_new_numbers_among_the_options_compile_nothing() -> None:
+    assert loss_launches([5, 3], "clip") == loss_launches([5, 3], "clip", epsilon_low=0.0, epsilon_high=1.0)
+    assert loss_launches([5, 3], "clip") == loss_launches([5, 3], "clip", dual_clip=3.0)
+    assert loss_launches([5, 3], "k3") == loss_launches([5, 3], "k3", beta=1.0)
+    assert loss_launches([5, 3], "entropy") == loss_launches([5, 3], "entropy", entropy_coef=1.0)
+    assert loss_launches([5, 3], "clip") != loss_launches([5, 3], "sapo")
+
+
+def test_every_launch_is_made_of_what_is_compiled() -> None:
+    """Each parameter's type, alignment or value, in each kernel, is among those that `lines` compiles."""
+    known = {(key.kernel, *parameter) for key in aot.configurations(pairs=False) for parameter in key.parameters}
+    launched = {key for case in CASES for lengths in ([3, 0, 4], [1]) for key in loss_launches(lengths, case)}
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        for head in (Head(), Head(torch.empty(4096), torch.empty(1), 30.0)):
+            launched |= row_launches(600, 0, head, dtype) | row_launches(1, 1, head, dtype)
+    assert {(key.kernel, *parameter) for key in launched for parameter in key.parameters} <= known

@@ -1,0 +1,52 @@
+"""The public ops over the Triton kernels in Triton's interpreter; run by test_aot.py, see test_triton_backend.py."""
+
+import os
+
+import pytest
+import torch
+
+if os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("needs TRITON_INTERPRET=1", allow_module_level=True)
+
+from tests.kernels.cases import CASES
+from tests.kernels.test_linear_loss import ROW, assert_equals_reference, linear_batch
+from thinktwice_kernels import group_advantages, linear_logprobs, reference, token_logprobs
+from thinktwice_kernels.backends import backend_of, triton_backend
+
+
+def test_the_interpreted_backend_is_the_one_used() -> None:
+    assert backend_of(torch.zeros(1)) is triton_backend
+
+
+@pytest.mark.parametrize("rows", [2, None])
+@pytest.mark.parametrize(
+    "case", ["clip", "gspo", "entropy", "cispo", "guided, fallback", "guided, released code", "sequence-mask"]
+)
+def test_linear_grpo_loss(case: str, rows: int | None) -> None:
+    options, tensors = CASES[case]
+    batch = linear_batch([3, 0, 4, 1], 1, **dict.fromkeys({"loss_mask", *tensors}, True))
+    assert_equals_reference(batch, options, memory_budget=None if rows is None else rows * ROW)
+
+
+def test_log_probabilities() -> None:
+    batch = linear_batch([5], 2)
+    hidden, weight, bias = (batch[name].requires_grad_() for name in ("hidden", "weight", "bias"))
+    tau = torch.linspace(0.5, 2, 5, dtype=torch.float64)
+    for make in (linear_logprobs, reference.linear_logprobs):
+        logps, entropy = make(hidden, weight, batch["targets"], bias=bias, temperature=tau, return_entropy=True)
+        gradients = torch.autograd.grad(logps.square().sum() + entropy.sum(), [hidden, weight, bias])
+        if make is linear_logprobs:
+            got = (logps, entropy, *gradients)
+    torch.testing.assert_close(got, (logps, entropy, *gradients))
+    logits = (hidden @ weight.t()).detach()
+    torch.testing.assert_close(
+        token_logprobs(logits, batch["targets"]), reference.token_logprobs(logits, batch["targets"])
+    )
+
+
+def test_group_advantages() -> None:
+    rewards, ids = torch.tensor([1.0, 0, 1, 0.5]), torch.tensor([3, 3, 1, 3])
+    torch.testing.assert_close(
+        group_advantages(rewards, ids, scale_rewards="group"),
+        reference.group_advantages(rewards, ids, scale_rewards="group"),
+    )
