@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 CSRC := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inc' -o -name '*.cu' -o -name '*.cuh')
 RUN := $(BIN)/torchrun --standalone --nproc-per-node 1 thinktwice_fast/train.py
 
-.PHONY: setup train test lint format learning warm-start tables clean
+.PHONY: setup train test lint format learning bench warm-start tables clean
 
 train: $(VENV)/built
 	$(RUN) --resume auto
@@ -31,6 +31,12 @@ format: $(VENV)/built
 # Three whole runs of the default job, held against what the README says of them.
 learning: $(VENV)/built
 	$(BIN)/python -m pytest -q bench/check_learning.py
+
+# The ops against their peers. Threads wait without spinning, which on shared cores slows whoever synchronises most.
+bench: $(VENV)/built
+	mkdir -p build/bench
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest bench/ -o 'python_files=bench_*.py' --benchmark-only \
+	  --benchmark-quiet --bench-output build/bench --benchmark-json=build/bench/pytest_benchmark.json
 
 tables: $(VENV)/built
 	$(BIN)/python -m thinktwice_fast.run.tables README.md

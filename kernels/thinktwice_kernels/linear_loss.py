@@ -68,7 +68,7 @@ def linear_grpo_loss(
         bias, temperature, logit_softcap: see `linear_logprobs`.
         rewards, group_ids, scale_rewards, advantage_eps: in place of advantages, see `group_advantages`.
         memory_budget: bytes of logits, with their gradient, that may exist at a time, if one token's fit into them;
-            None: 4 GiB on a GPU, 128 MiB on a CPU. Also the number of rows of each matrix product follows from it.
+            None: 4 GiB on a GPU, 256 MiB on a CPU. Also the number of rows of each matrix product follows from it.
 
     Returns:
         The loss, without dimensions, fp32 (float64 if `hidden` or `weight` is float64), and the metrics that

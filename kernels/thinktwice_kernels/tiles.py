@@ -9,7 +9,7 @@ import torch
 
 # Bytes of logits and of their gradient. A GPU wants matrix products of thousands of rows; a CPU wants some hundreds,
 # because each product also reads or writes the whole weight once.
-DEFAULT_BUDGET = {"cpu": 128 << 20, "cuda": 4 << 30}
+DEFAULT_BUDGET = {"cpu": 256 << 20, "cuda": 4 << 30}
 
 
 def rows_per_tile(vocabulary: int, bytes_per_logit: int, device: torch.device, budget: int | None = None) -> int:

@@ -1,0 +1,86 @@
+#!/usr/bin/env bash
+# Builds, tests and measures the ops on a machine with an NVIDIA GPU, nvcc, Python, torch and Triton; no network.
+# Under nine minutes. Ends with a table (check, figure, target, met or not); status 1 if a result was wrong.
+#
+#   [WHEELS=dir] [PYTHON=python3] bench/gpu_check.sh [--cpu] [OUTPUT]
+#
+# WHEELS: wheels of what is missing there (pytest-benchmark, and peers such as liger-kernel, trl).
+# --cpu: a dry run with tiny shapes, where there is no GPU. OUTPUT: where everything is written, build/gpu_check.
+set -u
+cd "$(dirname "$0")/.." || exit 2
+CPU=
+if [ "${1:-}" = --cpu ]; then
+  CPU=1
+  shift
+fi
+OUTPUT=${1:-build/gpu_check}
+PYTHON=${PYTHON:-python3}
+LIMIT=525 # seconds for everything
+SITE=$OUTPUT/site
+mkdir -p "$OUTPUT"
+rm -f "$OUTPUT"/steps.tsv "$OUTPUT"/results.json
+export PYTHONPATH="$SITE:$PWD/kernels:$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1
+
+# step NAME KIND SECONDS COMMAND...: runs it, with a log and a line in steps.tsv. KIND: correctness, or other.
+step() {
+  local name=$1 kind=$2 seconds=$3 start=$SECONDS left=$((LIMIT - SECONDS)) status
+  shift 3
+  echo "== $name"
+  if [ "$left" -lt 5 ]; then
+    status=124
+    echo "no time is left" >"$OUTPUT/$name.log"
+  else
+    timeout --kill-after=10 $((seconds < left ? seconds : left)) "$@" >"$OUTPUT/$name.log" 2>&1
+    status=$?
+  fi
+  tail -n 4 "$OUTPUT/$name.log"
+  printf '%s\t%s\t%s\t%s\n' "$name" "$kind" "$status" $((SECONDS - start)) >>"$OUTPUT/steps.tsv"
+}
+
+tests() {
+  step "$1" correctness "$2" "$PYTHON" -m pytest -q -p no:cacheprovider "${@:3}"
+}
+
+environment() {
+  "$PYTHON" - <<'END'
+import json
+from bench import hardware
+print(json.dumps(hardware.describe(), indent=1))
+END
+  nvidia-smi
+  nvcc --version
+  "$PYTHON" -m pip list
+}
+export -f environment
+export PYTHON
+
+if [ -n "${WHEELS:-}" ]; then
+  step wheels other 90 "$PYTHON" -m pip install --quiet --no-index --no-deps --no-compile --upgrade --target "$SITE" \
+    "$WHEELS"/*.whl
+fi
+step environment other 40 bash -c environment
+BENCHMARKS="bench/bench_linear_loss.py bench/bench_token_logprobs.py bench/bench_linear_logprobs.py
+  bench/bench_grpo_loss.py bench/bench_advantages.py" # the most important first
+if [ -n "$CPU" ]; then
+  if ! compgen -G 'kernels/thinktwice_kernels/_csrc*.so' >/dev/null; then
+    step build correctness 500 "$PYTHON" setup.py build_ext --inplace
+  fi
+  tests tests-kernels 100 tests/kernels/test_options.py
+  BENCHMARKS="bench/bench_linear_loss.py bench/bench_advantages.py"
+  SIZE=toy
+else
+  step build correctness 200 "$PYTHON" setup.py build_ext --inplace
+  tests tests-gpu-ops 170 -m gpu tests/kernels
+  tests tests-kernels 60 -m 'not gpu' tests/kernels
+  if "$PYTHON" -c 'import datasets, jsonargparse, math_verify, pebble' 2>/dev/null; then
+    tests tests-gpu-trainer 90 -m gpu tests/test_gpu.py
+  fi
+  SIZE=gpu
+fi
+LEFT=$((LIMIT - SECONDS))
+# shellcheck disable=SC2086 # a list of files
+step benchmarks other "$LEFT" "$PYTHON" -m pytest -q -p no:cacheprovider $BENCHMARKS \
+  -o 'python_files=bench_*.py' -o timeout=0 --benchmark-only --benchmark-quiet \
+  --benchmark-json "$OUTPUT/pytest_benchmark.json" --bench-size "$SIZE" --bench-output "$OUTPUT" \
+  --bench-seconds $((LEFT - 60))
+"$PYTHON" -m bench.gpu_table "$OUTPUT"

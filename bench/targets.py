@@ -1,0 +1,116 @@
+"""The speeds that the ops are meant to reach, held against the figures of one run.
+
+Only the main comparison counts: no case with rows that could be skipped, none that is there to be compared with.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from bench.measure import CEILING, OURS, PLAIN
+
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Target:
+    """`figure` of each case has to be at least (or at most) `bound` in all of them; the worst is shown."""
+
+    name: str
+    op: str
+    figure: Callable[[Mapping[str, Row]], float | None]  # from the records of one case by contender
+    bound: float
+    at_most: bool = False
+    only: Callable[[Row], bool] = lambda row: True  # which cases
+
+    def verdict(self, figure: float) -> bool:
+        return figure <= self.bound if self.at_most else figure >= self.bound
+
+
+@dataclass(frozen=True)
+class Outcome:
+    name: str
+    figure: str
+    bound: str
+    met: bool | None  # None: not measured
+
+    @property
+    def words(self) -> str:
+        return {True: "met", False: "NOT MET", None: "not measured"}[self.met]
+
+
+def times_slower(contender: str) -> Callable[[Mapping[str, Row]], float | None]:
+    return lambda rows: rows[contender]["to_ours"] if contender in rows else None
+
+
+def _fastest_peer(rows: Mapping[str, Row]) -> float | None:
+    ratios = [row["to_ours"] for name, row in rows.items() if name not in (OURS, CEILING) and row["to_ours"]]
+    return min(ratios, default=None)
+
+
+def _of_ceiling(rows: Mapping[str, Row]) -> float | None:
+    return rows[OURS]["of_ceiling"]
+
+
+def _memory_share(rows: Mapping[str, Row]) -> float | None:
+    ours, plain = rows[OURS]["memory"], rows[PLAIN]["memory"]
+    return ours / plain if ours is not None and plain else None
+
+
+def _most_tokens(records: Iterable[Row], op: str) -> int:
+    return max((row["tokens"] for row in records if row["op"] == op and row["memory"] is not None), default=0)
+
+
+LINEAR = "linear_grpo_loss"
+GPU_TARGETS = [
+    Target("share of the rate of the bare products", LINEAR, _of_ceiling, 0.9),
+    Target("times as fast as Liger's scaled CE + loss", LINEAR, times_slower("liger scaled CE + loss"), 1.4),
+    Target("times as fast as Liger's chunked loss", LINEAR, times_slower("liger chunked"), 5),
+    Target("times as fast as verl's kernel + loss", LINEAR, times_slower("verl + loss"), 2.5),
+    Target("times as fast as the fastest peer", LINEAR, _fastest_peer, 1),
+    Target("share of the copy bandwidth, forward", "token_logprobs forward", _of_ceiling, 0.85),
+    Target("share of the copy bandwidth, with backward", "token_logprobs", _of_ceiling, 0.85),
+]
+
+
+def cpu_targets(records: Iterable[Row]) -> list[Target]:
+    """The memory target is for the most tokens: gradient and tile, which do not grow with them, are a floor."""
+    most = _most_tokens(records, LINEAR)
+    return [
+        Target("times as fast as plain torch", LINEAR, times_slower(PLAIN), 1),
+        Target("times as fast as Liger's chunked loss", LINEAR, times_slower("liger chunked"), 2),
+        Target(
+            f"share of plain torch's peak memory, T={most}",
+            LINEAR,
+            _memory_share,
+            0.1,
+            at_most=True,
+            only=lambda row: row["tokens"] == most and row["memory"] is not None,
+        ),
+    ]
+
+
+def outcomes(document: Mapping[str, Any]) -> list[Outcome]:
+    """Each target for the device of a run."""
+    records = document["results"]
+    targets = GPU_TARGETS if document["device"] == "cuda" else cpu_targets(records)
+    return [_outcome(target, records) for target in targets]
+
+
+def _outcome(target: Target, records: Iterable[Row]) -> Outcome:
+    cases: dict[str, dict[str, Row]] = {}
+    for row in records:
+        if row["op"] == target.op and row["main"]:
+            cases.setdefault(row["case"], {})[row["contender"]] = row
+    figures = {
+        case: figure
+        for case, rows in cases.items()
+        if OURS in rows and target.only(rows[OURS]) and (figure := target.figure(rows)) is not None
+    }
+    bound = f"{'<=' if target.at_most else '>='} {target.bound:g}"
+    name = f"{target.op}: {target.name}"
+    if not figures:
+        return Outcome(name, "-", bound, None)
+    worst = (max if target.at_most else min)(figures, key=lambda case: figures[case])
+    others = f" (worst of {len(figures)}: {worst})" if len(figures) > 1 else f" ({worst})"
+    return Outcome(name, f"{figures[worst]:.3g}{others}", bound, target.verdict(figures[worst]))

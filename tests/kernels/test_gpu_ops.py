@@ -1,0 +1,397 @@
+"""Every public op on CUDA, where there is one, against its definition in float64 on the CPU.
+
+Letters: T tokens, S sequences, V vocabulary, H hidden size.
+"""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any, cast
+
+import pytest
+import torch
+import triton
+from torch import Tensor
+
+from tests.kernels.batches import make_batch
+from tests.kernels.cases import AGGREGATIONS, CASES
+from thinktwice_kernels import (
+    fused_loss,
+    group_advantages,
+    grpo_loss,
+    linear_grpo_loss,
+    linear_logprobs,
+    reference,
+    token_logprobs,
+)
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
+]
+DEVICE = torch.device("cuda")
+FP32_ERROR = 1e-5
+LENGTHS = [5, 0, 40, 1, 130, 64]
+T, V, H = sum(LENGTHS), 517, 64
+DTYPES = [torch.float32, torch.bfloat16]
+Tensors = dict[str, Tensor]
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory() -> Iterator[None]:
+    """torch.empty and its kin give NaN, so that a kernel that leaves out an element shows."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.empty(5, device=DEVICE).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def error(got: Tensor, want: Tensor) -> float:
+    """Relative; a loss, which is a sum of terms of both signs and of size 1, is not taken for smaller than 0.01."""
+    want = want.detach()
+    return float((got.detach().cpu().double() - want).norm() / want.norm().clamp(min=1e-30 if want.dim() else 0.01))
+
+
+def assert_accurate(got: Tensors, want: Tensors, plain: Tensors | None = None) -> None:
+    """Below 1e-5; or no more than twice the error of what plain torch makes of bfloat16 inputs."""
+    for name, value in want.items():
+        limit = FP32_ERROR if plain is None else max(FP32_ERROR, 2 * error(plain[name], value))
+        assert error(got[name], value) <= limit, name
+
+
+def head(tokens: int, vocabulary: int, dtype: torch.dtype, **wanted: bool) -> dict[str, Any]:
+    """Hidden states, weight and targets on the CPU in float64, rounded to `dtype`."""
+    found: dict[str, Any] = {
+        "hidden": normal(tokens, H, seed=1).to(dtype).double(),
+        "weight": (normal(vocabulary, H, seed=2) / 4).to(dtype).double(),
+        "targets": torch.randint(0, vocabulary, (tokens,), generator=torch.Generator().manual_seed(3)),
+    }
+    if wanted.get("bias"):
+        found["bias"] = normal(vocabulary, seed=4).to(dtype).double()
+    return found
+
+
+def on_device(batch: dict[str, Any], dtype: torch.dtype, leaves: tuple[str, ...]) -> dict[str, Any]:
+    """The batch on the GPU: the leaves in `dtype`, with gradients; the other floating tensors in fp32."""
+    moved = {}
+    for name, value in batch.items():
+        if isinstance(value, Tensor):
+            value = value.detach().to(DEVICE)
+            if name in leaves:
+                value = value.to(dtype).requires_grad_()
+            elif value.is_floating_point() and dtype != torch.float64:
+                value = value.float()
+        moved[name] = value
+    return moved
+
+
+def with_leaves(batch: dict[str, Any], leaves: tuple[str, ...]) -> dict[str, Any]:
+    return {**batch, **{name: batch[name].detach().clone().requires_grad_() for name in leaves if name in batch}}
+
+
+def gradients(outputs: Any, batch: dict[str, Any], leaves: tuple[str, ...], incoming: Any = None) -> Tensors:
+    present = [name for name in leaves if name in batch]
+    found = torch.autograd.grad(outputs, [batch[name] for name in present], incoming)
+    return {f"d_{name}": gradient for name, gradient in zip(present, found, strict=True)}
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float16, torch.float64])
+@pytest.mark.parametrize("vocabulary", [1, 7, 50_257, 128_256, 151_936])
+@pytest.mark.parametrize("inplace", [False, True])
+def test_token_logprobs(dtype: torch.dtype, vocabulary: int, inplace: bool) -> None:
+    rows = 9
+    logits = (4 * normal(rows, vocabulary)).to(dtype)
+    batch = {
+        "logits": logits.double(),
+        "targets": torch.arange(rows) * 7919 % vocabulary,
+        "temperature": torch.linspace(0.6, 1.4, rows, dtype=torch.float64),
+    }
+    incoming = normal(rows, seed=5), normal(rows, seed=6)
+
+    def run(op: Callable[..., Any], inputs: dict[str, Any], **options: Any) -> Tensors:
+        logps, entropy = op(**inputs, return_entropy=True, **options)
+        probes = [probe.to(logps.device, logps.dtype) for probe in incoming]
+        return {"logps": logps, "entropy": entropy, **gradients((logps, entropy), inputs, ("logits",), probes)}
+
+    want = run(reference.token_logprobs, with_leaves(batch, ("logits",)))
+    leaf = on_device(batch, dtype, ("logits",))
+    plain = None
+    if dtype != torch.float64:
+        plain = run(reference.token_logprobs, with_leaves({**batch, "logits": logits}, ("logits",)))
+    # A leaf may not be overwritten while autograd owns it: in place works on what a model computed.
+    inputs = {**leaf, "logits": leaf["logits"] * 1}
+    got = run(token_logprobs, inputs, inplace_backward=inplace)
+    assert_accurate(got, want, plain)
+    if inplace:
+        assert got["d_logits"].data_ptr() == inputs["logits"].data_ptr()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("options", [{}, {"temperature": 0.7, "logit_softcap": 5.0}])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("vocabulary", [V, 50_257])
+def test_linear_logprobs(dtype: torch.dtype, options: dict[str, Any], bias: bool, vocabulary: int) -> None:
+    leaves = ("hidden", "weight", "bias")
+    batch = head(T, vocabulary, dtype, bias=bias)
+    incoming = normal(T, seed=5), normal(T, seed=6)
+
+    def outputs(found: Any, inputs: dict[str, Any]) -> Tensors:
+        logps, entropy = found
+        probes = [probe.to(logps.device, logps.dtype) for probe in incoming]
+        return {"logps": logps, "entropy": entropy, **gradients((logps, entropy), inputs, leaves, probes)}
+
+    wide = with_leaves(batch, leaves)
+    want = outputs(reference.linear_logprobs(**wide, **options, return_entropy=True), wide)
+    inputs = on_device(batch, dtype, leaves)
+    got = outputs(linear_logprobs(**inputs, **options, return_entropy=True), inputs)
+    plain = None
+    if dtype == torch.bfloat16:
+        plain = outputs(plain_logprobs(inputs, **options), inputs)
+    assert_accurate(got, want, plain)
+
+
+def plain_logprobs(
+    inputs: dict[str, Any], temperature: float = 1.0, logit_softcap: float | None = None
+) -> tuple[Tensor, Tensor]:
+    """As trainers do it: whole logits in the type of the inputs, then fp32."""
+    logits = torch.nn.functional.linear(inputs["hidden"], inputs["weight"], inputs.get("bias")).float()
+    if logit_softcap is not None:
+        logits = logit_softcap * torch.tanh(logits / logit_softcap)
+    found = reference.token_logprobs(logits, inputs["targets"], temperature=temperature, return_entropy=True)
+    return cast(tuple[Tensor, Tensor], found)
+
+
+@pytest.mark.parametrize("scale", ["none", "group", "batch"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_group_advantages(scale: Any, dtype: torch.dtype) -> None:
+    rewards = torch.cat([normal(200), torch.full((8,), 0.3, dtype=torch.float64)]).to(dtype)
+    ids = torch.cat([torch.arange(200) * 7 % 23 - 4, torch.full((7,), 99), torch.tensor([-77])])  # groups of 1 too
+    want = reference.group_advantages(rewards.double(), ids, scale_rewards=scale)
+    got = group_advantages(rewards.to(DEVICE), ids.to(DEVICE), scale_rewards=scale)
+    assert_accurate({"advantages": got}, {"advantages": want})
+    assert torch.equal(got[-8:].cpu(), torch.zeros(8, dtype=dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("aggregation", AGGREGATIONS, ids=lambda options: options["loss_agg_mode"])
+def test_grpo_loss(case: str, aggregation: dict[str, Any], dtype: torch.dtype) -> None:
+    options, tensors = CASES[case]
+    options, leaves = {**options, **aggregation}, ("logps", "entropy")
+    batch = make_batch(LENGTHS, 7, loss_mask=True, zero_advantages=True, **dict.fromkeys(tensors, True))
+    batch = {name: value.to(dtype).double() if value.is_floating_point() else value for name, value in batch.items()}
+
+    def run(op: Callable[..., Any], inputs: dict[str, Any]) -> tuple[Tensors, Tensors]:
+        loss, metrics = op(**inputs, **options)
+        present = leaves if options.get("entropy_coef") else ("logps",)
+        return {"loss": loss, **gradients(loss, inputs, present)}, metrics
+
+    want, want_metrics = run(reference.grpo_loss, with_leaves(batch, leaves))
+    got, metrics = run(grpo_loss, on_device(batch, dtype, leaves))
+    assert_accurate(got, want)
+    assert_same_metrics(metrics, want_metrics)
+
+
+def assert_same_metrics(got: Tensors, want: Tensors) -> None:
+    expected = pytest.approx({name: float(value) for name, value in want.items()}, rel=1e-4, abs=1e-6)
+    assert {name: float(value) for name, value in got.items()} == expected
+
+
+@pytest.mark.parametrize("budget", [None, 24 * V * 6])  # of 24 rows in bfloat16: sequences that are longer than a tile
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", CASES)
+def test_linear_grpo_loss(case: str, dtype: torch.dtype, budget: int | None) -> None:
+    options, tensors = CASES[case]
+    leaves = ("hidden", "weight", "bias")
+    batch = head(T, V, dtype, bias=True)
+    packed = make_batch(LENGTHS, 7, loss_mask=True, zero_advantages=True, **dict.fromkeys(tensors, True))
+    logps = reference.linear_logprobs(batch["hidden"], batch["weight"], batch["targets"], bias=batch["bias"])
+    near = {name: logps + packed[name] - packed["logps"].detach() for name in packed if name.endswith("_logps")}
+    packed = {name: value for name, value in packed.items() if name not in ("logps", "entropy")}
+    batch = {**batch, **packed, **near}
+
+    def run(op: Callable[..., Any], inputs: dict[str, Any], **own: Any) -> tuple[Tensors, Tensors]:
+        loss, metrics = op(**inputs, **options, **own)
+        return {"loss": loss, **gradients(loss, inputs, leaves)}, metrics
+
+    want, want_metrics = run(reference.linear_grpo_loss, with_leaves(batch, leaves))
+    inputs = on_device(batch, dtype, leaves)
+    got, metrics = run(linear_grpo_loss, inputs, memory_budget=budget)
+    plain = run(plain_loss, inputs)[0] if dtype == torch.bfloat16 else None
+    assert_accurate(got, want, plain)
+    assert_same_metrics(metrics, want_metrics)
+
+
+def plain_loss(hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, **rest: Any) -> tuple[Tensor, Tensors]:
+    head_inputs = {"hidden": hidden, "weight": weight, "bias": bias, "targets": targets}
+    logps, entropy = plain_logprobs(head_inputs)
+    return reference.grpo_loss(logps, entropy=entropy, **rest)
+
+
+def loss_batch(dtype: torch.dtype = torch.bfloat16, vocabulary: int = V) -> dict[str, Any]:
+    batch = head(T, vocabulary, dtype)
+    batch |= {"advantages": normal(len(LENGTHS)), "cu_seqlens": torch.tensor([0, *LENGTHS]).cumsum(0).int()}
+    return on_device(batch, dtype, ("hidden", "weight"))
+
+
+@pytest.mark.parametrize("how", ["mask", "zero advantage"])
+def test_skipped_rows_enter_no_product_and_may_hold_nan(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    batch = loss_batch()
+    skipped = torch.arange(T, device=DEVICE) % 3 == 0
+    if how == "mask":
+        batch["loss_mask"] = ~skipped
+    else:
+        batch["advantages"] = torch.where(skipped, 0.0, normal(T, seed=8).float().to(DEVICE))
+    rows: list[int] = []
+
+    def counted(hidden: Tensor, *rest: Any, **options: Any) -> Tensor:
+        rows.append(hidden.shape[0])
+        return products(hidden, *rest, **options)
+
+    products = fused_loss.accumulated_logits
+    monkeypatch.setattr(fused_loss, "accumulated_logits", counted)
+    want, _ = linear_grpo_loss(**batch)
+    d_want = gradients(want, batch, ("hidden", "weight"))
+    assert sum(rows) == T - int(skipped.sum())
+    with torch.no_grad():
+        batch["hidden"][skipped] = torch.nan
+    got, metrics = linear_grpo_loss(**batch)
+    d_got = gradients(got, batch, ("hidden", "weight"))
+    assert torch.equal(got, want)
+    assert all(torch.equal(d_got[name], d_want[name]) for name in d_want)
+    assert not d_got["d_hidden"][skipped].any()
+    assert int(metrics["tokens_skipped"]) == (0 if how == "mask" else int(skipped.sum()))
+
+
+def test_nan_comes_out_as_nan() -> None:
+    batch = loss_batch()
+    with torch.no_grad():
+        batch["hidden"][17, 3] = torch.nan
+    loss, _ = linear_grpo_loss(**batch)
+    assert loss.isnan()
+    logits = torch.zeros(4, 1000, device=DEVICE)
+    logits[1, 999], logits[2, 0], logits[3, 5] = torch.nan, torch.inf, -torch.inf
+    logps = token_logprobs(logits, torch.tensor([0, 0, 1, 0], device=DEVICE))
+    assert logps.isnan().tolist() == [False, True, True, False]
+
+
+def test_a_frozen_weight_gets_no_gradient_and_takes_no_memory() -> None:
+    batch = loss_batch(vocabulary=100_000)
+    sizes = {}
+    for frozen in (False, True):
+        batch["weight"] = batch["weight"].detach().requires_grad_(not frozen)
+        leaves = ("hidden",) if frozen else ("hidden", "weight")
+        sizes[frozen] = peak(partial(fused_gradients, batch, leaves))
+        loss, _ = linear_grpo_loss(**batch)
+        loss.backward()
+        assert (batch["weight"].grad is None) == frozen
+    assert sizes[True] <= sizes[False] - 4 * batch["weight"].numel()
+
+
+def fused_gradients(batch: dict[str, Any], leaves: tuple[str, ...], **options: Any) -> Tensors:
+    return gradients(linear_grpo_loss(**batch, **options)[0], batch, leaves)
+
+
+def peak(call: Callable[[], Any]) -> int:
+    """Bytes at the peak of a call's second run, beyond what was there before: results and gradients count."""
+    call()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    call()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+@pytest.mark.parametrize("options", [{}, {"importance_sampling_level": "sequence"}])
+def test_memory_is_gradients_and_one_tile(options: dict[str, Any]) -> None:
+    tokens, vocabulary, budget = 4096, 50_000, 64 << 20
+    batch: dict[str, Any] = {
+        "hidden": torch.randn(tokens, H, device=DEVICE, dtype=torch.bfloat16).requires_grad_(),
+        "weight": torch.randn(vocabulary, H, device=DEVICE, dtype=torch.bfloat16).requires_grad_(),
+        "targets": torch.randint(vocabulary, (tokens,), device=DEVICE),
+        "advantages": torch.tensor([1.0, -0.5], device=DEVICE),
+        "cu_seqlens": torch.tensor([0, 1000, tokens], dtype=torch.int32, device=DEVICE),
+    }
+    call = partial(fused_gradients, batch, ("hidden", "weight"), memory_budget=budget, **options)
+    gradient_bytes = 6 * batch["weight"].numel() + 4 * batch["hidden"].numel()  # fp32 sum and result; both hidden's
+    assert 4 * tokens * vocabulary > 10 * budget
+    assert peak(call) <= budget + gradient_bytes + (32 << 20)  # and what cuBLAS works in
+
+
+def test_new_lengths_compile_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: list[str] = []
+
+    def run(tokens: int) -> None:
+        hidden = torch.randn(tokens, H, device=DEVICE, dtype=torch.bfloat16).requires_grad_()
+        weight = torch.randn(V, H, device=DEVICE, dtype=torch.bfloat16).requires_grad_()
+        targets = torch.randint(V, (tokens,), device=DEVICE)
+        cu_seqlens = torch.tensor([0, tokens // 3, tokens], dtype=torch.int32, device=DEVICE)
+        advantages = torch.tensor([1.0, -0.5], device=DEVICE)
+        loss, _ = linear_grpo_loss(hidden, weight, targets, advantages, cu_seqlens)
+        logps = linear_logprobs(hidden, weight, targets)
+        other, _ = grpo_loss(logps, advantages, cu_seqlens, old_logps=logps.detach())
+        (loss + other + token_logprobs(hidden @ weight.t(), targets).sum()).backward()
+
+    def note(*_: Any, **about: Any) -> None:
+        compiled.append(about["repr"])
+
+    for tokens in (64, 1, 77):  # divisible by 16, the 1 that Triton makes a constant of, and neither
+        run(tokens)
+    monkeypatch.setattr(triton.knobs.runtime, "jit_post_compile_hook", note)
+    for tokens in (2, 16, 33, 1000, 1024, 5000):
+        run(tokens)
+    assert compiled == []
+
+
+def test_no_op_but_the_fused_one_waits_for_the_gpu() -> None:
+    batch = loss_batch()
+    logits = torch.randn(T, V, device=DEVICE, requires_grad=True)
+    ids = torch.tensor([0, 0, 0, 1, 1, 1], device=DEVICE)
+
+    def work() -> None:
+        logps, entropy = token_logprobs(logits, batch["targets"], return_entropy=True)
+        advantages = group_advantages(batch["advantages"], ids, scale_rewards="group")
+        loss, _ = grpo_loss(logps, advantages, batch["cu_seqlens"], entropy=entropy, entropy_coef=0.1)
+        loss.backward()
+
+    work()
+    torch.use_deterministic_algorithms(False)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        work()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("tokens", [0, 1])
+def test_hardly_any_tokens(tokens: int) -> None:
+    batch = on_device(head(tokens, V, torch.bfloat16), torch.bfloat16, ("hidden", "weight"))
+    cu_seqlens = torch.tensor([0, tokens], dtype=torch.int32, device=DEVICE)
+    loss, metrics = linear_grpo_loss(**batch, advantages=torch.ones(1, device=DEVICE), cu_seqlens=cu_seqlens)
+    found = gradients(loss, batch, ("hidden", "weight"))
+    assert float(loss.detach()) == -tokens
+    assert int(metrics["tokens"]) == tokens
+    assert all(bool(gradient.isfinite().all()) for gradient in found.values())
+    assert bool(found["d_weight"].any()) == bool(tokens)
+
+
+def test_more_than_2_31_logits() -> None:
+    rows, vocabulary = 14_200, 151_936
+    assert rows * vocabulary > 2**31
+    logits = torch.zeros(rows, vocabulary, dtype=torch.bfloat16, device=DEVICE)
+    logits[-1] = normal(vocabulary).to(torch.bfloat16).to(DEVICE)
+    targets = torch.full((rows,), vocabulary - 1, device=DEVICE)
+    want = reference.token_logprobs(logits[-1:].double(), targets[-1:])
+    assert isinstance(want, Tensor)
+    leaf = logits.requires_grad_()
+    logps = token_logprobs(leaf, targets)
+    assert error(logps[-1:], want.cpu()) < FP32_ERROR
+    incoming = torch.zeros(rows, device=DEVICE)
+    incoming[-1] = 1.0
+    (gradient,) = torch.autograd.grad(logps, leaf, incoming)
+    assert float(gradient[-1, -1]) == pytest.approx(1 - float(want.exp()), rel=0.01)
+    assert not gradient[: rows // 2].any()
