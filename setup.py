@@ -2,40 +2,57 @@
 
 The libraries register their ops with torch through the stable ABI (PyTorch 2.10 and later) and link no Python:
 one build serves every supported Python and torch version. They are loaded with ``torch.ops.load_library``.
+
+The CUDA kernels are built in where torch is a CUDA build, nvcc is found, and it is known which GPUs to build for: the
+one of this machine, or those of the variable TORCH_CUDA_ARCH_LIST.
 """
 
+import os
 from pathlib import Path
 
+import torch
 from setuptools import Extension, setup
-from torch.utils.cpp_extension import BuildExtension, CppExtension, include_paths
+from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension, include_paths
 
 ROOT = Path(__file__).parent
 TORCH_2_10 = "0x020a000000000000"
-HEADERS = ("csrc/*.h", "csrc/cpu/*.[hi]*", "csrc/loss/*.[hi]*")
+HEADERS = ("csrc/*.h", "csrc/cpu/*.[hi]*", "csrc/cuda/*.h", "csrc/cuda/*.cuh", "csrc/loss/*.[hi]*")
+OLDEST_GPU = (8, 0)  # compute capability; the first with bfloat16 tensor cores and asynchronous copies
 
 
 def files(*patterns: str) -> list[str]:
     return sorted(str(path.relative_to(ROOT)) for pattern in patterns for path in ROOT.glob(pattern))
 
 
-def library(package: str, *sources: str) -> Extension:
-    return CppExtension(
+def builds_cuda() -> bool:
+    if torch.version.cuda is None or CUDA_HOME is None:
+        return False
+    if os.environ.get("TORCH_CUDA_ARCH_LIST"):
+        return True
+    return torch.cuda.is_available() and torch.cuda.get_device_capability() >= OLDEST_GPU
+
+
+def library(package: str, *sources: str, cuda: tuple[str, ...] = ()) -> Extension:
+    torch_headers = [f"-isystem{path}" for path in include_paths()]  # no warnings about torch's own headers
+    cxx = ["-O3", "-g0", "-std=c++17", "-Wall", "-Wextra", f"-DTORCH_TARGET_VERSION={TORCH_2_10}", *torch_headers]
+    kind, flags = CppExtension, {"cxx": cxx}
+    if cuda and builds_cuda():
+        # USE_CUDA: torch's headers then declare what they have for CUDA.
+        kind, flags = CUDAExtension, {"cxx": [*cxx, "-DUSE_CUDA"], "nvcc": ["-O3", "-std=c++17"]}
+        sources += cuda
+    return kind(
         name=f"{package}._csrc",
         sources=files(*sources),
         depends=files(*HEADERS),
         include_dirs=[str(ROOT / "csrc")],
-        extra_compile_args=[
-            *("-O3", "-g0", "-std=c++17", "-Wall", "-Wextra"),
-            f"-DTORCH_TARGET_VERSION={TORCH_2_10}",
-            *(f"-isystem{path}" for path in include_paths()),  # no warnings about torch's own headers
-        ],
+        extra_compile_args=flags,
         py_limited_api=True,
     )
 
 
 setup(
     ext_modules=[
-        library("thinktwice_fast", "csrc/*.cpp", "csrc/cpu/*.cpp"),
+        library("thinktwice_fast", "csrc/*.cpp", "csrc/cpu/*.cpp", cuda=("csrc/cuda/*.cpp", "csrc/cuda/*.cu")),
         library("thinktwice_kernels", "csrc/loss/*.cpp"),
     ],
     cmdclass={"build_ext": BuildExtension},

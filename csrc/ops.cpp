@@ -23,6 +23,10 @@ STABLE_TORCH_LIBRARY(thinktwice, m) {
       "paged_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_tables, Tensor context_lens,"
       " Tensor cu_seqlens_q, float scale, int window=0, float softcap=0.0) -> Tensor");
   m.def(
+      "grouped_decode_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_tables, Tensor "
+      "context_lens,"
+      " Tensor group_offsets, Tensor shared_blocks, float scale, int window=0, float softcap=0.0) -> Tensor");
+  m.def(
       "sample(Tensor logits, Tensor temperature, Tensor top_k, Tensor top_p, Tensor min_p, int seed,"
       " Tensor sample_ids, Tensor positions)"
       " -> (Tensor tokens, Tensor logps, Tensor raw_logps, Tensor entropy)");

@@ -17,7 +17,11 @@ struct Philox4 {
 };
 
 PHILOX_INLINE Philox4 philox4x32_10(Philox4 counter, uint32_t key0, uint32_t key1) {
+#if defined(__CUDACC__)
+#pragma unroll
+#else
 #pragma GCC unroll 10
+#endif
   for (int round = 0; round < 10; ++round) {
     const uint64_t p0 = uint64_t{0xD2511F53u} * counter.w0;
     const uint64_t p1 = uint64_t{0xCD9E8D57u} * counter.w2;

@@ -31,6 +31,17 @@ struct Tile {
   const int32_t* blocks;
 };
 
+// Successive sequences with one query each under one KV head that share their first keys.
+struct Members {
+  int64_t first_token;  // the row in q of the first
+  int64_t count;
+  int64_t kv_head;
+  int64_t shared_keys;  // a multiple of kChunk
+  const int32_t* context_lens;
+  const int32_t* blocks;  // the first one's table, the others' follow
+  int64_t table_width;
+};
+
 // One thread's buffers; rows of `row_stride` floats.
 struct Workspace {
   float *q, *out;            // [rows][row_stride]
@@ -40,12 +51,14 @@ struct Workspace {
   float* values;             // [kChunk][row_stride]
   float* zero_row;           // [row_stride]
   const float** value_rows;  // [kChunk]
+  int64_t* positions;        // [rows], place of the row's query in its sequence
   int64_t row_stride;
 };
 
 inline Workspace thread_workspace(int64_t rows, int64_t dim) {
   thread_local std::vector<float> floats;
   thread_local std::vector<const float*> pointers(kChunk);
+  thread_local std::vector<int64_t> positions;
   Workspace work{};
   work.row_stride = (dim + kAlignment - 1) / kAlignment * kAlignment;
   const int64_t padded_rows = (rows + kAlignment - 1) / kAlignment * kAlignment;
@@ -70,6 +83,19 @@ inline Workspace thread_workspace(int64_t rows, int64_t dim) {
   work.total = take(padded_rows);
   std::fill_n(work.zero_row, work.row_stride, 0.0f);
   work.value_rows = pointers.data();
+  if (static_cast<int64_t>(positions.size()) < rows) positions.resize(rows);
+  work.positions = positions.data();
+  return work;
+}
+
+// The same buffers without the first `rows` rows.
+inline Workspace rows_from(Workspace work, int64_t rows) {
+  work.q += rows * work.row_stride;
+  work.out += rows * work.row_stride;
+  work.scores += rows * kChunk;
+  work.best += rows;
+  work.total += rows;
+  work.positions += rows;
   return work;
 }
 

@@ -1,8 +1,11 @@
 """The ops of the C++ extension (``csrc/``): cache writes, paged attention and the sampler.
 
 The library registers them with torch as ``torch.ops.thinktwice.*``; here they are loaded, given fake versions for
-``torch.compile`` and, on CUDA, the plain-torch versions of ``reference.py``. The bookkeeping ops of the cache are
-wrapped by ``paged.PagedKVCache``.
+``torch.compile`` and, where the library was built without CUDA, the plain-torch versions of ``reference.py`` for
+tensors on a GPU. The bookkeeping ops of the cache are wrapped by ``paged.PagedKVCache``.
+
+On a GPU the library's ops do not wait to look at slots, block tables and lengths: a slot or block outside the cache
+stops the kernel with a device-side assertion. A head's size must be a multiple of 8, up to 256.
 
 Letters: T tokens, N sequences or rows, Hq / Hkv query / key-value heads, D head size, B blocks of bs tokens,
 L layers, V vocabulary.
@@ -36,18 +39,56 @@ ops = torch.ops.thinktwice
 _write_kv = ops.write_kv.default
 _copy_blocks = ops.copy_blocks.default
 _paged_attention = ops.paged_attention.default
+_grouped_decode_attention = ops.grouped_decode_attention.default
 _sample = ops.sample.default
+
+
+def _grouped_in_torch(
+    q: Tensor,  # [N, Hq, D]
+    k_cache: Tensor,  # [B, Hkv, bs, D]
+    v_cache: Tensor,  # [B, Hkv, bs, D]
+    block_tables: Tensor,  # int32 [N, M]
+    context_lens: Tensor,  # int32 [N]
+    group_offsets: Tensor,  # int32 [groups + 1]
+    shared_blocks: Tensor,  # int32 [groups]
+    scale: float,
+    window: int = 0,
+    softcap: float = 0.0,
+) -> Tensor:  # [N, Hq, D]
+    starts = torch.arange(len(q) + 1, dtype=torch.int32, device=q.device)
+    return reference.paged_attention(q, k_cache, v_cache, block_tables, context_lens, starts, scale, window, softcap)
+
+
+_TORCH_VERSIONS = {
+    "write_kv": reference.write_kv,
+    "copy_blocks": reference.copy_blocks,
+    "paged_attention": reference.paged_attention,
+    "grouped_decode_attention": _grouped_in_torch,
+    "sample": reference.sample,
+}
+
+
+# The ops that run in plain torch on a GPU: all, or none if the library was built with CUDA.
+torch_versions = frozenset(
+    name
+    for name in _TORCH_VERSIONS
+    if not torch._C._dispatch_has_kernel_for_dispatch_key(f"thinktwice::{name}", "CUDA")
+)
 
 
 def _register_torch_versions() -> torch.library.Library:
     library = torch.library.Library("thinktwice", "IMPL", "CUDA")
-    for function in (reference.write_kv, reference.copy_blocks, reference.paged_attention, reference.sample):
-        library.impl(function.__name__, function)
+    for name in torch_versions:
+        library.impl(name, _TORCH_VERSIONS[name])
+    return library
+
+
+def _register_fakes() -> None:
     torch.library.register_fake("thinktwice::write_kv", lambda k, v, k_cache, v_cache, slots: None)
     torch.library.register_fake("thinktwice::copy_blocks", lambda k_cache, v_cache, pairs: None)
-    torch.library.register_fake("thinktwice::paged_attention", lambda q, *rest, **options: q.new_empty(q.shape))
+    for name in ("paged_attention", "grouped_decode_attention"):
+        torch.library.register_fake(f"thinktwice::{name}", lambda q, *rest, **options: q.new_empty(q.shape))
     torch.library.register_fake("thinktwice::sample", _sample_fake)
-    return library
 
 
 def _sample_fake(logits: Tensor, *rest: object) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -57,6 +98,7 @@ def _sample_fake(logits: Tensor, *rest: object) -> tuple[Tensor, Tensor, Tensor,
     return logits.new_empty(logits.shape[0], dtype=torch.int64), numbers(), numbers(), numbers()
 
 
+_register_fakes()
 _library = _register_torch_versions()  # unregisters its ops when collected
 
 
@@ -115,14 +157,41 @@ def paged_attention(
 
         out = softmax(cap(scale * q k^T)) v,    cap(x) = softcap * tanh(x / softcap)
 
-    On the CPU it is computed in float32 whatever the type of the cache, over chunks of 64 keys with an online softmax,
-    and a row's bits do not depend on the rest of the batch nor on how its sequence was cut into calls. On CUDA
-    ``reference.paged_attention`` stands in.
+    A row's bits do not depend on the rest of the batch nor on how its sequence was cut into calls. On the CPU it is
+    computed in float32 whatever the type of the cache, over chunks of 64 keys with an online softmax. On CUDA so is
+    float32; bfloat16 and float16 are multiplied as they are and summed in float32, with weights rounded to their type,
+    and splits of 256 keys are merged in their order.
 
     Raises:
         RuntimeError: shapes, types or lengths do not match, or a block lies outside the cache.
     """
     return _paged_attention(q, k_cache, v_cache, block_tables, context_lens, cu_seqlens_q, scale, window, softcap)
+
+
+def grouped_decode_attention(
+    q: Tensor,  # [N, Hq, D], any strides but the last
+    k_cache: Tensor,  # [B, Hkv, bs, D], one layer
+    v_cache: Tensor,  # [B, Hkv, bs, D]
+    block_tables: Tensor,  # int32 [N, blocks of the longest sequence]
+    context_lens: Tensor,  # int32 [N], tokens of each sequence, its new one included
+    group_offsets: Tensor,  # int32 [groups + 1], where each group's sequences start; from 0 to N
+    shared_blocks: Tensor,  # int32 [groups], whole blocks at the start that all sequences of a group hold
+    scale: float,
+    window: int = 0,  # keys a query sees, itself included; 0 = all
+    softcap: float = 0.0,  # 0 = off
+) -> Tensor:  # [N, Hq, D]
+    """``paged_attention`` of one query per sequence, with the keys that a group shares read once for its members.
+
+    The bits are those of ``paged_attention``: keys count as shared up to a multiple of 64 (CPU) or 256 (CUDA), where
+    that cuts a sequence's keys anyway, and the others are read by each member.
+
+    Raises:
+        RuntimeError: shapes, types or lengths do not match, a block lies outside the cache, or the tables of a group
+            do not start alike (on a GPU this last one is not checked).
+    """
+    return _grouped_decode_attention(
+        q, k_cache, v_cache, block_tables, context_lens, group_offsets, shared_blocks, scale, window, softcap
+    )
 
 
 def sample(
@@ -149,6 +218,6 @@ def sample(
 
     Raises:
         RuntimeError: a row's logits hold NaN or +inf or nothing finite, an option is out of range, or shapes or types
-            do not match.
+            do not match. While a CUDA graph is captured, a row of the first two kinds gets the token -1 instead.
     """
     return Sampled(*_sample(logits, temperature, top_k, top_p, min_p, seed, sample_ids, positions))

@@ -1,0 +1,74 @@
+// What the CUDA kernels work on and how they are launched; knows nothing about torch. Pointers are to device
+// memory, sizes and strides count elements.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+namespace thinktwice::gpu {
+
+enum class Type { kFloat, kBFloat16, kHalf };
+
+struct CacheWrite {
+  const void *k, *v;
+  void *k_cache, *v_cache;
+  const int64_t* slots;
+  int64_t tokens, k_token_stride, k_head_stride, v_token_stride, v_head_stride;
+  int64_t blocks, heads, block_size, dim, element_size;
+};
+void launch_write_kv(const CacheWrite& work, cudaStream_t stream);
+
+struct BlockCopy {
+  void *k_cache, *v_cache;
+  const int64_t* pairs;
+  int64_t num_pairs, layers, blocks, block_bytes;
+};
+void launch_copy_blocks(const BlockCopy& work, cudaStream_t stream);
+
+constexpr int kChunk = 64;   // keys per step of the online softmax; chunks start at its multiples
+constexpr int kSplit = 256;  // keys per part of a row's softmax; the parts are merged in their order
+
+struct Attention {
+  const void *q, *k_cache, *v_cache;
+  void* out;
+  const int32_t *block_tables, *context_lens;
+  const int32_t* starts;                         // of each sequence's queries in q; null = one query each
+  const int32_t *group_offsets, *shared_blocks;  // null = no groups
+  float* part_sums;                              // [items, heads, splits, dim], weighted sums of values
+  float2* part_states;                           // [items, heads, splits], maximum and sum of weights
+  int64_t q_token_stride, q_head_stride;
+  int tokens, sequences, groups;
+  int heads, kv_heads, group, dim;
+  int num_blocks, block_size, table_width, splits;
+  int window;  // 0 = none
+  float scale, softcap;
+  int first_item, items;  // of those that one launch decodes
+};
+
+// One query per item, its keys split over the multiprocessors. An item is a token of q, or with
+// `single_queries` a sequence, which is left out unless it has exactly one query.
+void launch_decode(const Attention& a, Type type, bool single_queries, cudaStream_t stream);
+
+// The sequences with more than one query; not for float32.
+void launch_prefill(const Attention& a, Type type, cudaStream_t stream);
+
+// One query per sequence; the splits that a group shares are read once for its members.
+void launch_grouped_decode(const Attention& a, Type type, cudaStream_t stream);
+
+enum RowStatus : int32_t { kOk, kBadTemperature, kBadTopK, kBadTopP, kBadMinP, kBadPosition, kBadLogits };
+
+struct Sampling {
+  const void* logits;
+  int64_t rows, vocabulary, stride;
+  const float *temperature, *top_p, *min_p;
+  const int32_t* top_k;
+  const int64_t *sample_ids, *positions;
+  uint64_t seed;
+  int64_t* tokens;  // -1 where the status is not kOk
+  float *logps, *raw_logps, *entropies;
+  int32_t* statuses;
+};
+void launch_sample(const Sampling& work, Type type, cudaStream_t stream);
+
+}  // namespace thinktwice::gpu

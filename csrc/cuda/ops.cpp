@@ -1,0 +1,328 @@
+// The CUDA side of the ops: checks, outputs and workspace. What would take a look at the GPU's memory is not
+// checked, but for the sampler's rows: a wait for the GPU costs more than these ops, and a captured graph
+// cannot hold one.
+#include <cuda_runtime.h>
+#include <torch/csrc/stable/accelerator.h>
+
+#include <algorithm>
+#include <limits>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "cuda/kernels.h"
+#include "tensor_utils.h"
+
+namespace thinktwice::gpu {
+namespace {
+
+constexpr int64_t kPartBytes = 256 << 20;  // of the splits' results that exist at a time
+
+// Makes a tensor's device the current one and knows its stream.
+struct OnDevice {
+  torch::stable::accelerator::DeviceGuard guard;
+  cudaStream_t stream;
+
+  explicit OnDevice(const Tensor& tensor) : guard(tensor.get_device_index()) {
+    void* current = nullptr;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &current));
+    stream = static_cast<cudaStream_t>(current);
+  }
+};
+
+Tensor new_like(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType dtype) {
+  const std::vector<int64_t> shape(sizes);
+  return torch::stable::new_empty(like, shape, dtype);
+}
+
+bool same_device(const Tensor& a, const Tensor& b) {
+  return b.is_cuda() && a.get_device_index() == b.get_device_index();
+}
+
+// A contiguous tensor on the device of `like`; a size of -1 may be any.
+void check_tensor(const Tensor& tensor, const std::string& name, const Tensor& like, ScalarType dtype,
+                  std::initializer_list<int64_t> sizes) {
+  bool ok = same_device(like, tensor) && tensor.dim() == static_cast<int64_t>(sizes.size()) &&
+            tensor.scalar_type() == dtype && tensor.is_contiguous();
+  int64_t d = 0;
+  for (const int64_t size : sizes) {
+    ok = ok && (size < 0 || tensor.size(d) == size);
+    ++d;
+  }
+  std::ostringstream shape;
+  for (const int64_t size : sizes)
+    shape << (shape.str().empty() ? "" : ", ") << (size < 0 ? "any" : std::to_string(size));
+  check(ok, name, " must be a contiguous ", torch::headeronly::toString(dtype), " tensor [", shape.str(),
+        "] on the GPU that the other tensors are on");
+}
+
+Type type_of(const char* op, const Tensor& tensor) {
+  const ScalarType dtype = tensor.scalar_type();
+  if (dtype == ScalarType::Float) return Type::kFloat;
+  if (dtype == ScalarType::BFloat16) return Type::kBFloat16;
+  check(dtype == ScalarType::Half, op, ": type ", torch::headeronly::toString(dtype),
+        " is not one of float32, bfloat16, float16");
+  return Type::kHalf;
+}
+
+void check_caches(const char* op, const Tensor& k_cache, const Tensor& v_cache, int64_t dim) {
+  bool same = k_cache.is_cuda() && same_device(k_cache, v_cache) && k_cache.dim() == dim &&
+              v_cache.dim() == dim && k_cache.scalar_type() == v_cache.scalar_type() &&
+              k_cache.is_contiguous() && v_cache.is_contiguous();
+  for (int64_t d = 0; same && d < dim; ++d) same = k_cache.size(d) == v_cache.size(d);
+  check(same, op, ": k_cache and v_cache must be contiguous tensors of ", dim,
+        " dimensions on one GPU, equal in shape and type");
+  type_of(op, k_cache);
+}
+
+void check_rows(const Tensor& rows, const char* name, const Tensor& cache, int64_t tokens) {
+  check(same_device(cache, rows) && rows.dim() == 3 && rows.scalar_type() == cache.scalar_type(),
+        "write_kv: ", name, " must be a tensor [tokens, kv_heads, head_dim] of the cache's type ",
+        torch::headeronly::toString(cache.scalar_type()), " on its GPU");
+  check(rows.size(0) == tokens && rows.size(1) == cache.size(1) && rows.size(2) == cache.size(3),
+        "write_kv: ", name, " is [", rows.size(0), ", ", rows.size(1), ", ", rows.size(2), "], expected [",
+        tokens, ", ", cache.size(1), ", ", cache.size(3), "]");
+  check(rows.stride(2) == 1 || rows.size(2) == 1, "write_kv: the last dimension of ", name,
+        " must be contiguous");
+}
+
+void write_kv(Tensor k, Tensor v, Tensor k_cache, Tensor v_cache, Tensor slots) {
+  check_caches("write_kv", k_cache, v_cache, 4);
+  check_tensor(slots, "write_kv: slots", k_cache, ScalarType::Long, {-1});
+  const int64_t tokens = slots.numel();
+  check_rows(k, "k", k_cache, tokens);
+  check_rows(v, "v", k_cache, tokens);
+  const OnDevice device(k_cache);
+  launch_write_kv({k.const_data_ptr(), v.const_data_ptr(), k_cache.mutable_data_ptr(),
+                   v_cache.mutable_data_ptr(), slots.const_data_ptr<int64_t>(), tokens, k.stride(0),
+                   k.stride(1), v.stride(0), v.stride(1), k_cache.size(0), k_cache.size(1), k_cache.size(2),
+                   k_cache.size(3), static_cast<int64_t>(k_cache.element_size())},
+                  device.stream);
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
+}
+
+void copy_blocks(Tensor k_cache, Tensor v_cache, Tensor pairs) {
+  check_caches("copy_blocks", k_cache, v_cache, 5);
+  check_tensor(pairs, "copy_blocks: pairs", k_cache, ScalarType::Long, {-1, 2});
+  const int64_t block_bytes =
+      k_cache.size(2) * k_cache.size(3) * k_cache.size(4) * static_cast<int64_t>(k_cache.element_size());
+  const OnDevice device(k_cache);
+  launch_copy_blocks({k_cache.mutable_data_ptr(), v_cache.mutable_data_ptr(), pairs.const_data_ptr<int64_t>(),
+                      pairs.size(0), k_cache.size(0), k_cache.size(1), block_bytes},
+                     device.stream);
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
+}
+
+void check_attention(const char* op, const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
+                     const Tensor& block_tables, const Tensor& context_lens, int64_t window, double softcap) {
+  check_caches(op, k_cache, v_cache, 4);
+  const int64_t dim = k_cache.size(3);
+  check(dim % 8 == 0 && dim <= 256, op, ": a head of ", dim,
+        " elements is not supported on CUDA, only multiples of 8 up to 256");
+  check(same_device(k_cache, q) && q.dim() == 3 && q.size(2) == dim && q.stride(2) == 1, op,
+        ": q must be [tokens, heads, ", dim, "] on the cache's GPU, its last dimension contiguous");
+  check(q.size(1) % k_cache.size(1) == 0, op, ": ", q.size(1), " query heads cannot share ", k_cache.size(1),
+        " KV heads evenly");
+  check(q.scalar_type() == k_cache.scalar_type(), op, ": q and the cache must have one type");
+  check(window >= 0 && softcap >= 0, op, ": window and softcap must not be negative");
+  const std::string name(op);
+  check_tensor(context_lens, name + ": context_lens", k_cache, ScalarType::Int, {-1});
+  check_tensor(block_tables, name + ": block_tables", k_cache, ScalarType::Int, {context_lens.numel(), -1});
+  constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
+  check(block_tables.size(1) * k_cache.size(2) <= kMost - kSplit && q.size(0) * q.size(1) <= kMost, op,
+        ": a sequence, or the query heads of all tokens, are more than 2^31");
+}
+
+int rounded_window(int64_t window) {
+  return static_cast<int>(std::min<int64_t>(window, std::numeric_limits<int32_t>::max()));
+}
+
+Attention describe(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache, Tensor& out,
+                   const Tensor& block_tables, const Tensor& context_lens, double scale, int64_t window,
+                   double softcap) {
+  Attention a{};
+  a.q = q.const_data_ptr();
+  a.k_cache = k_cache.const_data_ptr();
+  a.v_cache = v_cache.const_data_ptr();
+  a.out = out.mutable_data_ptr();
+  a.block_tables = block_tables.const_data_ptr<int32_t>();
+  a.context_lens = context_lens.const_data_ptr<int32_t>();
+  a.q_token_stride = q.stride(0);
+  a.q_head_stride = q.stride(1);
+  a.tokens = static_cast<int>(q.size(0));
+  a.sequences = static_cast<int>(context_lens.numel());
+  a.heads = static_cast<int>(q.size(1));
+  a.kv_heads = static_cast<int>(k_cache.size(1));
+  a.group = a.heads / a.kv_heads;
+  a.dim = static_cast<int>(q.size(2));
+  a.num_blocks = static_cast<int>(k_cache.size(0));
+  a.block_size = static_cast<int>(k_cache.size(2));
+  a.table_width = static_cast<int>(block_tables.size(1));
+  a.splits = (a.table_width * a.block_size + kSplit - 1) / kSplit;
+  a.window = rounded_window(window);
+  a.scale = static_cast<float>(scale);
+  a.softcap = static_cast<float>(softcap);
+  return a;
+}
+
+// Memory for the parts of some items at a time.
+struct Parts {
+  int64_t items;
+  Tensor sums, states;
+
+  Parts(const Tensor& like, const Attention& a, int64_t most_items) {
+    const int64_t item = int64_t{a.heads} * a.splits;
+    items = std::clamp<int64_t>(kPartBytes / (item * (a.dim + 2) * 4), 1, std::max<int64_t>(1, most_items));
+    sums = new_like(like, {items, item, a.dim}, ScalarType::Float);
+    states = new_like(like, {items, item, 2}, ScalarType::Float);
+  }
+
+  void attach(Attention& a) {
+    a.part_sums = sums.mutable_data_ptr<float>();
+    a.part_states = static_cast<float2*>(states.mutable_data_ptr());
+  }
+};
+
+Tensor paged_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_tables, Tensor context_lens,
+                       Tensor cu_seqlens_q, double scale, int64_t window, double softcap) {
+  const char* const op = "paged_attention";
+  check_attention(op, q, k_cache, v_cache, block_tables, context_lens, window, softcap);
+  check_tensor(cu_seqlens_q, "paged_attention: cu_seqlens_q", k_cache, ScalarType::Int,
+               {context_lens.numel() + 1});
+  const Type type = type_of(op, q);
+  const OnDevice device(q);
+  Tensor out = new_like(q, {q.size(0), q.size(1), q.size(2)}, q.scalar_type());
+  Attention a = describe(q, k_cache, v_cache, out, block_tables, context_lens, scale, window, softcap);
+  if (a.tokens == 0 || a.splits == 0) return out;
+  a.starts = cu_seqlens_q.const_data_ptr<int32_t>();
+  // As many tokens as sequences: decoding, most likely, which any token can go through. Otherwise the
+  // sequences with one query do, and the others are prefilled; which they are only the GPU knows.
+  const bool by_token = type == Type::kFloat || a.tokens == a.sequences;
+  const int all = by_token ? a.tokens : a.sequences;
+  Parts parts(q, a, all);
+  parts.attach(a);
+  for (a.first_item = 0; a.first_item < all; a.first_item += a.items) {
+    a.items = static_cast<int>(std::min<int64_t>(parts.items, all - a.first_item));
+    launch_decode(a, type, !by_token, device.stream);
+  }
+  if (!by_token) launch_prefill(a, type, device.stream);
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  return out;
+}
+
+Tensor grouped_decode_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_tables,
+                                Tensor context_lens, Tensor group_offsets, Tensor shared_blocks, double scale,
+                                int64_t window, double softcap) {
+  const char* const op = "grouped_decode_attention";
+  check_attention(op, q, k_cache, v_cache, block_tables, context_lens, window, softcap);
+  check_tensor(shared_blocks, "grouped_decode_attention: shared_blocks", k_cache, ScalarType::Int, {-1});
+  check_tensor(group_offsets, "grouped_decode_attention: group_offsets", k_cache, ScalarType::Int,
+               {shared_blocks.numel() + 1});
+  check(q.size(0) == context_lens.numel(), op, ": q has ", q.size(0), " queries for ", context_lens.numel(),
+        " sequences");
+  const Type type = type_of(op, q);
+  const OnDevice device(q);
+  Tensor out = new_like(q, {q.size(0), q.size(1), q.size(2)}, q.scalar_type());
+  Attention a = describe(q, k_cache, v_cache, out, block_tables, context_lens, scale, window, softcap);
+  if (a.tokens == 0 || a.splits == 0) return out;
+  a.group_offsets = group_offsets.const_data_ptr<int32_t>();
+  a.shared_blocks = shared_blocks.const_data_ptr<int32_t>();
+  a.groups = static_cast<int>(shared_blocks.numel());
+  const int64_t item = int64_t{a.heads} * a.splits;
+  Tensor sums = new_like(q, {a.tokens, item, a.dim}, ScalarType::Float);
+  Tensor states = new_like(q, {a.tokens, item, 2}, ScalarType::Float);
+  a.part_sums = sums.mutable_data_ptr<float>();
+  a.part_states = static_cast<float2*>(states.mutable_data_ptr());
+  a.items = a.tokens;
+  launch_grouped_decode(a, type, device.stream);
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  return out;
+}
+
+// Throws for the first row that the kernel refused. Not while a graph is captured, which nothing may wait
+// for: there the token -1 is all there is to see.
+void check_statuses(const Tensor& statuses, const Sampling& work, cudaStream_t stream) {
+  cudaStreamCaptureStatus capture;
+  STD_CUDA_CHECK(cudaStreamIsCapturing(stream, &capture));
+  if (capture != cudaStreamCaptureStatusNone || work.rows == 0) return;
+  const auto fetch = [stream](auto* to, const void* from, int64_t count) {
+    STD_CUDA_CHECK(cudaMemcpyAsync(to, from, count * sizeof *to, cudaMemcpyDeviceToHost, stream));
+    STD_CUDA_CHECK(cudaStreamSynchronize(stream));
+  };
+  std::vector<int32_t> codes(work.rows);
+  fetch(codes.data(), statuses.const_data_ptr(), work.rows);
+  const auto bad = std::find_if(codes.begin(), codes.end(), [](int32_t code) { return code != kOk; });
+  if (bad == codes.end()) return;
+  const int64_t n = bad - codes.begin();
+  const auto of_row = [&](auto type, const auto* column) {
+    fetch(&type, column + n, 1);
+    return type;
+  };
+  check(*bad != kBadTemperature, "sample: temperature of row ", n, " is ", of_row(0.0f, work.temperature),
+        ", must be finite and at least 0");
+  check(*bad != kBadTopK, "sample: top_k of row ", n, " is ", of_row(0, work.top_k), ", must be at least 0");
+  check(*bad != kBadTopP, "sample: top_p of row ", n, " is ", of_row(0.0f, work.top_p),
+        ", must be above 0 and at most 1");
+  check(*bad != kBadMinP, "sample: min_p of row ", n, " is ", of_row(0.0f, work.min_p),
+        ", must be from 0 to 1");
+  const int64_t position = of_row(int64_t{}, work.positions);
+  check(*bad != kBadPosition, "sample: position of row ", n, " is ", position,
+        ", must be from 0 to 2^32 - 1");
+  check(false, "sample: logits of row ", n, " (sample ", of_row(int64_t{}, work.sample_ids), ", position ",
+        position, ") hold NaN or +inf, or nothing but -inf");
+}
+
+using Sampled = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+
+Sampled sample(Tensor logits, Tensor temperature, Tensor top_k, Tensor top_p, Tensor min_p, int64_t seed,
+               Tensor sample_ids, Tensor positions) {
+  check(logits.dim() == 2 && logits.size(1) > 0 &&
+            logits.size(1) <= std::numeric_limits<int32_t>::max() - 64 &&
+            (logits.stride(1) == 1 || logits.size(1) == 1),
+        "sample: logits must be [rows, vocabulary] with a contiguous last dimension");
+  const int64_t rows = logits.size(0);
+  check_tensor(temperature, "sample: temperature", logits, ScalarType::Float, {rows});
+  check_tensor(top_k, "sample: top_k", logits, ScalarType::Int, {rows});
+  check_tensor(top_p, "sample: top_p", logits, ScalarType::Float, {rows});
+  check_tensor(min_p, "sample: min_p", logits, ScalarType::Float, {rows});
+  check_tensor(sample_ids, "sample: sample_ids", logits, ScalarType::Long, {rows});
+  check_tensor(positions, "sample: positions", logits, ScalarType::Long, {rows});
+  const Type type = type_of("sample", logits);
+  const OnDevice device(logits);
+  Tensor tokens = new_like(logits, {rows}, ScalarType::Long),
+         logps = new_like(logits, {rows}, ScalarType::Float);
+  Tensor raw_logps = new_like(logits, {rows}, ScalarType::Float),
+         entropies = new_like(logits, {rows}, ScalarType::Float);
+  Tensor statuses = new_like(logits, {rows}, ScalarType::Int);
+  const Sampling work{logits.const_data_ptr(),
+                      rows,
+                      logits.size(1),
+                      logits.stride(0),
+                      temperature.const_data_ptr<float>(),
+                      top_p.const_data_ptr<float>(),
+                      min_p.const_data_ptr<float>(),
+                      top_k.const_data_ptr<int32_t>(),
+                      sample_ids.const_data_ptr<int64_t>(),
+                      positions.const_data_ptr<int64_t>(),
+                      static_cast<uint64_t>(seed),
+                      tokens.mutable_data_ptr<int64_t>(),
+                      logps.mutable_data_ptr<float>(),
+                      raw_logps.mutable_data_ptr<float>(),
+                      entropies.mutable_data_ptr<float>(),
+                      statuses.mutable_data_ptr<int32_t>()};
+  launch_sample(work, type, device.stream);
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  check_statuses(statuses, work, device.stream);
+  return {tokens, logps, raw_logps, entropies};
+}
+
+}  // namespace
+}  // namespace thinktwice::gpu
+
+STABLE_TORCH_LIBRARY_IMPL(thinktwice, CUDA, m) {
+  m.impl("write_kv", TORCH_BOX(&thinktwice::gpu::write_kv));
+  m.impl("copy_blocks", TORCH_BOX(&thinktwice::gpu::copy_blocks));
+  m.impl("paged_attention", TORCH_BOX(&thinktwice::gpu::paged_attention));
+  m.impl("grouped_decode_attention", TORCH_BOX(&thinktwice::gpu::grouped_decode_attention));
+  m.impl("sample", TORCH_BOX(&thinktwice::gpu::sample));
+}

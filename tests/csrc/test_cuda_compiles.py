@@ -1,0 +1,100 @@
+"""The CUDA sources compile without a GPU, for several generations of them, and their kernels fit the registers."""
+
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from torch.utils.cpp_extension import include_paths
+
+ROOT = Path(__file__).parents[2]
+SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"), key=lambda path: -path.stat().st_size)
+GPUS = ["80", "90a", "100"]  # compute capabilities
+NVCC = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
+TORCH_2_10 = "0x020a000000000000"
+# What torch's build adds for every CUDA source.
+TORCH_MACROS = [
+    f"-D__CUDA_NO_{name}__"
+    for name in ("HALF_OPERATORS", "HALF_CONVERSIONS", "BFLOAT16_CONVERSIONS", "HALF2_OPERATORS")
+]
+BLOCK_REGISTERS = 65536  # of a multiprocessor, for all threads of its blocks
+
+pytestmark = pytest.mark.skipif(NVCC is None, reason="nvcc is not installed")
+
+
+class Kernel(NamedTuple):
+    """What ptxas says of one kernel for one GPU."""
+
+    gpu: str
+    name: str
+    registers: int
+    shared: int  # bytes, without what a launch adds
+    spilled: int  # bytes stored and loaded
+
+
+def compile_source(source: Path, folder: Path) -> str:
+    targets = [f"-gencode=arch=compute_{gpu},code=sm_{gpu}" for gpu in GPUS]
+    flags = ["-std=c++17", "-O3", "-Xptxas=-v", "-Werror=all-warnings", f"-I{ROOT / 'csrc'}", *TORCH_MACROS, *targets]
+    command = [str(NVCC), "-c", *flags, str(source), "-o", str(folder / f"{source.stem}.o")]
+    built = subprocess.run(command, capture_output=True, text=True)
+    assert built.returncode == 0, built.stderr
+    return built.stdout + built.stderr
+
+
+def kernels(log: str) -> Iterator[Kernel]:
+    pattern = (
+        r"Compiling entry function '(?P<name>\S+)' for 'sm_(?P<gpu>\w+)'.*?"
+        r"(?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill loads.*?"
+        r"Used (?P<registers>\d+) registers(?P<rest>[^\n]*)"
+    )
+    for found in re.finditer(pattern, log, re.DOTALL):
+        shared = re.search(r"(\d+) bytes smem", found["rest"])
+        spilled = int(found["stores"]) + int(found["loads"])
+        yield Kernel(found["gpu"], found["name"], int(found["registers"]), int(shared[1]) if shared else 0, spilled)
+
+
+def readable(names: list[str]) -> list[str]:
+    """The kernels' names as they stand in the sources."""
+    if not (filt := shutil.which("c++filt")):
+        return names
+    text = subprocess.run([filt], input="\n".join(names), capture_output=True, text=True, check=True).stdout
+    plain = re.compile(r"thinktwice::gpu::|\(anonymous namespace\)::|^void |\([^()]*\)$")
+    return [plain.sub("", line.replace("(anonymous namespace)::", "")) for line in text.splitlines()]
+
+
+def test_every_kernel_compiles_and_spills_no_registers(tmp_path: Path) -> None:
+    with ThreadPoolExecutor(2) as pool:
+        logs = list(pool.map(lambda source: compile_source(source, tmp_path), SOURCES))
+    found = [kernel for log in logs for kernel in kernels(log)]
+    print(f"\n{'registers':>9} {'shared':>7} {'spilled':>7}  sm")
+    for kernel, name in zip(found, readable([kernel.name for kernel in found]), strict=True):
+        print(f"{kernel.registers:9} {kernel.shared:7} {kernel.spilled:7}  {kernel.gpu:4} {name}")
+    for gpu in GPUS:
+        names = [kernel.name for kernel in found if kernel.gpu == gpu]
+        for family in ("decode", "shared_prefix", "merge", "prefill", "sample", "write_kv", "copy_blocks"):
+            assert any(f"{family}_kernel" in name for name in names), f"{family} is not built for sm_{gpu}"
+    assert not [kernel for kernel in found if kernel.spilled]
+    # A block that asks for more is never started: 128 threads in attention, 512 in the sampler.
+    assert all(k.registers * (512 if "sample_kernel" in k.name else 128) <= BLOCK_REGISTERS for k in found)
+
+
+def test_the_ops_compile_against_torch(tmp_path: Path) -> None:
+    """With torch's headers of this machine, also where its torch is built without CUDA."""
+    includes = [f"-I{ROOT / 'csrc'}", *(f"-isystem={path}" for path in include_paths())]
+    flags = ["-std=c++17", "-Xcompiler=-Wall,-Wextra,-Werror", "-DUSE_CUDA", f"-DTORCH_TARGET_VERSION={TORCH_2_10}"]
+    # For C++ nvcc is g++ with the headers of CUDA.
+    command = [
+        str(NVCC),
+        *flags,
+        *includes,
+        "-c",
+        str(ROOT / "csrc" / "cuda" / "ops.cpp"),
+        "-o",
+        str(tmp_path / "ops.o"),
+    ]
+    built = subprocess.run(command, capture_output=True, text=True)
+    assert built.returncode == 0, built.stderr
