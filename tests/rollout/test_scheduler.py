@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from thinktwice_fast.errors import UserError
 from thinktwice_fast.model.paged import PagedKVCache
+from thinktwice_fast.rollout.kept import Counts, KeptCaches
 from thinktwice_fast.rollout.records import Request, Rollout, Sampling
 from thinktwice_fast.rollout.scheduler import Batch, Lane, Scheduler
 
@@ -15,7 +16,8 @@ BLOCK = 4
 
 
 def make(blocks: int, sequences: int, tokens: int) -> Scheduler:
-    return Scheduler(PagedKVCache(1, blocks, 1, 1, block_size=BLOCK), sequences, tokens)
+    cache, counts = PagedKVCache(1, blocks, 1, 1, block_size=BLOCK), Counts()
+    return Scheduler(cache, KeptCaches(cache, counts), counts, sequences, tokens)
 
 
 def request(group: int, prompt: int, samples: int, longest: int) -> Request:
@@ -109,8 +111,8 @@ def test_every_request_completes_in_any_pool(
     longest = max((len(r.prompt) + lengths[i] for r in requests for i in r.sample_ids), default=0)
     done = engine.run(at_most=20 * work)
     # One token a batch at worst, and what preempted sequences bring in again.
-    assert engine.batches <= work + longest * scheduler.preemptions
-    event(f"preempted: {scheduler.preemptions > 0}")
+    assert engine.batches <= work + longest * scheduler.counts.preemptions
+    event(f"preempted: {scheduler.counts.preemptions > 0}")
     check_complete(requests, lengths, done)
     assert scheduler.cache.free_blocks == scheduler.cache.num_blocks
     assert not any(scheduler.cache.ref_counts())
@@ -152,7 +154,7 @@ def test_the_youngest_gives_way_and_nothing_is_lost() -> None:
     lengths = {i: 12 for r in requests for i in r.sample_ids}
     done = Engine(scheduler, lengths).run()
     check_complete(requests, lengths, done)
-    assert scheduler.preemptions > 0
+    assert scheduler.counts.preemptions > 0
     assert done[0].group == 0
 
 

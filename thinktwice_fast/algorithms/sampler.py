@@ -1,17 +1,20 @@
 """Samples groups and has them graded while later samples still decode."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 
 from thinktwice_fast import parallel
-from thinktwice_fast.algorithms.groups import Base, Group
+from thinktwice_fast.algorithms.groups import Base, Group, as_base
 from thinktwice_fast.errors import UserError
 from thinktwice_fast.rollout.engine import Engine
 from thinktwice_fast.rollout.records import Request, Rollout, Sampling
 from thinktwice_fast.tasks.pool import Grader, Grading
 from thinktwice_fast.tasks.problem import Problem
 from thinktwice_fast.tasks.prompts import ChatFormat
+
+_Gradings = list[tuple[Group, Grading]]
 
 
 @dataclass(frozen=True)
@@ -65,23 +68,98 @@ class Sampler:
         Raises:
             UserError: on every process, when the reward function fails on any. Collective.
         """
-        started = time.perf_counter()
-        timeouts, preemptions = self.grader.timeouts, self.engine.preemptions
-        error: UserError | None = None
-        gradings: list[tuple[Group, Grading]] = []
         requests = [
             Request(number, group.prompt, _sample_ids(stream, group.slot, samples), sampling)
             for number, group in enumerate(groups)
         ]
+
+        def draw() -> _Gradings:
+            gradings: _Gradings = []
+            with closing(self.engine.generate(requests, seed=seed, version=version)) as generation:
+                for rollout in generation:
+                    gradings += self._collect(groups[rollout.group], rollout, samples)
+            return gradings
+
+        return self._graded(draw)
+
+    def fill_pairs(
+        self,
+        groups: Sequence[Group],
+        *,
+        samples: int,
+        sampling: Sampling,
+        refine_sampling: Sampling,
+        stream: int,
+        seed: int,
+        version: int,
+    ) -> list[Group]:
+        """As ``fill``, and one refinement of each solution by the same weights.
+
+        A refinement is asked for as soon as its solution has ended, and extends its cache where the refine prompt
+        continues it token for token; ``engine.counts`` says how often it did.
+
+        Args:
+            groups: prompts, without rollouts yet.
+            samples: solutions per prompt.
+            sampling: how to draw solutions.
+            refine_sampling: how to draw refinements.
+            stream: keeps the random numbers of different calls apart; refinements have those of ``stream + 1``.
+            seed: of the run.
+            version: of the weights.
+
+        Returns:
+            A group of one refinement for each solution, in the order of the solutions.
+
+        Raises:
+            UserError: as ``fill``. Collective.
+        """
+        refined: list[Group] = []
+        requests = [
+            Request(number, group.prompt, _sample_ids(stream, group.slot, samples), sampling, keep=True)
+            for number, group in enumerate(groups)
+        ]
+
+        def refinement(solution: Rollout) -> Request:
+            slot = solution.sample_id - _sample_ids(stream, 0, 1)[0]
+            group = self.refine_group(groups[solution.group], as_base(solution), slot)
+            refined.append(group)
+            ids = _sample_ids(stream + 1, slot, 1)
+            return Request(len(groups) + len(refined) - 1, group.prompt, ids, refine_sampling, extends=solution)
+
+        def draw() -> _Gradings:
+            gradings: _Gradings = []
+            with closing(self.engine.generate(requests, seed=seed, version=version)) as generation:
+                for rollout in generation:
+                    if rollout.group >= len(groups):
+                        gradings += self._collect(refined[rollout.group - len(groups)], rollout, 1)
+                    else:
+                        gradings += self._collect(groups[rollout.group], rollout, samples)
+                        generation.add([refinement(rollout)])
+            return gradings
+
         try:
-            for rollout in self.engine.generate(requests, seed=seed, version=version):
-                rollout.text = self.chat.response_text(rollout.response, self.stop_ids)
-                group = groups[rollout.group]
-                group.rollouts.append(rollout)
-                if len(group.rollouts) == samples:
-                    group.rollouts.sort(key=_by_sample_id)
-                    texts = [rollout.text for rollout in group.rollouts]
-                    gradings.append((group, self.grader.submit(group.problem, group.messages, texts)))
+            self._graded(draw)
+        finally:
+            self.engine.release_kept()
+        return sorted(refined, key=_by_slot)
+
+    def _collect(self, group: Group, rollout: Rollout, samples: int) -> _Gradings:
+        """Put a rollout that ended into its group; once that is complete, have it graded."""
+        rollout.text = self.chat.response_text(rollout.response, self.stop_ids)
+        group.rollouts.append(rollout)
+        if len(group.rollouts) < samples:
+            return []
+        group.rollouts.sort(key=_by_sample_id)
+        texts = [rollout.text for rollout in group.rollouts]
+        return [(group, self.grader.submit(group.problem, group.messages, texts))]
+
+    def _graded(self, draw: Callable[[], _Gradings]) -> SamplingTimes:
+        """Draw, wait for the graders and set the rewards. Collective."""
+        started = time.perf_counter()
+        timeouts, preemptions = self.grader.timeouts, self.engine.preemptions
+        error: UserError | None = None
+        try:
+            gradings = draw()
             sampled = time.perf_counter()
             for group, grading in gradings:
                 for rollout, reward in zip(group.rollouts, grading.result(), strict=True):
@@ -104,3 +182,7 @@ def _sample_ids(stream: int, slot: int, samples: int) -> tuple[int, ...]:
 
 def _by_sample_id(rollout: Rollout) -> int:
     return rollout.sample_id
+
+
+def _by_slot(group: Group) -> int:
+    return group.slot

@@ -14,16 +14,6 @@ class Sampling:
     max_tokens: int = 64  # longest response, stop token included
 
 
-@dataclass(frozen=True)
-class Request:
-    """One prompt and how many samples to draw of it; the samples share the prompt's cache."""
-
-    group: int  # the caller's own number for this prompt, returned with every rollout
-    prompt: tuple[int, ...]  # token ids
-    sample_ids: tuple[int, ...]  # one per sample: with the seed and the position they key its random numbers
-    sampling: Sampling
-
-
 @dataclass
 class Rollout:
     """One sampled response, from its birth in the engine to the loss."""
@@ -34,7 +24,34 @@ class Rollout:
     response: list[int] = field(default_factory=list)  # token ids as sampled, stop token included
     logps: list[float] = field(default_factory=list)  # of each response token, under the sampling temperature
     entropies: list[float] = field(default_factory=list)  # nats, of the distribution each token was drawn from
-    finished: bool = False  # ended by a stop token; False = cut off at max_tokens
+    finished: bool = False  # ended by a stop token; False = cut off at max_tokens, or not ended yet
     text: str = ""  # the response decoded, without the stop token; for graders and transcripts
     reward: float | None = None  # None: the reward function left this sample out
     advantage: float = 0.0
+    ended: bool = False  # nothing more will be drawn: a stop token came, or max_tokens were drawn
+    kept: int | None = None  # name of its kept cache, for a request that extends it (see `Request.keep`)
+
+
+@dataclass(frozen=True)
+class Request:
+    """One prompt and how many samples to draw of it; the samples share the prompt's cache."""
+
+    group: int  # the caller's own number for this prompt, returned with every rollout
+    prompt: tuple[int, ...]  # token ids
+    sample_ids: tuple[int, ...]  # one per sample: with the seed and the position they key its random numbers
+    sampling: Sampling
+    keep: bool = False  # keep each rollout's cache when it ends, while there is room, to be extended once
+    extends: Rollout | None = None  # a kept rollout whose prompt and response this prompt continues
+    started: Rollout | None = None  # the only sample, some tokens of it drawn already: draw the others
+
+    def __post_init__(self) -> None:
+        started = self.started
+        if started is None:
+            return
+        if (started.prompt, (started.sample_id,)) != (self.prompt, self.sample_ids):
+            raise ValueError("a started rollout is of another prompt or sample: give its own prompt and sample_ids")
+        if started.ended or len(started.response) >= self.sampling.max_tokens:
+            raise ValueError(
+                f"rollout {started.sample_id} has {len(started.response)} tokens and nothing left to draw: "
+                "leave it out, or raise max_tokens"
+            )

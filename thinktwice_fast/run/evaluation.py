@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from math import comb
 
 from thinktwice_fast import parallel
-from thinktwice_fast.algorithms.groups import as_base
 from thinktwice_fast.algorithms.sampler import Sampler
 from thinktwice_fast.config import Config
 from thinktwice_fast.rollout.records import Rollout, Sampling
@@ -99,16 +98,19 @@ def _outcomes(
     solved = [sampler.solve_group(number, problems[number]) for number in own]
     options, limit = config.eval, config.rollout.max_response_tokens
     drawn = Sampling(options.temperature, options.top_p, options.top_k, max_tokens=limit)
-    sampler.fill(solved, samples=options.samples, sampling=drawn, stream=stream, seed=config.seed, version=version)
-    pairs = [(group, n, rollout) for group in solved for n, rollout in enumerate(group.rollouts)]
-    refined = [
-        sampler.refine_group(group, as_base(rollout), group.slot * options.samples + n) for group, n, rollout in pairs
-    ]
-    greedy = Sampling(0.0, max_tokens=limit)
-    sampler.fill(refined, samples=1, sampling=greedy, stream=stream + 1, seed=config.seed, version=version)
+    refined = sampler.fill_pairs(
+        solved,
+        samples=options.samples,
+        sampling=drawn,
+        refine_sampling=Sampling(0.0, max_tokens=limit),
+        stream=stream,
+        seed=config.seed,
+        version=version,
+    )
+    pairs = [(group, rollout) for group in solved for rollout in group.rollouts]
     return [
         _outcome(group.slot, rollout, refinement.rollouts[0])
-        for (group, _, rollout), refinement in zip(pairs, refined, strict=True)
+        for (group, rollout), refinement in zip(pairs, refined, strict=True)
     ]
 
 

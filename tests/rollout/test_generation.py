@@ -1,0 +1,180 @@
+"""A generation while it runs: requests added, samples cancelled, the rest carried over to a later one."""
+
+import gc
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from tests.rollout.drawing import RESPONSE, draw, make, prompts, requests, tokens
+from tests.small_models import random_model
+from thinktwice_fast.errors import UserError
+from thinktwice_fast.rollout.engine import Engine
+from thinktwice_fast.rollout.records import Request, Rollout, Sampling
+from thinktwice_fast.rollout.scheduler import _handle
+
+
+def all_free(engine: Engine) -> bool:
+    return engine.cache.free_blocks == engine.cache.num_blocks
+
+
+def test_requests_may_be_added_while_others_decode() -> None:
+    engine = make()
+    expected = tokens(draw(engine, requests(3)))
+    first, second, *others = requests(3)
+    generation = engine.generate([replace(first, sampling=Sampling(max_tokens=5)), second], seed=0)
+    got = [next(generation)]
+    assert got[0].group == 0 and len(got[0].response) == 5
+    generation.add(others)
+    got += generation
+    assert {r.sample_id: r.response for r in got if r.group} == {n: t for n, t in expected.items() if n >= 10}
+    assert {r.group for r in got} == {0, 1, 2, 3} and all_free(engine)
+
+
+def test_a_generation_that_ran_dry_goes_on_after_more_was_added() -> None:
+    engine = make()
+    first, second, *_ = requests(2)
+    generation = engine.generate([first], seed=0)
+    assert len(list(generation)) == 2
+    generation.add([second])
+    assert {rollout.group for rollout in generation} == {1}
+
+
+def test_a_request_that_never_fits_leaves_the_others_alone() -> None:
+    engine = make(cache_tokens=80)
+    small, *_, large = requests(1)
+    generation = engine.generate([small], seed=0)
+    with pytest.raises(UserError, match=r"does not fit the KV cache of 80"):
+        generation.add([replace(small, sample_ids=(7,)), replace(large, sampling=Sampling(max_tokens=41))])
+    assert [rollout.sample_id for rollout in generation] == [0]
+
+
+def test_tokens_stream_as_they_are_drawn() -> None:
+    engine = make()
+    expected = tokens(draw(engine, requests(2)))
+    seen: dict[int, list[int]] = {number: [] for number in expected}
+    ended = set()
+    generation = engine.generate(requests(2), seed=0)
+    for rollout in generation.stream():
+        assert rollout.sample_id not in ended
+        seen[rollout.sample_id].append(rollout.response[-1])
+        assert rollout.response == seen[rollout.sample_id]
+        ended |= {rollout.sample_id} if rollout.ended else set()
+    assert seen == expected and ended == set(expected)
+    assert list(generation) == []  # each rollout comes out once, by either way
+
+
+@pytest.mark.parametrize("ids", [{10}, {10, 11, 12, 13}, {0, 13, 31}])
+@pytest.mark.parametrize("passes", [0, 1, 3, 30])
+def test_cancelled_samples_free_their_blocks_and_leave_the_others_alone(ids: set[int], passes: int) -> None:
+    expected = tokens(draw(make(), requests(4)))
+    engine = make(max_batch_tokens=25, max_sequences=9)  # some are in prefill, some wait
+    generation = engine.generate(requests(4), seed=0)
+    for _ in range(passes):
+        generation._step()
+    cancelled = generation.cancel(ids)
+    assert {rollout.sample_id for rollout in cancelled} == ids
+    assert all(expected[r.sample_id][: len(r.response)] == r.response and not r.ended for r in cancelled)
+    cache = engine.cache
+    held = {block for lane in generation._scheduler.active for block in cache.blocks(_handle(lane))}
+    assert cache.num_blocks - cache.free_blocks == len(held)
+    assert generation.cancel(ids) == []
+    rest = {rollout.sample_id: rollout.response for rollout in generation}
+    assert rest == {number: response for number, response in expected.items() if number not in ids}
+    assert all_free(engine)
+
+
+def test_a_sample_that_ended_can_not_be_cancelled() -> None:
+    engine = make()
+    short = [Request(n, prompt, (n,), Sampling(max_tokens=2)) for n, prompt in enumerate(prompts())]
+    generation = engine.generate(short, seed=0)
+    first = next(generation)
+    assert generation.cancel([0, 1, 2, 3]) == []
+    assert {first.sample_id} | {rollout.sample_id for rollout in generation} == {0, 1, 2, 3}
+
+
+def test_what_a_closed_generation_left_is_carried_on() -> None:
+    expected = draw(make(), requests(4))
+    engine = make(max_batch_tokens=25, max_sequences=9)
+    short = [Request(4, prompts()[0], (40, 41), Sampling(max_tokens=3))]
+    generation = engine.generate(short + requests(4), seed=0)
+    first = next(generation)
+    left = generation.close()
+    assert all_free(engine)
+    with pytest.raises(RuntimeError, match="this generation is closed"):
+        generation.add(requests(1))
+    assert {first.sample_id} | {rollout.sample_id for rollout in generation} == {40, 41}  # these had ended
+    begun = {r.started.sample_id: (r.started, list(r.started.logps)) for r in left if r.started is not None}
+    assert 0 < len(begun) < 16 and sorted(i for r in left for i in r.sample_ids) == sorted(expected)
+    got = {rollout.sample_id: rollout for rollout in engine.generate(left, seed=0, version=1)}
+    assert tokens(got) == tokens(expected)
+    for number, rollout in got.items():
+        assert rollout.group == expected[number].group and rollout.ended
+        assert rollout.logps == pytest.approx(expected[number].logps, abs=1e-4)
+        assert len(rollout.logps) == len(rollout.entropies) == RESPONSE
+    for number, (rollout, logps) in begun.items():
+        assert got[number] is rollout and rollout.logps[: len(logps)] == logps
+    assert all_free(engine)
+
+
+def test_a_carried_rollout_goes_on_under_the_new_weights() -> None:
+    """Its old tokens and log-probabilities stay, the next ones are what the new weights draw after them."""
+    engine, asked = make(), requests(1)[3:]
+    generation = engine.generate(asked, seed=0)
+    for _ in range(8):
+        generation._step()
+    (left,) = generation.close()
+    assert left.started is not None
+    tokens, logps = list(left.started.response), list(left.started.logps)
+    assert len(tokens) == 8
+    other = random_model("qwen3", "sdpa", seed=9)
+    with torch.no_grad():
+        for mine, new in zip(engine._policy.model.parameters(), other.parameters(), strict=True):
+            mine.copy_(new)
+    (rollout,) = engine.generate([replace(left, group=6)], seed=0, version=1)
+    assert (rollout.response[:8], rollout.logps[:8], rollout.group) == (tokens, logps, 6)
+    ids = torch.tensor([*rollout.prompt, *rollout.response[:-1]])
+    with torch.no_grad():
+        expected = other(input_ids=ids[None], use_cache=False).logits[0, len(rollout.prompt) + 7 :].log_softmax(-1)
+    chosen = expected.gather(1, torch.tensor(rollout.response[8:])[:, None])[:, 0]
+    assert rollout.logps[8:] == pytest.approx(chosen.tolist(), abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"prompt": (1, 2)}, "of another prompt or sample"),
+        ({"sample_ids": (5,)}, "of another prompt or sample"),
+        ({"sample_ids": (4, 5)}, "of another prompt or sample"),
+        ({"sampling": Sampling(max_tokens=2)}, "rollout 4 has 2 tokens and nothing left to draw: leave it out"),
+    ],
+)
+def test_a_started_rollout_must_fit_its_request(change: dict[str, Any], says: str) -> None:
+    started = Rollout(0, 4, (1, 2, 3), [7, 8], [-1.0, -1.0], [1.0, 1.0])
+    good = Request(0, (1, 2, 3), (4,), Sampling(max_tokens=3), started=started)
+    with pytest.raises(ValueError, match=says):
+        replace(good, **change)
+
+
+def test_an_abandoned_generation_frees_the_cache() -> None:
+    engine = make()
+    generation = engine.generate(requests(2), seed=0)
+    generation._step()
+    assert not all_free(engine)
+    del generation
+    gc.collect()
+    assert all_free(engine)
+
+
+def test_a_generation_that_failed_is_closed() -> None:
+    engine = make()
+    generation = engine.generate(requests(2), seed=0)
+    generation._step()
+    with torch.no_grad():
+        next(engine._policy.model.parameters()).fill_(float("nan"))
+    with pytest.raises(UserError, match="logits are not finite"):
+        next(generation)
+    assert all_free(engine) and list(generation) == []
+    with pytest.raises(RuntimeError, match="this generation is closed"):
+        generation.add(requests(1))

@@ -1,0 +1,166 @@
+"""One generation: rollouts drawn pass by pass, while requests come and go."""
+
+import weakref
+from collections import deque
+from collections.abc import Iterable, Iterator
+from itertools import accumulate
+
+import torch
+
+from thinktwice_fast.errors import UserError
+from thinktwice_fast.model.attention import PagedAttention
+from thinktwice_fast.model.csrc import Sampled, sample
+from thinktwice_fast.model.policy import Policy, linear_head
+from thinktwice_fast.rollout.records import Request, Rollout
+from thinktwice_fast.rollout.scheduler import Batch, Lane, Scheduler
+
+
+class Generation(Iterator[Rollout]):
+    """Rollouts as they end; made by ``Engine.generate``.
+
+    Requests may be added and samples cancelled between any two rollouts, and also once all have ended: iteration goes
+    on then. ``close`` ends it early; a generation that nothing refers to any more frees its part of the cache too.
+    """
+
+    def __init__(self, policy: Policy, scheduler: Scheduler, stop_ids: frozenset[int], seed: int):
+        self._policy = policy
+        self._scheduler = scheduler
+        self._stop_ids = stop_ids
+        self._seed = seed
+        self._ended: deque[Rollout] = deque()  # not given out yet
+        self._closed = False
+        weakref.finalize(self, scheduler.clear).atexit = False
+
+    def add(self, requests: Iterable[Request]) -> None:
+        """Queue more requests. One that extends a kept cache comes before prompts that wait.
+
+        Raises:
+            UserError: a sequence could outgrow the cache.
+            RuntimeError: the generation is closed.
+        """
+        if self._closed:
+            raise RuntimeError("this generation is closed: give the requests to a new one")
+        self._scheduler.add(requests)
+
+    def cancel(self, sample_ids: Iterable[int]) -> list[Rollout]:
+        """Stop drawing these samples and free their blocks at once.
+
+        Returns:
+            Those that had not ended, with the tokens drawn so far. One that had ended still comes out of iteration.
+        """
+        return self._scheduler.cancel(frozenset(sample_ids))
+
+    def close(self) -> list[Request]:
+        """Stop drawing and free the blocks of all samples; rollouts that had ended still come out of iteration.
+
+        Returns:
+            What is left to do, as requests for a later generation, under whatever weights it has. Rollouts in them
+            that were begun keep their tokens and log-probabilities; with the same seed their random numbers go on.
+        """
+        self._closed = True
+        return self._scheduler.clear()
+
+    def __next__(self) -> Rollout:
+        while not self._ended:
+            if self._step() is None:
+                raise StopIteration
+        return self._ended.popleft()
+
+    def stream(self) -> Iterator[Rollout]:
+        """Each rollout every time a token was drawn for it, until all have ended; ``rollout.ended`` at its last."""
+        while (drawn := self._step()) is not None:
+            self._ended.clear()
+            yield from [lane.members[0] for lane in drawn]  # a list: one of them may be cancelled before its turn
+
+    def _step(self) -> list[Lane] | None:
+        """One forward pass; gives those that drew a token, None when nothing is left to do."""
+        try:
+            batch = self._scheduler.next_batch()
+            if batch is None:
+                return None
+            logits = self._forward(batch)
+            return self._sample(self._scheduler.advance(batch), logits)
+        except BaseException:
+            self.close()
+            raise
+
+    @torch.inference_mode()
+    def _forward(self, batch: Batch) -> torch.Tensor:  # [lanes whose last pending token is in the batch, V]
+        tokens = [token for lane, n in zip(batch.lanes, batch.counts, strict=True) for token in lane.pending[:n]]
+        last = [
+            end - 1 for end, lane, count in zip(accumulate(batch.counts), batch.lanes, batch.counts, strict=True)
+            if count == len(lane.pending)
+        ]  # fmt: skip
+        device = self._policy.device
+        return self._policy(
+            torch.tensor(tokens, device=device),
+            batch.plan.positions,
+            PagedAttention(self._scheduler.cache, batch.plan),
+            torch.tensor(last, dtype=torch.int64, device=device),
+            linear_head,
+        )
+
+    def _sample(self, ready: list[Lane], logits: torch.Tensor) -> list[Lane]:
+        if not ready:
+            return ready
+        if any(len(lane.members) > 1 for lane in ready):
+            rows = [row for row, lane in enumerate(ready) for _ in lane.members]
+            logits = logits[torch.tensor(rows, device=logits.device)]
+            ready = [part for lane in ready for part in self._scheduler.split(lane)]
+        drawn = _draw(logits, ready, self._seed)
+        ended = []
+        for lane, token, logp, entropy in zip(
+            ready, drawn.tokens.tolist(), drawn.raw_logps.tolist(), drawn.entropies.tolist(), strict=True
+        ):
+            rollout = lane.members[0]
+            rollout.response.append(token)
+            rollout.logps.append(logp)
+            rollout.entropies.append(entropy)
+            rollout.finished = token in self._stop_ids
+            if rollout.finished or len(rollout.response) == lane.sampling.max_tokens:
+                rollout.ended = True
+                ended.append(lane)
+            elif lane.handle is None:
+                self._scheduler.requeue_prompt(lane)
+            else:
+                lane.pending.append(token)
+        self._scheduler.finish(ended)
+        self._ended.extend(lane.members[0] for lane in ended)
+        return ready
+
+
+def _draw(logits: torch.Tensor, lanes: list[Lane], seed: int) -> Sampled:
+    try:
+        return sample(
+            logits,
+            *_sampling_columns(lanes, logits.device),
+            seed=seed,
+            sample_ids=_column([lane.members[0].sample_id for lane in lanes], torch.int64, logits.device),
+            positions=_column([len(lane.members[0].response) for lane in lanes], torch.int64, logits.device),
+        )
+    except RuntimeError as error:
+        if torch.isfinite(logits).all():
+            raise
+        raise UserError("the model's logits are not finite: lower --update.learning_rate") from error
+
+
+def _sampling_columns(lanes: list[Lane], device: torch.device) -> tuple[torch.Tensor, ...]:
+    first = lanes[0].sampling
+    if all(lane.sampling is first for lane in lanes):
+        n = (len(lanes),)
+        return (
+            torch.full(n, first.temperature, device=device),
+            torch.full(n, first.top_k, dtype=torch.int32, device=device),
+            torch.full(n, first.top_p, device=device),
+            torch.full(n, first.min_p, device=device),
+        )
+    return (
+        _column([lane.sampling.temperature for lane in lanes], torch.float32, device),
+        _column([lane.sampling.top_k for lane in lanes], torch.int32, device),
+        _column([lane.sampling.top_p for lane in lanes], torch.float32, device),
+        _column([lane.sampling.min_p for lane in lanes], torch.float32, device),
+    )
+
+
+def _column(values: list[int] | list[float], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    return torch.tensor(values, dtype=dtype, device=device)

@@ -1,0 +1,285 @@
+"""The command ``thinktwice-fast``: ``thinktwice-fast solve "problem"`` or ``--file problems.jsonl``."""
+
+import argparse
+import contextlib
+import io
+import json
+import os
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
+
+from thinktwice_fast.errors import UserError, one_line
+
+if TYPE_CHECKING:
+    from thinktwice_fast.run.solve import Piece
+
+_DESCRIPTION = """Solve a problem, then refine the solution, with a model trained by ThinkTwice.
+
+The text is shown as it is sampled; a refinement goes on in the cache of what it refines."""
+_QUESTION_COLUMNS = ("prompt", "question", "problem")
+# What the parts that this command shares with training call its options.
+_NAMES = {
+    "process 0 has no GPU of its own (this machine has 0): start fewer processes with --nproc-per-node, or use":
+        "--device cuda: there is no GPU here: use",
+    ", or start from random ones with --model.random_init true": "",
+    "--model.path": "--model",
+    "--model.chat_template": "--chat_template",
+    "--model.device": "--device",
+    "lower --rollout.max_response_tokens or --rollout.max_prompt_tokens, or use more GPUs or a smaller model":
+        "lower --max_tokens or --passes, or use a smaller model",
+    "lower --update.learning_rate": "use other weights, or --dtype float32",
+}  # fmt: skip
+
+
+@dataclass
+class SolveOptions:
+    """How to solve and refine."""
+
+    model: str = "tiny"
+    """Model folder in transformers format, a hub name, or "tiny" for the small model shipped here, which knows nothing
+    but sums such as 8-8+5+6-9."""
+    file: str | None = None
+    """File of problems: jsonl, parquet or csv with a row each, or any other text with a line each."""
+    question_column: str | None = None
+    """Column with the question in a jsonl, parquet or csv `file`; default: `prompt`, else `question`, else
+    `problem`."""
+    instruction: str = ""
+    """Text appended to every question, after a space (how to give the answer)."""
+    refine_instruction: str = "default"
+    """The user message after a solution; "default" = the one that training takes by default."""
+    passes: int = 1
+    """Refinements of each solution, one after another."""
+    max_tokens: int = 2048
+    """Longest solution or refinement, in tokens; less where the model's context leaves less."""
+    temperature: float = 0.0
+    """Softmax temperature; 0 = always the likeliest token."""
+    top_p: float = 1.0
+    """Nucleus: sample among the smallest set of tokens with this much probability; 1 = off."""
+    top_k: int = 0
+    """Sample among the k likeliest tokens; 0 = off."""
+    min_p: float = 0.0
+    """Drop tokens less likely than this times the likeliest; 0 = off."""
+    seed: int = 0
+    """Seed of the sampling."""
+    max_sequences: int = 16
+    """Problems of a `file` that are worked on at once."""
+    json: bool = False  # a flag, see `parse`
+    chat_template: str | None = None
+    """File with a Jinja chat template, for a tokenizer that has none (or to replace its own)."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to compute; "auto" takes a GPU when there is one."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Type of weights and activations; "auto": bfloat16 on CUDA, float32 on the CPU."""
+
+
+def main() -> int:
+    """Exit status 2 and one line on stderr for what the user can mend."""
+    try:
+        problems, options = parse(sys.argv[1:])
+        solve(problems, options)
+        sys.stdout.flush()
+    except UserError as error:
+        line = str(error)
+        for name, own in _NAMES.items():
+            line = line.replace(name, own)
+        print(f"thinktwice-fast: error: {line}", file=sys.stderr, flush=True)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # the reader has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
+
+
+def parse(arguments: list[str]) -> tuple[list[str], SolveOptions]:
+    """Problems and options of a command line; ``--help`` prints and exits.
+
+    Raises:
+        UserError: an unknown option, one of the wrong type or out of range, one that would be ignored, no problem.
+    """
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = ArgumentParser(prog="thinktwice-fast", exit_on_error=False, allow_abbrev=False)
+    command = ArgumentParser(
+        description=_DESCRIPTION, exit_on_error=False, allow_abbrev=False, formatter_class=_HelpFormatter
+    )
+    command.add_argument("problems", nargs="*", type=str, help="Problems, each in quotation marks.")
+    command.add_class_arguments(SolveOptions, nested_key=None, as_positional=False, skip={"json"})
+    command.add_argument("--json", action="store_true", help="Print one JSON object per problem instead of text.")
+    parser.add_subcommands().add_subcommand("solve", command, help="solve problems and refine the solutions")
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            parsed: Any = parser.parse_args(arguments)
+    except ArgumentError as error:
+        raise UserError(f"{one_line(error)}: see thinktwice-fast solve --help") from error
+    values = parsed.solve.as_dict()
+    problems = values.pop("problems")
+    options = SolveOptions(**values)
+    _check(problems, options)
+    return problems, options
+
+
+def solve(problems: Sequence[str], options: SolveOptions) -> None:
+    """Print the answers to ``problems``, or to those of ``options.file``.
+
+    Raises:
+        UserError: a file or a model that can't be used; see ``Solver``.
+    """
+    questions: Sequence[Any] = problems if options.file is None else read_problems(options.file, options)
+    if options.instruction:
+        questions = [_appended(question, options.instruction) for question in questions]
+    # Imported here because it takes seconds, and most mistakes are found before.
+    from thinktwice_fast.rollout.records import Sampling
+    from thinktwice_fast.run.solve import Solver, question_text
+
+    solver = Solver(
+        options.model,
+        chat_template=options.chat_template,
+        refine_instruction=options.refine_instruction,
+        device=options.device,
+        dtype=options.dtype,
+        max_sequences=options.max_sequences,
+    )
+    sampling = Sampling(options.temperature, options.top_p, options.top_k, options.min_p, options.max_tokens)
+    pieces = solver.stream(questions, passes=options.passes, sampling=sampling, seed=options.seed)
+    show = _show_json if options.json else _show_text
+    texts = [question_text(question) for question in questions]
+    show(in_order(pieces, len(questions), options.passes), texts, options.passes)
+    counts = solver.counts
+    if counts.prefilled_anew:
+        print(
+            f"thinktwice-fast: note: {counts.prefilled_anew} of {counts.prefilled_anew + counts.extended} refinements "
+            f"could not go on in the cache of what they refine ({counts.prompt_differs}: the chat template writes "
+            f"the chat so far in another way; {counts.released}: the cache was full)",
+            file=sys.stderr,
+        )
+
+
+def in_order(pieces: "Iterable[Piece]", problems: int, passes: int) -> "Iterator[Piece]":
+    """The pieces problem by problem; those of later ones wait until the ones before are complete."""
+    held: list[list[Piece]] = [[] for _ in range(problems)]
+    current = 0
+    for piece in pieces:
+        held[piece.problem].append(piece)
+        while current < problems and held[current]:
+            ready, held[current] = held[current], []
+            yield from ready
+            if ready[-1].ended is None or ready[-1].turn < passes:
+                break
+            current += 1
+
+
+def read_problems(name: str, options: SolveOptions) -> list[Any]:
+    """The questions of a file, as texts or chat messages.
+
+    Raises:
+        UserError: a file that is missing, empty or malformed, or has no such column.
+    """
+    from thinktwice_fast.tasks import tables
+
+    path = Path(name).expanduser()
+    if path.suffix in tables.FILE_LOADERS:
+        table = tables.load_file(path, f"--file {name}")
+        wanted = (options.question_column,) if options.question_column else _QUESTION_COLUMNS
+        column = next((column for column in wanted if tables.has_column(table, column)), None)
+        if column is None:
+            raise UserError(
+                f"--file {name}: no column {' or '.join(wanted)} (it has {', '.join(table.column_names)}): name the "
+                "right one with --question_column"
+            )
+        questions = [tables.value_at(row, column) for row in table]
+    else:
+        if options.question_column:
+            raise UserError("--question_column would be ignored unless --file is jsonl, parquet or csv: leave it out")
+        try:
+            questions = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"--file {name}: can't read it ({one_line(error)}): check the file") from error
+    for number, question in enumerate(questions):
+        if not _is_question(question):
+            raise UserError(
+                f"--file {name}: row {number} (from 0) is no text and no chat with a user message at its end"
+            )
+    if not questions:
+        raise UserError(f"--file {name}: no problems in it: write one per line")
+    return questions
+
+
+class _HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    pass
+
+
+def _check(problems: list[str], options: SolveOptions) -> None:
+    if bool(problems) == (options.file is not None):
+        raise UserError('give problems (thinktwice-fast solve "8-8+5+6-9") or a --file of them, one of both')
+    if not all(problem.strip() for problem in problems):
+        raise UserError("an empty problem: write something between the quotation marks")
+    bounds: dict[str, tuple[float, float]] = {
+        "passes": (0, 100),
+        "max_tokens": (1, 2**31 - 1),
+        "temperature": (0, 1e6),
+        "top_k": (0, 2**31 - 1),
+        "min_p": (0, 1),
+        "seed": (0, 2**31 - 1),
+        "max_sequences": (1, 2**31 - 1),
+    }
+    for name, (least, most) in bounds.items():
+        value = getattr(options, name)
+        if not least <= value <= most:
+            raise UserError(f"--{name} {value}: must be from {least:g} to {most:g}")
+    if not 0 < options.top_p <= 1:
+        raise UserError(f"--top_p {options.top_p}: must be above 0 and at most 1")
+    unused = (
+        dict.fromkeys(("top_p", "top_k", "min_p", "seed"), "with --temperature 0") if not options.temperature else {}
+    )
+    unused |= {"question_column": "without --file"} if options.file is None else {}
+    unused |= {"refine_instruction": "with --passes 0"} if not options.passes else {}
+    for name, when in unused.items():
+        if getattr(options, name) != getattr(SolveOptions, name):
+            raise UserError(f"--{name} would be ignored {when}: leave it out, or change the other")
+
+
+def _is_question(value: Any) -> bool:
+    if isinstance(value, str):
+        return bool(value.strip())
+    texts = isinstance(value, list) and all(
+        isinstance(message, dict) and all(isinstance(message.get(key), str) for key in ("role", "content"))
+        for message in value
+    )
+    return texts and bool(value) and value[-1]["role"] == "user"
+
+
+def _appended(question: Any, instruction: str) -> Any:
+    if isinstance(question, str):
+        return f"{question} {instruction}"
+    return [*question[:-1], question[-1] | {"content": f"{question[-1]['content']} {instruction}"}]
+
+
+def _show_text(pieces: "Iterable[Piece]", questions: Sequence[str], passes: int) -> None:
+    shown = (-1, -1)
+    for piece in pieces:
+        if (piece.problem, piece.turn) != shown:
+            shown = (piece.problem, piece.turn)
+            if piece.turn == 0 and len(questions) > 1:
+                print(f"=== {questions[piece.problem]}\n")
+            number = f" {piece.turn}" if passes > 1 else ""
+            print(f"--- refinement{number}" if piece.turn else "--- solution")
+        print(piece.text, end="", flush=True)
+        if piece.ended is not None:
+            print("\n" if piece.ended.finished else f"\n[cut off after {piece.ended.tokens} tokens]\n", flush=True)
+
+
+def _show_json(pieces: "Iterable[Piece]", questions: Sequence[str], passes: int) -> None:
+    turns: list[dict[str, Any]] = []
+    for piece in pieces:
+        if piece.ended is None:
+            continue
+        turns.append(asdict(piece.ended))
+        if len(turns) == passes + 1:
+            answer = {"question": questions[piece.problem], "solution": turns[0], "refinements": turns[1:]}
+            print(json.dumps(answer, ensure_ascii=False), flush=True)
+            turns = []

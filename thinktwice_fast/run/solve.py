@@ -1,0 +1,269 @@
+"""Solve problems, then let the model refine its own solutions: what a trained model is for.
+
+    from thinktwice_fast.run.solve import Solver
+
+    solver = Solver("runs/tiny/model")
+    for answer in solver.solve(["8-8+5+6-9", "1+2+3+4+5"]):
+        print(answer.solution.text, answer.turns[-1].boxed)
+
+    for piece in solver.stream(["8-8+5+6-9"]):
+        print(piece.text, end="", flush=True)
+
+The command ``thinktwice-fast solve`` does the same (``command.py``).
+"""
+
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any, cast
+
+from thinktwice_fast.config import ModelOptions, RolloutOptions
+from thinktwice_fast.errors import UserError
+from thinktwice_fast.model.loading import load_model, pick_device, pick_dtype
+from thinktwice_fast.rollout.engine import Engine
+from thinktwice_fast.rollout.kept import Counts
+from thinktwice_fast.rollout.records import Request, Rollout, Sampling
+from thinktwice_fast.tasks.answers import extract_boxed
+from thinktwice_fast.tasks.arithmetic import RECHECK, build_tokenizer, running_totals
+from thinktwice_fast.tasks.problem import Message
+from thinktwice_fast.tasks.prompts import ChatFormat
+
+GREEDY = Sampling(temperature=0.0, max_tokens=2048)
+_TERMS = 5  # of the arithmetic that the shipped model knows
+_SUM = re.compile(r"\d+(?:\s*[-+]\s*\d+)+")
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A solution or a refinement."""
+
+    text: str
+    boxed: str | None  # content of the last \\boxed{}
+    tokens: int  # stop token included
+    finished: bool  # False = cut off at the longest response
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the model made of a problem."""
+
+    question: str
+    turns: tuple[Turn, ...]  # the solution, then its refinements
+
+    @property
+    def solution(self) -> Turn:
+        """The first pass."""
+        return self.turns[0]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Text as it is sampled; joined, the pieces of a turn are its text."""
+
+    problem: int  # place among the questions
+    turn: int  # 0 = solution, n = n-th refinement
+    text: str
+    ended: Turn | None  # the whole turn, with its last piece
+
+
+class TextStream:
+    """Cuts the text of a growing response where no later token can change what has been given out.
+
+    A character's UTF-8 bytes may be spread over several tokens: they wait until it is whole.
+    """
+
+    def __init__(self, chat: ChatFormat, stop_ids: frozenset[int]):
+        self._decode = partial(chat.response_text, stop_ids=stop_ids)
+        self._start = 0  # of the tokens decoded again: some decoders need those before to place spaces
+        self._given = 0
+
+    def text(self, ids: Sequence[int], last: bool) -> str:
+        """What the newest of the response's tokens add; with ``last`` all that is left."""
+        before = self._decode(ids[self._start : self._given])
+        now = self._decode(ids[self._start :])
+        if now.endswith("\N{REPLACEMENT CHARACTER}") and not last:
+            return ""
+        self._start, self._given = self._given, len(ids)
+        return now[len(before) :]
+
+
+@dataclass
+class _Work:
+    """A problem on its way through the passes."""
+
+    number: int
+    messages: Sequence[Message]  # of the turn under way: the question, then the chat so far
+    prompt: list[int]
+    most: int  # tokens that a prompt and its response may take together
+    sampling: Sampling
+    stream: TextStream
+    turns: list[Turn] = field(default_factory=list)
+
+    def request(self, passes: int, extends: Rollout | None = None) -> Request:
+        turn = len(self.turns)
+        if len(self.prompt) >= self.most:
+            raise UserError(
+                f"the prompt of refinement {turn} takes {len(self.prompt)} tokens and leaves no room for a response: "
+                "lower --max_tokens or --passes"
+            )
+        sampling = replace(self.sampling, max_tokens=min(self.sampling.max_tokens, self.most - len(self.prompt)))
+        ids = ((turn << 32) + self.number,)
+        return Request(self.number, tuple(self.prompt), ids, sampling, keep=turn < passes, extends=extends)
+
+
+class Solver:
+    """A model that solves and refines.
+
+    Args:
+        model: folder in transformers format, hub name, or "tiny" for the shipped model.
+        chat_template: file with a Jinja chat template, for a tokenizer that has none.
+        refine_instruction: the user message after a solution; "default" = the task-agnostic one that training takes.
+        device: "auto", "cpu" or "cuda".
+        dtype: "auto" (bfloat16 on a GPU, float32 on the CPU), "float32" or "bfloat16".
+        max_sequences: problems worked on at once.
+
+    Raises:
+        UserError: no such model, or none that works here.
+    """
+
+    def __init__(
+        self,
+        model: str = "tiny",
+        *,
+        chat_template: str | None = None,
+        refine_instruction: str = "default",
+        device: str = "auto",
+        dtype: str = "auto",
+        max_sequences: int = 16,
+    ):
+        options: Any = {"device": device, "compute_dtype": dtype}
+        chosen = ModelOptions(model, chat_template=chat_template, **options)
+        place = pick_device(chosen, 0)
+        loaded = load_model(chosen, 0, place)
+        self._model = cast(Any, loaded.model).to(pick_dtype(chosen, place))
+        self._stop_ids = loaded.stop_ids
+        self._chat = ChatFormat(loaded.tokenizer)
+        self._max_sequences = max_sequences
+        self._arithmetic = loaded.tokenizer.get_vocab() == build_tokenizer().get_vocab()
+        self._instruction = RECHECK if self._arithmetic and refine_instruction == "default" else refine_instruction
+        self.counts = Counts()  # of the last call: how many refinements extended their solution's cache
+
+    def solve(
+        self,
+        questions: Sequence[str | Sequence[Message]],
+        *,
+        passes: int = 1,
+        sampling: Sampling = GREEDY,
+        seed: int = 0,
+    ) -> list[Answer]:
+        """An answer to each question; see ``stream``."""
+        turns: list[list[Turn]] = [[] for _ in questions]
+        for piece in self.stream(questions, passes=passes, sampling=sampling, seed=seed):
+            if piece.ended is not None:
+                turns[piece.problem].append(piece.ended)
+        return [Answer(question_text(question), tuple(done)) for question, done in zip(questions, turns, strict=True)]
+
+    def stream(
+        self,
+        questions: Sequence[str | Sequence[Message]],
+        *,
+        passes: int = 1,
+        sampling: Sampling = GREEDY,
+        seed: int = 0,
+    ) -> Iterator[Piece]:
+        """Text of all turns of all problems as it is sampled; problems are worked on beside each other.
+
+        A refinement begins when what it refines has ended, and with its cache, where the chat template lets the refine
+        prompt continue it token for token. The n-th refinement sees the whole chat before it.
+
+        Args:
+            questions: each a text, or chat messages that end with the question.
+            passes: refinements of each solution.
+            sampling: of every turn; ``max_tokens`` is less where the model's context leaves less.
+            seed: of the random numbers; an answer does not depend on the other questions, but on its place.
+
+        Raises:
+            UserError: a question that leaves no room for a response, or that the chat template refuses; to the shipped
+                model anything but a sum of one-digit numbers.
+        """
+        works = [self._work(number, question, passes, sampling) for number, question in enumerate(questions)]
+        if not works:
+            return
+        options = RolloutOptions(max_sequences=min(self._max_sequences, len(works)))
+        engine = Engine(self._model, self._stop_ids, options, max(work.most for work in works))
+        self.counts = engine.counts
+        with closing(engine.generate([work.request(passes) for work in works], seed=seed)) as generation:
+            for rollout in generation.stream():
+                work = works[rollout.group]
+                number = len(work.turns)
+                text = work.stream.text(rollout.response, rollout.ended)
+                if rollout.ended:
+                    work.turns.append(self._turn(rollout))
+                    if number < passes:
+                        self._begin_refinement(work, rollout)
+                        generation.add([work.request(passes, extends=rollout)])
+                if text or rollout.ended:
+                    yield Piece(work.number, number, text, work.turns[-1] if rollout.ended else None)
+
+    def _work(self, number: int, question: str | Sequence[Message], passes: int, sampling: Sampling) -> _Work:
+        messages = [{"role": "user", "content": question}] if isinstance(question, str) else list(question)
+        if self._arithmetic:
+            messages[-1] = {"role": "user", "content": arithmetic_question(messages[-1]["content"])}
+        prompt = self._chat.prompt_ids(messages)
+        refine = self._refine_prompt(messages, prompt, [], "")
+        beside = len(prompt) + passes * (len(refine) - len(prompt))
+        # Twice what it should take: where a template makes earlier turns be tokenised anew, they may grow.
+        most = 2 * (beside + (passes + 1) * sampling.max_tokens)
+        context = getattr(self._model.config.get_text_config(), "max_position_embeddings", None)
+        if context is not None and most > context:
+            most = context
+            left = (context - beside) // (passes + 1)
+            sampling = replace(sampling, max_tokens=min(sampling.max_tokens, left))
+        if sampling.max_tokens < 1:
+            raise UserError(
+                f"problem {number + 1} takes {beside} tokens with the instructions to refine and leaves no room for "
+                f"{passes + 1} responses in the model's context of {context}: shorten it, or lower --passes"
+            )
+        return _Work(number, messages, prompt, most, sampling, self._text_stream())
+
+    def _turn(self, rollout: Rollout) -> Turn:
+        text = self._chat.response_text(rollout.response, self._stop_ids)
+        return Turn(text, extract_boxed(text), len(rollout.response), rollout.finished)
+
+    def _begin_refinement(self, work: _Work, rollout: Rollout) -> None:
+        text = work.turns[-1].text
+        work.prompt = self._refine_prompt(work.messages, work.prompt, rollout.response, text)
+        work.messages = self._chat.refine_chat(work.messages, text, self._instruction).messages
+        work.stream = self._text_stream()
+
+    def _refine_prompt(
+        self, messages: Sequence[Message], prompt: list[int], response: Sequence[int], text: str
+    ) -> list[int]:
+        return self._chat.refine_ids(messages, prompt, response, text, self._instruction, self._stop_ids)
+
+    def _text_stream(self) -> TextStream:
+        return TextStream(self._chat, self._stop_ids)
+
+
+def arithmetic_question(text: str) -> str:
+    """The sum in a text, in the form that the shipped model knows: ``What is 3 + 4 - 2?`` -> ``3+4-2+0+0``.
+
+    Raises:
+        UserError: no sum, several, or one beyond what the model has learned.
+    """
+    sums = [re.sub(r"\s", "", match) for match in _SUM.findall(text)]
+    terms = re.split("[-+]", sums[0]) if len(sums) == 1 else []
+    one_digit = all(len(term) == 1 for term in terms)
+    if not 2 <= len(terms) <= _TERMS or not one_digit or min(running_totals(sums[0])) < 0:
+        raise UserError(
+            f"the shipped model knows only sums of up to {_TERMS} one-digit numbers that never fall below 0, such as "
+            f"8-8+5+6-9, not {text!r}: ask one, or give another model with --model"
+        )
+    return sums[0] + "+0" * (_TERMS - len(terms))
+
+
+def question_text(question: str | Sequence[Message]) -> str:
+    """What is asked: the text, or the last message of a chat."""
+    return question if isinstance(question, str) else question[-1]["content"]
