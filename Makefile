@@ -13,8 +13,9 @@ train: $(VENV)/built
 # What `train` and `test` do first: .venv with everything, and the extension.
 setup: $(VENV)/built
 
+# Two files at a time, each with one thread: threads of several processes would fight for the cores.
 test: $(VENV)/built lint
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(VENV)/built
 	$(BIN)/ruff check .

@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 from thinktwice_kernels.ops import logprobs as ops
 from thinktwice_kernels.packed import accumulation_dtype
 from thinktwice_kernels.products import accumulated_logits
+from thinktwice_kernels.reference.logprobs import linear_logits as reference_logits
 
 
 @overload
@@ -162,15 +163,15 @@ def linear_logits(
 
     They are fp32 accumulators (float64 if `hidden` or `weight` is float64), never rounded to the type of the inputs:
     what is sampled from them has the log-probabilities that `linear_logprobs` gives it. Autocast changes nothing. To
-    train on, take `linear_logprobs`: bfloat16 on CUDA has no gradient here.
+    train on, take `linear_logprobs`, which needs no whole logits for its gradient either.
 
     Raises:
         ValueError: shapes that do not fit.
     """
     check_head(hidden, weight, bias)
-    if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
-        raise ValueError("linear_logits has no gradient: call it under torch.no_grad(), or train on linear_logprobs")
     with torch.autocast(hidden.device.type, enabled=False):
+        if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
+            return reference_logits(hidden, weight, bias)
         logits = accumulated_logits(hidden, weight)
         return logits if bias is None else logits.add_(bias)
 
