@@ -13,7 +13,9 @@ LIMIT = 300  # seconds that any command may take
 
 def environment(gpus: str = "", threads: int = 1) -> dict[str, str]:
     """No GPU but those named, no hub, and as many threads as said, so that results do not depend on the machine."""
-    return os.environ | {
+    # A pytest that a test starts is no worker of the one that runs the test.
+    own = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
+    return own | {
         "CUDA_VISIBLE_DEVICES": gpus,
         "HF_HUB_OFFLINE": "1",
         "OMP_NUM_THREADS": str(threads),
