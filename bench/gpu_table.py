@@ -40,7 +40,7 @@ def benchmarks(folder: Path) -> list[Line]:
     """Whether our results were right, and the targets of speed and memory."""
     path = folder / report.RESULTS
     if not path.exists():
-        return [Line("benchmarks", "no results", "results", _verdict(False))]
+        return [Line("benchmarks", "no results", "results", _verdict(False), wrong=True)]
     document = json.loads(path.read_text())
     ours = [row for row in document["results"] if row["contender"] == OURS]
     right = sum(row["status"] == "ok" for row in ours)

@@ -12,13 +12,15 @@ from thinktwice_kernels.ops import loss as ops
 from thinktwice_kernels.options import ScaleRewards
 from thinktwice_kernels.packed import accumulation_dtype
 
+ADVANTAGE_EPS = 1e-6
+
 
 def group_advantages(
     rewards: Tensor,  # [S], any real type
     group_ids: Tensor,  # [S], integers
     *,
     scale_rewards: ScaleRewards = "none",
-    eps: float = 1e-6,
+    eps: float = ADVANTAGE_EPS,
 ) -> Tensor:
     """Each reward minus its group's mean, optionally divided by a standard deviation.
 
@@ -67,5 +69,5 @@ def check_rewards(rewards: Tensor, group_ids: Tensor, scale_rewards: str, eps: f
         raise ValueError(f"group_ids has type {group_ids.dtype}: pass integers")
     if scale_rewards not in get_args(ScaleRewards):
         raise ValueError(f"unknown scale_rewards {scale_rewards!r}: choose one of {', '.join(get_args(ScaleRewards))}")
-    if not eps >= 0:
-        raise ValueError(f"eps is {eps}: choose a number that is not negative")
+    if not eps > 0:
+        raise ValueError(f"eps is {eps}: choose a positive number")

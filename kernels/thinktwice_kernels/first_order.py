@@ -26,12 +26,15 @@ class _SecondOrder(torch.autograd.Function):
 def first_order_only(backward: Callable[..., Gradients]) -> Callable[..., Gradients]:
     """Make the second derivative an error, for ``backward(ctx, *gradients)`` with its inputs in ctx.saved_tensors.
 
+    It finds ctx.creates_graph set: whether what it gives may be looked at again.
+
     torch's once_differentiable lets create_graph=True pass in silence when the incoming gradient is a constant, and
     the second derivative then lacks this op's share.
     """
 
     @wraps(backward)
     def wrapped(ctx: Any, *gradients: Tensor | None) -> Gradients:
+        ctx.creates_graph = torch.is_grad_enabled()
         with torch.no_grad():
             results = backward(ctx, *gradients)
         if not torch.is_grad_enabled():

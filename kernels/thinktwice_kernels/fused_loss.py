@@ -60,7 +60,7 @@ class _Signal:
 
 
 def _signal(inputs: LossInputs, hidden: Tensor, options: LossOptions) -> _Signal:
-    """Finds the computed tokens. On a GPU this waits for the device, unless advantages and mask are on the CPU."""
+    """Finds the computed tokens. On a GPU this waits for the device."""
     assert inputs.advantages is not None
     tokens = hidden.shape[0]
     where = inputs.advantages.device
@@ -184,12 +184,16 @@ class _Tiles:
         if not self._want_gradient:
             return partials
         for piece in reversed(pieces):
+            live = self._live(d_logps[piece])
+            if live is not None and live.numel() == 0:
+                continue
             rows = self._rows(segment, piece)
             if piece is not pieces[-1]:
                 logits = self._logits(rows, piece)
             self._add_gradients(
                 logits,
                 rows,
+                live,
                 lse[piece],
                 entropy[piece],
                 d_logps[piece],
@@ -208,15 +212,13 @@ class _Tiles:
         self,
         logits: Tensor,  # [t, V], overwritten
         rows: Tensor | slice,  # the t rows, of the T
+        live: Tensor | None,  # those of the t that have a gradient; None: all
         lse: Tensor,  # [t]
         entropy: Tensor,  # [t]
         d_logps: Tensor,  # [t]
         d_entropy: Tensor | None,  # [t]
     ) -> None:
-        live = self._live(d_logps)
         count = d_logps.numel() if live is None else live.numel()
-        if count == 0:
-            return
         d_logits = logits if self._out_dtype == self._dtype else self._out_buffer[:count]
         self._backend.row_gradient(
             logits, self._targets[rows], of_rows(self._head, rows), lse, entropy, d_logps, d_entropy, live, d_logits
@@ -231,7 +233,8 @@ class _Tiles:
         """The rows of a tile with a gradient; None: all. Asking makes a GPU wait, so not where none can lack it."""
         inputs, options = self._tokens.inputs, self._options
         clips = inputs.old_logps is not None and options.policy_loss == "clip"
-        may_lack = clips or inputs.guide_mask is not None or options.rollout_is.endswith("mask")
+        whole = options.needs_whole_sequences()
+        may_lack = clips or whole or inputs.guide_mask is not None or options.rollout_is.endswith("mask")
         if not may_lack or options.beta != 0 or options.entropy_coef != 0:
             return None
         live = torch.nonzero(d_logps).squeeze(1)
@@ -242,7 +245,9 @@ def _compacted(
     tile: Tensor,  # [t, V]
     rows: Tensor,  # [m] int64, rising
 ) -> Tensor:  # [m, V]
-    """The rows moved to the tile's beginning, in place: a copy would need the memory of a second tile."""
+    """The rows moved to the tile's beginning, on a CPU in place: a copy needs the memory of a second tile."""
+    if tile.is_cuda:  # where that would be a launch a row
+        return tile[rows]
     for position, row in enumerate(rows.tolist()):
         if position != row:
             tile[position] = tile[row]

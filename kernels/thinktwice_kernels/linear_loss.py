@@ -8,7 +8,7 @@ from typing import Unpack
 import torch
 from torch import Tensor
 
-from thinktwice_kernels.advantages import group_advantages
+from thinktwice_kernels.advantages import ADVANTAGE_EPS, group_advantages
 from thinktwice_kernels.logprobs import check_head, check_targets, temperature_arguments
 from thinktwice_kernels.loss import absent_metrics, check_advantages, check_normalizer, prepared_tensors
 from thinktwice_kernels.ops import loss as ops
@@ -30,7 +30,7 @@ def linear_grpo_loss(
     rewards: Tensor | None = None,  # [S]
     group_ids: Tensor | None = None,  # [S]
     scale_rewards: ScaleRewards = "none",
-    advantage_eps: float = 1e-6,
+    advantage_eps: float = ADVANTAGE_EPS,
     old_logps: Tensor | None = None,  # [T]
     ref_logps: Tensor | None = None,  # [T]
     rollout_logps: Tensor | None = None,  # [T]
@@ -56,9 +56,9 @@ def linear_grpo_loss(
     Where a token's loss depends on its whole sequence (`importance_sampling_level` "sequence", `rollout_is`
     "sequence-*"), tiles hold whole sequences, and a sequence that is longer than a tile has its logits computed twice.
 
-    To find the tokens that are skipped, a GPU is waited for once, unless `advantages`, `cu_seqlens` and the masks are
-    on the CPU, which is allowed here. Where tokens may be clipped (`old_logps` with the clip objective, `guide_mask`,
-    `rollout_is` "*-mask") it is waited for once a tile.
+    To find the tokens that are skipped, a GPU is waited for once, and once more where tiles hold whole sequences. Where
+    tokens may be clipped (`old_logps` with the clip objective, `guide_mask`, `rollout_is` "*-mask") it is waited for
+    once a tile. `advantages`, `cu_seqlens` and the masks may lie on the CPU.
 
     Args:
         hidden: the last hidden state; need not be contiguous.
@@ -105,12 +105,12 @@ def linear_grpo_loss(
         targets.long(),
         *temperature_arguments(temperature, tokens),
         logit_softcap,
-        advantages.detach().to(dtype),
-        cu_seqlens,
+        advantages.detach().to(dtype).contiguous(),
+        cu_seqlens.contiguous(),
         loss_weights(cu_seqlens, given["loss_mask"], parsed, normalizer, hidden.new_empty(tokens, dtype=dtype)),
         *given.values(),
         parsed.encode(),
         [torch.is_grad_enabled() and x is not None and x.requires_grad for x in differentiable],
-        memory_budget,
+        None if memory_budget is None else int(memory_budget),
     )
     return loss, metrics_of(totals, loss.dtype, absent_metrics({**given, "entropy": hidden}))

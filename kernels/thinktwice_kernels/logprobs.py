@@ -75,6 +75,8 @@ def token_logprobs(
         raise ValueError(f"logits has shape {list(logits.shape)}: pass [T, V], for instance logits.flatten(0, -2)")
     check_targets(targets, *logits.shape)
     arguments = temperature_arguments(temperature, logits.shape[0])
+    if logits.stride(1) != 1 or logits.stride(0) < logits.shape[1]:  # not rows of their own, one after another
+        logits = logits.contiguous()
     logps, _, entropy = ops.token_logprobs(logits, targets.long(), *arguments, return_entropy, inplace_backward)
     return (logps, entropy) if return_entropy else logps
 

@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping
 import torch
 from torch import Tensor
 
-from thinktwice_kernels.advantages import check_rewards, prepared_rewards
+from thinktwice_kernels.advantages import ADVANTAGE_EPS, check_rewards, prepared_rewards
 from thinktwice_kernels.ops import loss as ops
 from thinktwice_kernels.options import (
     GuideFallback,
@@ -32,7 +32,7 @@ def grpo_loss(
     rewards: Tensor | None = None,  # [S]
     group_ids: Tensor | None = None,  # [S]
     scale_rewards: ScaleRewards = "none",
-    advantage_eps: float = 1e-6,
+    advantage_eps: float = ADVANTAGE_EPS,
     old_logps: Tensor | None = None,  # [T]
     ref_logps: Tensor | None = None,  # [T]
     rollout_logps: Tensor | None = None,  # [T]
@@ -164,7 +164,7 @@ def grpo_loss(
         *per_group,
         scale_rewards,
         advantage_eps,
-        cu_seqlens.to(logps.device),
+        cu_seqlens.to(logps.device).contiguous(),
         loss_weights(cu_seqlens, given["loss_mask"], options, normalizer, logps),
         *given.values(),
         options.encode(),
@@ -220,6 +220,8 @@ def check_advantages(
     if rewards is None and group_ids is None:
         if scale_rewards != "none":
             raise ValueError(f"scale_rewards={scale_rewards!r} has no effect without rewards: leave it at 'none'")
+        if eps != ADVANTAGE_EPS:
+            raise ValueError(f"advantage_eps={eps} has no effect without rewards: leave it at {ADVANTAGE_EPS}")
         if advantages is None or advantages.dim() != 1 or advantages.numel() not in (count, tokens):
             shape = None if advantages is None else list(advantages.shape)
             raise ValueError(
@@ -238,3 +240,5 @@ def check_normalizer(normalizer: float | Tensor | None) -> None:
     """Raise ValueError for a number that is no positive count."""
     if isinstance(normalizer, float | int) and not normalizer > 0:
         raise ValueError(f"normalizer is {normalizer}: pass a positive count, or None for this batch's own")
+    if isinstance(normalizer, Tensor) and normalizer.numel() != 1:
+        raise ValueError(f"normalizer has shape {list(normalizer.shape)}: pass a single count")

@@ -44,6 +44,11 @@ def gradient_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
     return accumulation_dtype(hidden, weight)
 
 
+def hidden_gradient_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
+    """The hidden states' own type, but for float16, in which a gradient is kept only once it has been scaled."""
+    return accumulation_dtype(hidden, weight) if hidden.dtype == torch.float16 else hidden.dtype
+
+
 class HeadGradients:
     """The gradients of hidden states, weight and bias, added up over tiles; what is not wanted stays empty, [0].
 
@@ -60,8 +65,9 @@ class HeadGradients:
         dtype = accumulation_dtype(hidden, weight)
         self._inputs = hidden, weight
         self._wanted = wanted
-        self._hidden = torch.zeros_like(hidden) if wanted[0] else hidden.new_empty(0)
-        self._weight = torch.empty_like(weight, dtype=dtype) if wanted[1] else weight.new_empty(0, dtype=dtype)
+        of_hidden = hidden_gradient_dtype(hidden, weight)
+        self._hidden = hidden.new_zeros(hidden.shape if wanted[0] else 0, dtype=of_hidden)
+        self._weight = weight.new_empty(weight.shape if wanted[1] else 0, dtype=dtype)
         self._bias = weight.new_zeros(weight.shape[0] if wanted[2] and bias is not None else 0, dtype=dtype)
         self._weight_is_set = False
 
@@ -72,7 +78,7 @@ class HeadGradients:
     ) -> None:
         hidden, weight = self._inputs
         if self._wanted[0]:
-            self._hidden[rows] = _hidden_gradient(d_logits, weight).to(hidden.dtype)
+            self._hidden[rows] = _hidden_gradient(d_logits, weight).to(self._hidden.dtype)
         if self._wanted[1]:
             _add_product(self._weight, d_logits, hidden[rows], beta=int(self._weight_is_set))
             self._weight_is_set = True
@@ -80,7 +86,7 @@ class HeadGradients:
             self._bias += d_logits.sum(0, dtype=self._bias.dtype)
 
     def result(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Of hidden [T, H] in its type; of weight [V, H] and bias [V] in the type they add up in."""
+        """Of hidden [T, H] in `hidden_gradient_dtype`; of weight [V, H] and bias [V] in the type they add up in."""
         if not self._weight_is_set:
             self._weight.zero_()
         return self._hidden, self._weight, self._bias

@@ -60,6 +60,8 @@ def loss_weights(
 ) -> Tensor:
     """[S]: what the terms of a sequence's tokens are multiplied by, so that the sum of all is the loss."""
     count = cu_seqlens.numel() - 1
+    if isinstance(normalizer, Tensor):
+        normalizer = normalizer.reshape(())
     ones = like.new_ones(count, dtype=torch.float64)
     if options.loss_agg_mode == "token-mean":
         if normalizer is None:

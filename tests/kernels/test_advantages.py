@@ -79,7 +79,7 @@ def test_no_sequences() -> None:
         ({"group_ids": torch.zeros(3, dtype=torch.int64)}, "same length"),
         ({"group_ids": torch.zeros(2)}, "pass integers"),
         ({"scale_rewards": "std"}, "choose one of none, group, batch"),
-        ({"eps": -1.0}, "not negative"),
+        ({"eps": 0.0}, "choose a positive number"),
     ],
 )
 def test_bad_input_is_refused(arguments: dict, match: str) -> None:

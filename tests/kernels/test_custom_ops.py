@@ -115,6 +115,10 @@ def op_calls() -> list[tuple[Any, tuple[Any, ...]]]:
         (OPS.group_advantages, (x["advantages"], torch.tensor([0, 0, 1]), "group", 1e-6)),
         (OPS.grpo_loss, (logps, advantages, *rewards, *given, entropy, mask, None, options, True)),
         (
+            OPS.linear_logprobs,
+            (hidden.t().contiguous().t(), weight.t().contiguous().t(), None, targets, 1.0, None, None, True),
+        ),
+        (
             OPS.linear_grpo_loss,
             (
                 *(hidden, weight, bias, targets, 1.0, None, None, advantages, *given, mask, None),
@@ -145,6 +149,20 @@ def test_gradients_in_the_memory_of_the_logits() -> None:
     assert leaf.grad is not None and want.grad is not None
     torch.testing.assert_close(leaf.grad, want.grad)
     torch.testing.assert_close(taken.detach(), want.grad)  # the logits are gone
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_logits_may_have_any_strides(inplace: bool) -> None:
+    x = tensors()
+    logits = (x["hidden"] @ x["weight"].t()).detach()
+    shared = logits[:1].expand(T, V)
+    for made in (logits.t().contiguous().t(), torch.cat([logits, logits], 1)[:, :V], shared):
+        want, got = made.clone().requires_grad_(), made.detach().requires_grad_()
+        token_logprobs(want, x["targets"]).square().sum().backward()
+        taken = got if made is shared else got * 1  # a leaf may not be written to
+        token_logprobs(taken, x["targets"], inplace_backward=inplace).square().sum().backward()
+        assert want.grad is not None and got.grad is not None
+        torch.testing.assert_close(got.grad, want.grad)
 
 
 def test_tiles_cover_everything_evenly() -> None:

@@ -217,9 +217,11 @@ def test_backward_twice_and_the_incoming_gradient() -> None:
 def test_a_second_derivative_is_an_error() -> None:
     batch = linear_batch([3], 8)
     weight = batch["weight"].requires_grad_()
-    (gradient,) = torch.autograd.grad(linear_grpo_loss(**batch)[0], [weight], create_graph=True)
-    with pytest.raises(RuntimeError, match="no second derivative"):
-        gradient.sum().backward()
+    for retain in (None, False):
+        loss = linear_grpo_loss(**batch)[0]
+        (gradient,) = torch.autograd.grad(2 * loss, [weight], create_graph=True, retain_graph=retain)
+        with pytest.raises(RuntimeError, match="no second derivative"):
+            gradient.sum().backward()
 
 
 def relative_error(got: Tensor, want: Tensor) -> float:
@@ -298,6 +300,27 @@ def test_logits_never_exist_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(sizes) == 9 and max(sizes) == 10 * ROW
 
 
+@pytest.mark.parametrize("per_token", [True, False])
+def test_small_inputs_may_have_any_strides(per_token: bool) -> None:
+    batch = linear_batch([3, 4], 10, token_advantages=per_token)
+    want = run(linear_grpo_loss, batch)
+    moved = {name: torch.stack([batch[name], batch[name]], 1)[:, 0] for name in ("advantages", "cu_seqlens", "targets")}
+    got = run(linear_grpo_loss, batch | moved)
+    torch.testing.assert_close([got[0], *got[2]], [want[0], *want[2]])
+    batch["advantages"] = torch.ones(1, dtype=torch.float64).expand(7)
+    assert_equals_reference(batch, {})
+
+
+def test_float16_keeps_small_gradients_until_they_are_scaled() -> None:
+    batch = linear_batch([3, 4], 10, dtype=torch.float32)
+    _, _, (want, *_) = run(linear_grpo_loss, batch, normalizer=1e6)
+    low = {name: batch[name].half().requires_grad_() for name in ("hidden", "weight", "bias")}
+    loss, _ = linear_grpo_loss(**{**batch, **low}, normalizer=1e6)
+    (got,) = torch.autograd.grad(loss * 65536, [low["hidden"]])
+    assert got.dtype == torch.float16
+    torch.testing.assert_close(got.float() / 65536 * 3, want, rtol=1e-2, atol=1e-9)
+
+
 def test_inputs_that_are_not_contiguous_and_autocast() -> None:
     batch = linear_batch([3, 4], 10, dtype=torch.float32, old_logps=True)
     want = run(linear_grpo_loss, batch)
@@ -320,6 +343,8 @@ def test_inputs_that_are_not_contiguous_and_autocast() -> None:
         ({"scale_rewards": "group"}, "has no effect without rewards"),
         ({"old_logps": torch.zeros(3)}, r"one value per token, \[7\]"),
         ({"normalizer": 0}, "pass a positive count"),
+        ({"normalizer": torch.ones(2)}, "pass a single count"),
+        ({"advantage_eps": 1e-3}, "has no effect without rewards"),
         ({"logit_softcap": -1.0}, "pass a positive number"),
         ({"beta": 0.1}, "no ref_logps"),
         ({"epsilon": 0.1}, "unexpected keyword argument 'epsilon'"),

@@ -165,7 +165,11 @@ def linear_logprobs_backward(
         of_hidden, of_weight, of_bias = logprobs_backward(
             hidden, weight, targets, head, lse, known, d_logps, d_entropy, cast(Any, tuple(wanted))
         )
-    return of_hidden, of_weight.to(weight.dtype), of_bias.to(weight.dtype if bias is None else bias.dtype)
+    return (
+        of_hidden.to(hidden.dtype),
+        of_weight.to(weight.dtype),
+        of_bias.to(weight.dtype if bias is None else bias.dtype),
+    )
 
 
 @linear_logprobs_backward.register_fake

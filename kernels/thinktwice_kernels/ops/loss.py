@@ -18,6 +18,7 @@ from thinktwice_kernels.fused_loss import linear_loss_forward
 from thinktwice_kernels.ops.common import NAMESPACE, fake_gradient, head_of
 from thinktwice_kernels.options import LossOptions, ScaleRewards
 from thinktwice_kernels.packed import accumulation_dtype
+from thinktwice_kernels.products import hidden_gradient_dtype
 from thinktwice_kernels.totals import totals_of
 
 
@@ -152,7 +153,7 @@ def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> tuple[
     return (
         hidden.new_empty((), dtype=dtype),
         hidden.new_empty(len(PARTIALS), dtype=torch.float64),
-        fake_gradient(hidden, wanted[0], hidden.dtype),
+        fake_gradient(hidden, wanted[0], hidden_gradient_dtype(hidden, weight)),
         fake_gradient(weight, wanted[1], dtype),
         fake_gradient(weight.new_empty(0) if bias is None else bias, wanted[2], dtype),
     )
@@ -166,7 +167,7 @@ def _linear_loss_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
 @first_order_only
 def _linear_loss_backward(ctx: Any, gradient: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     inputs, saved = ctx.saved_tensors[:3], ctx.saved_tensors[3:]
-    consume = type(gradient) is Tensor and not _graph_is_kept()
+    consume = type(gradient) is Tensor and not ctx.creates_graph and not _graph_is_kept()
     scaled = [
         _scaled(tensor, gradient, like.dtype, consume) if want else None
         for tensor, like, want in zip(saved, inputs, ctx.needs_input_grad, strict=False)
@@ -187,6 +188,8 @@ def _scaled(gradient: Tensor, by: Tensor, dtype: torch.dtype, consume: bool) -> 
     if type(by) is Tensor and by.device.type == "cpu" and by == 1:  # a GPU would wait, a tracer's tensors have no value
         # What a graph that runs again hands out must be memory of its own.
         return gradient.to(dtype, copy=not consume)
-    if consume:
-        return gradient.mul_(by).to(dtype)
-    return (gradient * by).to(dtype)
+    if consume and gradient.dtype == dtype:
+        return gradient.mul_(by)
+    if type(by) is not Tensor:
+        return (gradient * by).to(dtype)
+    return torch.mul(gradient, by, out=torch.empty_like(gradient, dtype=dtype))  # rounds in the same pass
