@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from thinktwice_kernels.backends import PARTIALS, Head, LossInputs, backend_of
-from thinktwice_kernels.linear_head import bytes_per_logit, of_rows
+from thinktwice_kernels.linear_head import bytes_per_logit, new_tile, of_rows
 from thinktwice_kernels.options import LossOptions
 from thinktwice_kernels.packed import Sequences, accumulation_dtype
 from thinktwice_kernels.products import HeadGradients, accumulated_logits, gradient_dtype
@@ -160,7 +160,7 @@ class _Tiles:
         self._dtype, self._out_dtype = accumulation_dtype(hidden, weight), gradient_dtype(hidden, weight)
         self.step = rows_per_tile(weight.shape[0], bytes_per_logit(self._dtype, self._out_dtype), hidden.device, budget)
         capacity = min(self.step, tokens.rows.numel())
-        self._buffer = hidden.new_empty(capacity, weight.shape[0], dtype=self._dtype)
+        self._buffer = new_tile(hidden, weight, capacity)
         self._out_buffer = self._buffer
         if any(wanted) and self._out_dtype != self._dtype:
             self._out_buffer = hidden.new_empty(capacity, weight.shape[0], dtype=self._out_dtype)

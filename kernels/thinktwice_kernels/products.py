@@ -3,12 +3,11 @@
 Letters: T tokens, V vocabulary, H hidden size, t rows of a tile.
 """
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
 from thinktwice_kernels.packed import accumulation_dtype
+from thinktwice_kernels.tiles import tiles
 
 # Rows of a low-precision weight that are widened at a time where the device cannot accumulate in fp32 itself.
 WIDENED_ROWS = 8192
@@ -29,7 +28,7 @@ def accumulated_logits(
         torch.mm(hidden.to(dtype), weight.t(), out=out)
     else:
         wide = hidden.to(dtype)
-        for rows in _weight_rows(weight):
+        for rows in tiles(0, weight.shape[0], WIDENED_ROWS):
             out[:, rows] = wide @ weight[rows].to(dtype).t()
     return out
 
@@ -99,7 +98,7 @@ def _hidden_gradient(
     if d_logits.dtype == weight.dtype:
         return d_logits @ weight
     gradient = d_logits.new_zeros(d_logits.shape[0], weight.shape[1])
-    for rows in _weight_rows(weight):
+    for rows in tiles(0, weight.shape[0], WIDENED_ROWS):
         gradient.addmm_(d_logits[:, rows], weight[rows].to(d_logits.dtype))
     return gradient
 
@@ -120,8 +119,3 @@ def _is_native(*tensors: Tensor) -> bool:
     """Whether the device's products take these low-precision tensors and give the fp32 accumulators."""
     kinds = {tensor.dtype for tensor in tensors}
     return all(tensor.is_cuda for tensor in tensors) and kinds in ({torch.bfloat16}, {torch.float16})
-
-
-def _weight_rows(weight: Tensor) -> Iterator[slice]:
-    for start in range(0, weight.shape[0], WIDENED_ROWS):
-        yield slice(start, start + WIDENED_ROWS)

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from thinktwice_kernels import grpo_loss
 from thinktwice_kernels.options import LossOptions
+from thinktwice_kernels.reference.objectives import kl_to_reference
+from thinktwice_kernels.totals import loss_weights
 
 _AGGREGATION = {
     "grpo": "seq-mean-token-mean",
@@ -132,7 +134,10 @@ class PaddedLoss:
         if self.corrects_kl():
             assert ref_logps is not None
             kl = self.kl(logps, mask, old_logps, ref_logps)
-            loss = loss + self.beta * (kl * self._token_weights(mask, normalizer)).sum()
+            weights = loss_weights(
+                sequence_starts(mask), mask.flatten(), LossOptions(**options), normalizer, logps.flatten()
+            )
+            loss = loss + self.beta * (kl * weights[:, None]).sum()
             metrics["kl_ref"] = kl.detach().sum() / mask.sum().clamp(min=1)
         return loss, metrics
 
@@ -156,8 +161,7 @@ class PaddedLoss:
         ref_logps: Tensor,  # [B, L]
     ) -> Tensor:  # [B, L], 0 for masked tokens
         """The KL term, corrected if it is to be."""
-        difference = torch.where(mask, ref_logps - logps, 0)
-        kl = difference.expm1() - difference
+        kl = kl_to_reference(torch.where(mask, logps, 0), torch.where(mask, ref_logps, 0), "k3")
         return kl * self.ratio(logps, mask, old_logps) if self.use_bias_correction_kl else kl
 
     def constant_weight(
@@ -182,20 +186,6 @@ class PaddedLoss:
         k = torch.where(advantages >= 0, self.vespo_k_pos, self.vespo_k_neg)
         rate = torch.where(advantages >= 0, self.vespo_lambda_pos, self.vespo_lambda_neg).clamp(min=_SMALLEST_LAMBDA)
         return (rate + k * log_w - rate * log_w.exp()).exp()
-
-    def _token_weights(
-        self,
-        mask: Tensor,  # [B, L] bool
-        normalizer: float | Tensor | None,
-    ) -> Tensor:  # without dimensions, or [B, 1]
-        """What `grpo_loss` multiplies a token's term by."""
-        mode = _AGGREGATION[self.loss_type]
-        if mode == "token-mean":
-            return 1 / (mask.sum().clamp(min=1) if normalizer is None else torch.as_tensor(normalizer))
-        per_sequence = torch.full_like(mask[:, :1], 1 / max(mask.shape[0], 1), dtype=torch.float32)
-        if mode == "seq-mean-token-mean":
-            return per_sequence / mask.sum(1, keepdim=True).clamp(min=1)
-        return per_sequence / (self.max_completion_length or 1) if self.loss_type == "dr_grpo" else per_sequence
 
 
 def _log_ratio(
