@@ -1,4 +1,6 @@
 // The block manager as ops: a registry of caches by number, and the plan of each forward pass.
+#include "bookkeeping.h"
+
 #include <algorithm>
 #include <memory>
 #include <mutex>
@@ -6,7 +8,6 @@
 #include <tuple>
 #include <unordered_map>
 
-#include "block_manager.h"
 #include "tensor_utils.h"
 
 namespace thinktwice {
@@ -133,6 +134,12 @@ std::tuple<int64_t, int64_t, Tensor> sequence(int64_t cache, int64_t handle) {
 }
 
 }  // namespace
+
+void with_cache(int64_t cache, const std::function<void(BlockManager&)>& use) {
+  const std::lock_guard<std::mutex> lock(mutex);
+  use(find_cache(cache));
+}
+
 }  // namespace thinktwice
 
 STABLE_TORCH_LIBRARY_IMPL(thinktwice, CompositeExplicitAutograd, m) {

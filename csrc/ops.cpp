@@ -30,4 +30,26 @@ STABLE_TORCH_LIBRARY(thinktwice, m) {
       "sample(Tensor logits, Tensor temperature, Tensor top_k, Tensor top_p, Tensor min_p, int seed,"
       " Tensor sample_ids, Tensor positions)"
       " -> (Tensor tokens, Tensor logps, Tensor raw_logps, Tensor entropy)");
+  m.def("pack_weight(Tensor weight, Tensor(a!) packed, int first) -> ()");
+  m.def("packed_linear(Tensor x, Tensor packed, int outputs) -> Tensor");
+
+  // A whole decoder (cpu/decode.cpp).
+  m.def(
+      "decoder_create(Tensor embedding, Tensor norm, Tensor head, Tensor? head_bias, int heads, int kv_heads,"
+      " int head_dim, float scale, float eps) -> int");
+  m.def("decoder_destroy(int decoder) -> ()");
+  m.def(
+      "decoder_add_layer(int decoder, Tensor? norm_before_attention, Tensor? norm_after_attention,"
+      " Tensor? norm_before_mlp, Tensor? norm_after_mlp, Tensor? q_norm, Tensor? k_norm, Tensor qkv,"
+      " Tensor? qkv_bias, Tensor attention_out, Tensor? attention_out_bias, Tensor gate_up,"
+      " Tensor? gate_up_bias, Tensor down, Tensor? down_bias, Tensor? cos, Tensor? sin, int window) -> ()");
+  m.def(
+      "decoder_forward(int decoder, Tensor tokens, Tensor positions, Tensor slots, Tensor block_tables,"
+      " Tensor context_lens, Tensor cu_seqlens_q, Tensor select, Tensor(a!) k_cache, Tensor(b!) v_cache)"
+      " -> Tensor");
+  m.def(
+      "decoder_decode(int decoder, int cache, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor handles,"
+      " Tensor tokens, Tensor temperature, Tensor top_k, Tensor top_p, Tensor min_p, int seed,"
+      " Tensor sample_ids, Tensor positions, Tensor left, Tensor stop_ids, int steps, int enough_ended,"
+      " int version) -> (Tensor tokens, Tensor logps, Tensor entropies, Tensor counts)");
 }

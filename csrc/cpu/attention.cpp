@@ -23,8 +23,6 @@ namespace {
 using c10::BFloat16;
 using c10::Half;
 
-constexpr int64_t kRowsPerTile = 64;  // rows that share one reading of the keys
-
 #define THINKTWICE_KERNELS "cpu/attention_kernels.inc"
 #include "cpu/for_each_isa.h"
 #undef THINKTWICE_KERNELS
@@ -59,14 +57,14 @@ std::vector<Tile> make_tiles(const Attention& a, int64_t num_blocks, const Tenso
 }
 
 // Cuts every group into tiles of members whose rows share one reading of the keys, of every KV head.
-std::vector<Members> make_members(const Attention& a, int64_t num_blocks, const Tensor& block_tables,
+std::vector<Members> make_members(const Attention& a, int64_t num_blocks,
+                                  const std::vector<const int32_t*>& tables, int64_t width,
                                   const Tensor& context_lens, const Tensor& group_offsets,
                                   const Tensor& shared_blocks) {
-  const auto* const tables = block_tables.const_data_ptr<int32_t>();
   const auto* const lens = context_lens.const_data_ptr<int32_t>();
   const auto* const offsets = group_offsets.const_data_ptr<int32_t>();
   const auto* const shared = shared_blocks.const_data_ptr<int32_t>();
-  const int64_t width = block_tables.size(1), most = std::max<int64_t>(1, kRowsPerTile / a.group);
+  const int64_t most = std::max<int64_t>(1, kRowsPerTile / a.group);
   std::vector<Members> tiles;
   for (int64_t g = 0; g < shared_blocks.numel(); ++g)
     check(offsets[g] <= offsets[g + 1], "grouped_decode_attention: group_offsets must not fall");
@@ -75,16 +73,15 @@ std::vector<Members> make_members(const Attention& a, int64_t num_blocks, const 
     check(shared[g] >= 0, "grouped_decode_attention: shared_blocks of group ", g, " is ", shared[g],
           ", must be at least 0");
     for (int64_t s = offsets[g]; s < offsets[g + 1]; ++s) {
-      const int32_t* const blocks = tables + s * width;
-      check_sequence("grouped_decode_attention", a, num_blocks, s, 1, lens[s], blocks, width);
-      check(shared_keys <= lens[s] && std::equal(blocks, blocks + shared[g], tables + offsets[g] * width),
+      check_sequence("grouped_decode_attention", a, num_blocks, s, 1, lens[s], tables[s], width);
+      check(shared_keys <= lens[s] && std::equal(tables[s], tables[s] + shared[g], tables[offsets[g]]),
             "grouped_decode_attention: sequence ", s, " does not start with the ", shared[g],
             " shared blocks of group ", g);
     }
     for (int64_t s = offsets[g]; s < offsets[g + 1]; s += most)
       for (int64_t head = 0; head < a.kv_heads; ++head)
         tiles.push_back({s, std::min(most, offsets[g + 1] - s), head, shared_keys / kChunk * kChunk, lens + s,
-                         tables + s * width, width});
+                         tables.data() + s});
   }
   return tiles;
 }
@@ -108,7 +105,7 @@ void run_tiles(const std::vector<TileType>& tiles, int64_t dim, const Rows& rows
 
 template <typename T>
 void run(const Attention& a, const std::vector<Tile>& tiles) {
-  const auto attend_tile = ISA_DISPATCH(attend<T>);
+  const auto attend_tile = ISA_DISPATCH(attend<T, T>);
   run_tiles(
       tiles, a.dim, [&](const Tile& tile) { return tile.tokens * a.group; },
       [](const Tile& tile) { return (tile.first_position + tile.tokens) * (tile.tokens + 1); },
@@ -117,7 +114,7 @@ void run(const Attention& a, const std::vector<Tile>& tiles) {
 
 template <typename T>
 void run(const Attention& a, const std::vector<Members>& tiles) {
-  const auto attend_tile = ISA_DISPATCH(attend_members<T>);
+  const auto attend_tile = ISA_DISPATCH(attend_members<T, T>);
   run_tiles(
       tiles, a.dim, [&](const Members& tile) { return tile.count * a.group; },
       [](const Members& tile) {
@@ -206,12 +203,31 @@ Tensor grouped_decode_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor
         sequences);
   Tensor out = new_tensor({q.size(0), q.size(1), q.size(2)}, q.scalar_type());
   const Attention a = describe(q, k_cache, v_cache, out, scale, window, softcap);
+  std::vector<const int32_t*> tables;
+  for (int64_t s = 0; s < sequences; ++s)
+    tables.push_back(block_tables.const_data_ptr<int32_t>() + s * block_tables.size(1));
   run_in_type(op, q.scalar_type(), a,
-              make_members(a, k_cache.size(0), block_tables, context_lens, group_offsets, shared_blocks));
+              make_members(a, k_cache.size(0), tables, block_tables.size(1), context_lens, group_offsets,
+                           shared_blocks));
   return out;
 }
 
 }  // namespace
+
+void attend_in_float(ScalarType cache_type, const Attention& a, const Tile& tile) {
+  const auto attend_tile = cache_type == ScalarType::Float      ? ISA_DISPATCH(attend<float, float>)
+                           : cache_type == ScalarType::BFloat16 ? ISA_DISPATCH(attend<BFloat16, float>)
+                                                                : ISA_DISPATCH(attend<Half, float>);
+  attend_tile(a, tile, thread_workspace(tile.tokens * a.group, a.dim));
+}
+
+void attend_in_float(ScalarType cache_type, const Attention& a, const Members& tile) {
+  const auto attend_tile = cache_type == ScalarType::Float      ? ISA_DISPATCH(attend_members<float, float>)
+                           : cache_type == ScalarType::BFloat16 ? ISA_DISPATCH(attend_members<BFloat16, float>)
+                                                                : ISA_DISPATCH(attend_members<Half, float>);
+  attend_tile(a, tile, thread_workspace(tile.count * a.group, a.dim));
+}
+
 }  // namespace thinktwice
 
 STABLE_TORCH_LIBRARY_IMPL(thinktwice, CPU, m) {

@@ -1,5 +1,7 @@
-// What the attention kernels of every instruction set work on; knows nothing about torch.
+// What the attention kernels of every instruction set work on.
 #pragma once
+
+#include <torch/headeronly/core/ScalarType.h>
 
 #include <algorithm>
 #include <cstdint>
@@ -9,6 +11,7 @@
 namespace thinktwice {
 
 constexpr int64_t kChunk = 64;      // keys per step of the online softmax; chunks start at its multiples
+constexpr int64_t kRowsPerTile = 64;  // rows that share one reading of the keys
 constexpr int64_t kAlignment = 16;  // floats; the widest vector, also what a row is padded to
 
 struct Attention {
@@ -37,9 +40,8 @@ struct Members {
   int64_t count;
   int64_t kv_head;
   int64_t shared_keys;  // a multiple of kChunk
-  const int32_t* context_lens;
-  const int32_t* blocks;  // the first one's table, the others' follow
-  int64_t table_width;
+  const int32_t* context_lens;   // of each
+  const int32_t* const* blocks;  // of each
 };
 
 // One thread's buffers; rows of `row_stride` floats.
@@ -98,5 +100,9 @@ inline Workspace rows_from(Workspace work, int64_t rows) {
   work.positions += rows;
   return work;
 }
+
+// One tile on this thread; the cache holds `cache_type`, queries and results are float32.
+void attend_in_float(torch::headeronly::ScalarType cache_type, const Attention& attention, const Tile& tile);
+void attend_in_float(torch::headeronly::ScalarType cache_type, const Attention& attention, const Members& tile);
 
 }  // namespace thinktwice

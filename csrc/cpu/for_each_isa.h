@@ -31,12 +31,12 @@ namespace baseline {
 #undef KERNEL_TARGET
 
 #if defined(__x86_64__)
-#define ISA_DISPATCH(function)                                                             \
-  (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&              \
-           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")        \
-       ? avx512::function                                                                  \
-       : (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? avx2::function \
-                                                                          : baseline::function))
+#define ISA_DISPATCH(...)                                                                     \
+  (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&                 \
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")           \
+       ? avx512::__VA_ARGS__                                                                  \
+       : (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? avx2::__VA_ARGS__ \
+                                                                          : baseline::__VA_ARGS__))
 #else
-#define ISA_DISPATCH(function) baseline::function
+#define ISA_DISPATCH(...) baseline::__VA_ARGS__
 #endif

@@ -23,17 +23,6 @@ namespace {
 using c10::BFloat16;
 using c10::Half;
 
-struct Truncation {
-  int64_t top_k;  // 0 = off
-  double top_p;   // 1 = off
-  float min_p;    // 0 = off
-};
-
-struct RowResult {
-  int64_t token;  // -1: the row has no valid distribution
-  float logp, raw_logp, entropy;
-};
-
 #define THINKTWICE_KERNELS "cpu/sampler_kernels.inc"
 #include "cpu/for_each_isa.h"
 #undef THINKTWICE_KERNELS
@@ -99,7 +88,7 @@ double truncate(const Truncation& truncation, int64_t vocabulary, float* weights
 }
 
 template <typename T>
-RowResult sample_row(const T* logits, int64_t vocabulary, float temperature, const Truncation& truncation,
+RowResult sample_row_of(const T* logits, int64_t vocabulary, float temperature, const Truncation& truncation,
                      const Draw& draw) {
   const RowBuffers work = thread_buffers(vocabulary);
   const bool greedy = temperature == 0.0f;
@@ -157,7 +146,7 @@ Sampled sample_rows(const Tensor& logits, const RowOptions& o, int64_t seed) {
   parallel_tasks(rows, 1 + kGrainTokens / vocabulary, [&](int64_t n) {
     const Draw draw{static_cast<uint64_t>(seed), static_cast<uint64_t>(o.sample_ids[n]),
                     static_cast<uint32_t>(o.positions[n])};
-    const RowResult row = sample_row(from + n * stride, vocabulary, o.temperature[n],
+    const RowResult row = sample_row_of(from + n * stride, vocabulary, o.temperature[n],
                                      {o.top_k[n], o.top_p[n], o.min_p[n]}, draw);
     token[n] = row.token;
     logp[n] = row.logp;
@@ -196,6 +185,12 @@ Sampled sample(Tensor logits, Tensor temperature, Tensor top_k, Tensor top_p, Te
 }
 
 }  // namespace
+
+RowResult sample_row(const float* logits, int64_t vocabulary, float temperature, const Truncation& truncation,
+                     const Draw& draw) {
+  return sample_row_of(logits, vocabulary, temperature, truncation, draw);
+}
+
 }  // namespace thinktwice
 
 STABLE_TORCH_LIBRARY_IMPL(thinktwice, CPU, m) { m.impl("sample", TORCH_BOX(&thinktwice::sample)); }

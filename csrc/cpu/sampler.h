@@ -11,6 +11,21 @@ struct Draw {
   uint32_t position;
 };
 
+struct Truncation {
+  int64_t top_k;  // 0 = off
+  double top_p;   // 1 = off
+  float min_p;    // 0 = off
+};
+
+struct RowResult {
+  int64_t token;  // -1: the row has no valid distribution
+  float logp, raw_logp, entropy;
+};
+
+// One row on this thread; the rule stands in thinktwice_fast/model/csrc.py.
+RowResult sample_row(const float* logits, int64_t vocabulary, float temperature, const Truncation& truncation,
+                     const Draw& draw);
+
 struct RowBuffers {
   float* scaled;   // logits / temperature
   float* weights;  // e^(scaled - max); 0 = cannot be drawn

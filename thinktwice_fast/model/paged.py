@@ -63,8 +63,8 @@ class PagedKVCache:
         device: torch.device | str = "cpu",
     ):
         shape = (num_layers, num_blocks, kv_heads, block_size, head_dim)
-        self._id: int = ops.cache_create(num_blocks, block_size)
-        self._close = weakref.finalize(self, ops.cache_destroy, self._id)
+        self.id: int = ops.cache_create(num_blocks, block_size)
+        self._close = weakref.finalize(self, ops.cache_destroy, self.id)
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.policy_version = 0
@@ -81,11 +81,11 @@ class PagedKVCache:
     @property
     def free_blocks(self) -> int:
         """Blocks that no sequence holds."""
-        return _free_blocks(self._id)
+        return _free_blocks(self.id)
 
     def prefill(self) -> int:
         """Handle of a new, empty sequence."""
-        return _prefill(self._id)
+        return _prefill(self.id)
 
     def extend(self, handles: Sequence[int], counts: Sequence[int], *, allow_stale: bool = False) -> Plan | None:
         """Reserve ``counts[i]`` more tokens in sequence ``handles[i]``, all or nothing.
@@ -99,7 +99,7 @@ class PagedKVCache:
         Raises:
             RuntimeError: a sequence was written by another policy version and ``allow_stale`` is off.
         """
-        missing, *plan = _extend(self._id, _int64(handles), _int64(counts), self.policy_version, allow_stale)
+        missing, *plan = _extend(self.id, _int64(handles), _int64(counts), self.policy_version, allow_stale)
         if missing:
             return None
         if not self._on_cpu:
@@ -114,30 +114,30 @@ class PagedKVCache:
         Raises:
             RuntimeError: fewer blocks than that are free; nothing changed then.
         """
-        handles, pairs = _fork(self._id, handle, n)
+        handles, pairs = _fork(self.id, handle, n)
         if len(pairs):
             copy_blocks(self.k_cache, self.v_cache, pairs if self._on_cpu else pairs.to(self.device))
         return handles.tolist()
 
     def release(self, handles: Sequence[int]) -> None:
         """Give sequences back; blocks that no other sequence holds become free."""
-        _release(self._id, _int64(handles))
+        _release(self.id, _int64(handles))
 
     def length(self, handle: int) -> int:
         """Tokens reserved in a sequence."""
-        return ops.cache_sequence(self._id, handle)[0]
+        return ops.cache_sequence(self.id, handle)[0]
 
     def version(self, handle: int) -> int:
         """The policy version that wrote a sequence; -1 while it is empty."""
-        return ops.cache_sequence(self._id, handle)[1]
+        return ops.cache_sequence(self.id, handle)[1]
 
     def blocks(self, handle: int) -> list[int]:
         """The blocks of a sequence, in order."""
-        return ops.cache_sequence(self._id, handle)[2].tolist()
+        return ops.cache_sequence(self.id, handle)[2].tolist()
 
     def ref_counts(self) -> list[int]:
         """How many sequences hold each block."""
-        return ops.cache_ref_counts(self._id).tolist()
+        return ops.cache_ref_counts(self.id).tolist()
 
     def attend(
         self,

@@ -1,0 +1,234 @@
+"""The whole decoder in C++ (``csrc/cpu/decoder.cpp``): what rollouts on the CPU run instead of transformers' modules.
+
+It reads the model's weights into packed copies, which ``refresh`` renews, and knows the architectures that are one of
+these, with any of its biases and norms missing:
+
+    x += [norm] attention([norm] x)        with QK-norm per head or over all heads, rotary positions, a sliding window
+    x += [norm] down(silu(gate(h)) * up(h)),   h = [norm] x
+
+Letters: T tokens, N rows whose logits are wanted, V vocabulary, H hidden size, D head size, P positions.
+"""
+
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from thinktwice_fast.model.attention import PackedAttention
+from thinktwice_fast.model.csrc import ops
+from thinktwice_fast.model.paged import PagedKVCache, Plan
+from thinktwice_fast.model.policy import Policy, linear_head
+
+PANEL = 16  # outputs side by side in a packed weight, as in csrc/cpu/matmul.h
+# How far the logits may lie from those of the model's modules, as a share of the largest.
+_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.03}
+
+
+@dataclass(frozen=True)
+class _Family:
+    """Where an architecture keeps what the decoder needs; None = it has no such norm."""
+
+    norm_before_attention: str | None
+    norm_after_attention: str | None
+    norm_before_mlp: str | None
+    norm_after_mlp: str | None
+    qk_norm: bool
+    window: Literal["of the layer", "of the model", "none"]
+
+
+_FAMILIES = {
+    "llama": _Family("input_layernorm", None, "post_attention_layernorm", None, False, "none"),
+    "mistral": _Family("input_layernorm", None, "post_attention_layernorm", None, False, "of the model"),
+    "qwen2": _Family("input_layernorm", None, "post_attention_layernorm", None, False, "of the layer"),
+    "qwen3": _Family("input_layernorm", None, "post_attention_layernorm", None, True, "of the layer"),
+    "olmo2": _Family(None, "post_attention_layernorm", None, "post_feedforward_layernorm", True, "none"),
+    "olmo3": _Family(None, "post_attention_layernorm", None, "post_feedforward_layernorm", True, "of the layer"),
+}
+_FIXED_ROPE = {"default", "linear", "llama3", "yarn"}  # others turn by angles that depend on the sequence's length
+
+
+class Decoded(NamedTuple):
+    """What N sequences drew in up to S steps; row i holds ``counts[i]`` tokens."""
+
+    tokens: Tensor  # int64 [N, S]
+    logps: Tensor  # float32 [N, S], nats, under softmax(logits / temperature), nothing truncated
+    entropies: Tensor  # float32 [N, S], nats, of the same distribution
+    counts: Tensor  # int64 [N]
+
+
+class Decoder:
+    """A model on the CPU, run without transformers' modules.
+
+    Args:
+        model: float32, bfloat16 or float16, of an architecture that ``supports`` accepts. Products are computed in
+            float32 whatever the type, from weights in the model's own.
+        positions: longest sequence.
+    """
+
+    def __init__(self, model: PreTrainedModel, positions: int):
+        base: Any = model.base_model
+        family = _FAMILIES[model.config.model_type]
+        self._copies: list[Callable[[], object]] = []
+        self._id: int = ops.decoder_create(
+            base.embed_tokens.weight.detach(), self._floats(base.norm.weight), *self._linear(_head(model)),
+            *_heads(model), base.layers[0].self_attn.scaling, model.config.rms_norm_eps,
+        )  # fmt: skip
+        self._close = weakref.finalize(self, ops.decoder_destroy, self._id)
+        tables: dict[str, tuple[Tensor, Tensor]] = {}
+        for layer in base.layers:
+            kind = layer.self_attn.attention_type if model.config.model_type == "olmo3" else ""
+            if kind not in tables:
+                tables[kind] = _rotary_tables(model, positions, *filter(None, [kind]))
+            self._add_layer(layer, family, *tables[kind])
+        self.refresh()
+
+    @staticmethod
+    def supports(model: PreTrainedModel) -> bool:
+        """Whether a decoder of this model can be built: on the CPU, of a known architecture and type."""
+        config = model.config
+        return (
+            model.device.type == "cpu"
+            and model.dtype in _TOLERANCE
+            and config.model_type in _FAMILIES
+            and config.hidden_act == "silu"
+            and _rope_types(config.rope_parameters) <= _FIXED_ROPE
+            and type(model.get_output_embeddings()) is nn.Linear
+        )
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Read the model's weights anew; to be called after they changed."""
+        for copy in self._copies:
+            copy()
+
+    def forward(self, tokens: Tensor, plan: Plan, select: Tensor, cache: PagedKVCache) -> Tensor:
+        """Put the plan's tokens (int64 [T]) into the cache and give the logits, float32 [N, V], of rows ``select``.
+
+        Args:
+            select: int64 [N], ascending.
+
+        Raises:
+            RuntimeError: a token lies outside the vocabulary, or the plan does not fit the tokens or the cache.
+        """
+        return ops.decoder_forward(
+            self._id, tokens, plan.positions, plan.slots, plan.block_tables, plan.context_lens, plan.cu_seqlens_q,
+            select, cache.k_cache, cache.v_cache,
+        )  # fmt: skip
+
+    def decode(
+        self,
+        cache: PagedKVCache,
+        handles: Tensor,  # int64 [N], sequences of the cache
+        tokens: Tensor,  # int64 [N], the last token of each, not in the cache yet
+        sampling: Sequence[Tensor],  # temperature, top_k, top_p, min_p as in `csrc.sample`
+        *,
+        seed: int,
+        sample_ids: Tensor,  # int64 [N]
+        positions: Tensor,  # int64 [N], how many tokens were drawn already
+        left: Tensor,  # int64 [N], how many more may be
+        stop_ids: Tensor,  # int64, tokens that end a sequence
+        steps: int,
+        enough_ended: int,
+    ) -> Decoded:
+        """Draw up to ``steps`` tokens for each of N sequences, without a word from Python between them.
+
+        A sequence stops at a stop token or when it has none left. All stop once ``enough_ended`` have, or when the
+        cache has no blocks for the next step. As with ``csrc.sample``, the last token drawn is not in the cache.
+
+        Raises:
+            RuntimeError: logits are not finite, a sequence is stale, or arguments do not fit each other.
+        """
+        return Decoded(
+            *ops.decoder_decode(
+                self._id, cache.id, cache.k_cache, cache.v_cache, handles, tokens, *sampling, seed, sample_ids,
+                positions, left, stop_ids, steps, enough_ended, cache.policy_version,
+            )
+        )  # fmt: skip
+
+    def _add_layer(self, layer: Any, family: _Family, cos: Tensor, sin: Tensor) -> None:
+        attention, mlp = layer.self_attn, layer.mlp
+        names = (family.norm_before_attention, family.norm_after_attention,
+                 family.norm_before_mlp, family.norm_after_mlp)  # fmt: skip
+        norms = [name and getattr(layer, name) for name in names]
+        norms += [attention.q_norm, attention.k_norm] if family.qk_norm else [None, None]
+        window = {"of the layer": attention, "of the model": attention.config, "none": None}[family.window]
+        ops.decoder_add_layer(
+            self._id,
+            *(norm and self._floats(norm.weight) for norm in norms),
+            *self._linear(attention.q_proj, attention.k_proj, attention.v_proj),
+            *self._linear(attention.o_proj),
+            *self._linear(mlp.gate_proj, mlp.up_proj),
+            *self._linear(mlp.down_proj),
+            cos,
+            sin,
+            (window and window.sliding_window) or 0,
+        )
+
+    def _linear(self, *modules: nn.Linear) -> tuple[Tensor, Tensor | None]:
+        """Packed weight and padded bias of linear layers with one input, their outputs one after another."""
+        panels = -(-sum(module.out_features for module in modules) // PANEL)
+        first_weight = modules[0].weight
+        packed = first_weight.new_zeros(panels, modules[0].in_features, PANEL, requires_grad=False)
+        bias = torch.zeros(panels * PANEL) if any(module.bias is not None for module in modules) else None
+        first = 0
+        for module in modules:
+            self._copies.append(lambda w=module.weight, at=first: ops.pack_weight(w.detach(), packed, at))
+            if bias is not None and module.bias is not None:
+                part = bias[first : first + module.out_features]
+                self._copies.append(lambda part=part, b=module.bias: part.copy_(b))
+            first += module.out_features
+        return packed, bias
+
+    def _floats(self, weight: nn.Parameter) -> Tensor:
+        copy = torch.empty(weight.shape, dtype=torch.float32)
+        self._copies.append(lambda: copy.copy_(weight))
+        return copy
+
+
+@torch.no_grad()
+def differs(decoder: Decoder, model: PreTrainedModel) -> bool:
+    """Whether the decoder's logits are not those of the model's own modules, on a few tokens.
+
+    Shows what a changed version of transformers, or modules replaced by the user, do differently.
+    """
+    n = 24
+    ids = torch.arange(n) * 7919 % model.config.vocab_size
+    _, kv_heads, dim = _heads(model)
+    cache = PagedKVCache(model.config.num_hidden_layers, 2, kv_heads, dim, dtype=model.dtype)
+    plan = cache.extend([cache.prefill()], [n])
+    assert plan is not None
+    rows = torch.arange(n)
+    ours = decoder.forward(ids, plan, rows, cache)
+    theirs = Policy(model)(ids, rows, PackedAttention.from_lengths([n], model.device), rows, linear_head)
+    return not bool((ours - theirs).abs().max() <= _TOLERANCE[model.dtype] * theirs.abs().max())
+
+
+def _head(model: PreTrainedModel) -> nn.Linear:
+    head = model.get_output_embeddings()
+    assert isinstance(head, nn.Linear)
+    return head
+
+
+def _heads(model: PreTrainedModel) -> tuple[int, int, int]:
+    """Query heads, key-value heads and the size of each."""
+    dim: int = model.base_model.layers[0].self_attn.head_dim
+    return model.config.num_attention_heads, model.config.num_key_value_heads, dim
+
+
+def _rope_types(parameters: dict[str, Any]) -> set[str]:
+    """Of rope parameters as a configuration holds them: one set, or one per kind of layer."""
+    if "rope_type" in parameters:
+        return {parameters["rope_type"]}
+    return {kind["rope_type"] for kind in parameters.values() if kind is not None}
+
+
+@torch.no_grad()
+def _rotary_tables(model: PreTrainedModel, positions: int, *layer_type: str) -> tuple[Tensor, Tensor]:
+    """cos and sin as the model's modules see them (rounded to its type), float32 [P, D]."""
+    like = torch.empty(0, dtype=model.dtype)
+    cos, sin = model.base_model.rotary_emb(like, torch.arange(positions)[None], *layer_type)
+    return cos[0].float().contiguous(), sin[0].float().contiguous()
