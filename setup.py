@@ -34,7 +34,8 @@ def builds_cuda() -> bool:
 
 def library(package: str, *sources: str, cuda: tuple[str, ...] = ()) -> Extension:
     torch_headers = [f"-isystem{path}" for path in include_paths()]  # no warnings about torch's own headers
-    cxx = ["-O3", "-g0", "-std=c++17", "-fvisibility=hidden", "-Wall", "-Wextra", f"-DTORCH_TARGET_VERSION={TORCH_2_10}", *torch_headers]
+    warnings = ["-Wall", "-Wextra", *torch_headers]
+    cxx = ["-O3", "-g0", "-std=c++17", "-fvisibility=hidden", f"-DTORCH_TARGET_VERSION={TORCH_2_10}", *warnings]
     kind, flags = CppExtension, {"cxx": cxx}
     if cuda and builds_cuda():
         # USE_CUDA: torch's headers then declare what they have for CUDA.

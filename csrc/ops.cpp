@@ -36,7 +36,7 @@ STABLE_TORCH_LIBRARY(thinktwice, m) {
   // A whole decoder (cpu/decode.cpp).
   m.def(
       "decoder_create(Tensor embedding, Tensor norm, Tensor head, Tensor? head_bias, int heads, int kv_heads,"
-      " int head_dim, float scale, float eps) -> int");
+      " int head_dim, float scale, float eps, bool group_attention) -> int");
   m.def("decoder_destroy(int decoder) -> ()");
   m.def(
       "decoder_add_layer(int decoder, Tensor? norm_before_attention, Tensor? norm_after_attention,"

@@ -95,6 +95,11 @@ class RolloutOptions:
     """Most sequences decoding at once, per process."""
     max_batch_tokens: int = 8192
     """Most tokens in one forward pass (decoding and prefill together), per process."""
+    decoder: Literal["auto", "fused", "modules"] = "auto"
+    """What runs the model: the C++ decoder ("fused": Llama, Mistral, Qwen2, Qwen3, OLMo-2 and OLMo-3 on the CPU), or
+    transformers' modules; "auto" = the first where it knows the model."""
+    group_attention: bool = True
+    """Read the keys that samples of one prompt share once for all of them, while decoding."""
     cache_tokens: int = 0
     """Size of the KV cache in tokens, per process; 0 = as much as `max_sequences` of full length need, or what
     the GPU has free if that is less."""

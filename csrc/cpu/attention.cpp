@@ -222,9 +222,10 @@ void attend_in_float(ScalarType cache_type, const Attention& a, const Tile& tile
 }
 
 void attend_in_float(ScalarType cache_type, const Attention& a, const Members& tile) {
-  const auto attend_tile = cache_type == ScalarType::Float      ? ISA_DISPATCH(attend_members<float, float>)
-                           : cache_type == ScalarType::BFloat16 ? ISA_DISPATCH(attend_members<BFloat16, float>)
-                                                                : ISA_DISPATCH(attend_members<Half, float>);
+  const auto attend_tile = cache_type == ScalarType::Float ? ISA_DISPATCH(attend_members<float, float>)
+                           : cache_type == ScalarType::BFloat16
+                               ? ISA_DISPATCH(attend_members<BFloat16, float>)
+                               : ISA_DISPATCH(attend_members<Half, float>);
   attend_tile(a, tile, thread_workspace(tile.count * a.group, a.dim));
 }
 

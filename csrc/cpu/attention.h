@@ -10,9 +10,9 @@
 
 namespace thinktwice {
 
-constexpr int64_t kChunk = 64;      // keys per step of the online softmax; chunks start at its multiples
+constexpr int64_t kChunk = 64;        // keys per step of the online softmax; chunks start at its multiples
 constexpr int64_t kRowsPerTile = 64;  // rows that share one reading of the keys
-constexpr int64_t kAlignment = 16;  // floats; the widest vector, also what a row is padded to
+constexpr int64_t kAlignment = 16;    // floats; the widest vector, also what a row is padded to
 
 struct Attention {
   const void* q;
@@ -39,7 +39,7 @@ struct Members {
   int64_t first_token;  // the row in q of the first
   int64_t count;
   int64_t kv_head;
-  int64_t shared_keys;  // a multiple of kChunk
+  int64_t shared_keys;           // a multiple of kChunk
   const int32_t* context_lens;   // of each
   const int32_t* const* blocks;  // of each
 };
@@ -103,6 +103,7 @@ inline Workspace rows_from(Workspace work, int64_t rows) {
 
 // One tile on this thread; the cache holds `cache_type`, queries and results are float32.
 void attend_in_float(torch::headeronly::ScalarType cache_type, const Attention& attention, const Tile& tile);
-void attend_in_float(torch::headeronly::ScalarType cache_type, const Attention& attention, const Members& tile);
+void attend_in_float(torch::headeronly::ScalarType cache_type, const Attention& attention,
+                     const Members& tile);
 
 }  // namespace thinktwice

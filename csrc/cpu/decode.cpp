@@ -53,7 +53,7 @@ Linear make_linear(const char* name, const Tensor& packed, const OptionalTensor&
 }
 
 int64_t create(Tensor embedding, Tensor norm, Tensor head, OptionalTensor head_bias, int64_t heads,
-               int64_t kv_heads, int64_t dim, double scale, double eps) {
+               int64_t kv_heads, int64_t dim, double scale, double eps, bool group_attention) {
   const ScalarType type = embedding.scalar_type();
   check(embedding.is_cpu() && embedding.dim() == 2 && embedding.stride(1) == 1 &&
             (type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half),
@@ -62,9 +62,18 @@ int64_t create(Tensor embedding, Tensor norm, Tensor head, OptionalTensor head_b
         " query heads of an even size ", dim, " must share ", kv_heads, " KV heads evenly");
   const int64_t hidden = embedding.size(1);
   check_floats(norm, "norm", hidden);
-  auto decoder = std::make_unique<Decoder>(
-      Decoder{embedding, norm, make_linear("head", head, head_bias, embedding.size(0), hidden), hidden, heads,
-              kv_heads, dim, scale, eps, {}});
+  auto decoder =
+      std::make_unique<Decoder>(Decoder{embedding,
+                                        norm,
+                                        make_linear("head", head, head_bias, embedding.size(0), hidden),
+                                        hidden,
+                                        heads,
+                                        kv_heads,
+                                        dim,
+                                        scale,
+                                        eps,
+                                        group_attention,
+                                        {}});
   const std::lock_guard<std::mutex> lock(mutex);
   decoders.emplace(next_decoder, std::move(decoder));
   return next_decoder++;
@@ -206,14 +215,15 @@ class ToDrawings final : public Sink {
 };
 
 // Reserves the next token of every sequence and says where it goes; false when blocks are missing.
-bool reserve(int64_t cache, const std::vector<Drawing*>& live, int64_t version, std::vector<int64_t>& positions,
-             std::vector<int64_t>& slots, Step& step) {
+bool reserve(int64_t cache, const std::vector<Drawing*>& live, int64_t version,
+             std::vector<int64_t>& positions, std::vector<int64_t>& slots, Step& step) {
   std::vector<int64_t> handles;
   for (const Drawing* drawing : live) handles.push_back(drawing->handle);
   const std::vector<int64_t> ones(live.size(), 1);
   bool done = false;
   with_cache(cache, [&](BlockManager& manager) {
-    done = manager.extend(handles.data(), ones.data(), static_cast<int64_t>(live.size()), version, false) == 0;
+    done =
+        manager.extend(handles.data(), ones.data(), static_cast<int64_t>(live.size()), version, false) == 0;
     if (!done) return;
     const int64_t size = manager.block_size();
     check(manager.num_blocks() == step.k_cache.size(1) && size == step.k_cache.size(3),
@@ -255,27 +265,29 @@ Decoded decode(int64_t decoder, int64_t cache, Tensor k_cache, Tensor v_cache, T
   check(steps > 0, op, ": steps must be at least 1");
   std::vector<Drawing> drawings;
   for (int64_t i = 0; i < n; ++i) {
-    drawings.push_back({handles.const_data_ptr<int64_t>()[i],
-                        tokens.const_data_ptr<int64_t>()[i],
-                        left.const_data_ptr<int64_t>()[i],
-                        temperature.const_data_ptr<float>()[i],
-                        {top_k.const_data_ptr<int32_t>()[i], top_p.const_data_ptr<float>()[i],
-                         min_p.const_data_ptr<float>()[i]},
-                        {static_cast<uint64_t>(seed),
-                         static_cast<uint64_t>(sample_ids.const_data_ptr<int64_t>()[i]),
-                         static_cast<uint32_t>(positions.const_data_ptr<int64_t>()[i])}});
+    drawings.push_back(
+        {handles.const_data_ptr<int64_t>()[i],
+         tokens.const_data_ptr<int64_t>()[i],
+         left.const_data_ptr<int64_t>()[i],
+         temperature.const_data_ptr<float>()[i],
+         {top_k.const_data_ptr<int32_t>()[i], top_p.const_data_ptr<float>()[i],
+          min_p.const_data_ptr<float>()[i]},
+         {static_cast<uint64_t>(seed), static_cast<uint64_t>(sample_ids.const_data_ptr<int64_t>()[i]),
+          static_cast<uint32_t>(positions.const_data_ptr<int64_t>()[i])}});
     check(drawings[i].left > 0, op, ": sequence ", i, " has no token left to draw");
   }
   const auto* const stops = stop_ids.const_data_ptr<int64_t>();
   const auto* const stops_end = stops + stop_ids.numel();
 
   Tensor out_tokens = new_tensor({n, steps}, ScalarType::Long), counts = new_tensor({n}, ScalarType::Long);
-  Tensor logps = new_tensor({n, steps}, ScalarType::Float), entropies = new_tensor({n, steps}, ScalarType::Float);
+  Tensor logps = new_tensor({n, steps}, ScalarType::Float),
+         entropies = new_tensor({n, steps}, ScalarType::Float);
   auto* const to_token = out_tokens.mutable_data_ptr<int64_t>();
   auto* const to_logp = logps.mutable_data_ptr<float>();
   auto* const to_entropy = entropies.mutable_data_ptr<float>();
   int64_t ended = 0;
-  for (int64_t s = 0; s < steps && ended < std::min(n, enough_ended); ++s) {
+  bool broken = false;
+  for (int64_t s = 0; s < steps && ended < std::min(n, enough_ended) && !broken; ++s) {
     std::vector<Drawing*> live;
     std::vector<int64_t> ids, select, at, slots;
     for (Drawing& drawing : drawings)
@@ -295,8 +307,6 @@ Decoded decode(int64_t decoder, int64_t cache, Tensor k_cache, Tensor v_cache, T
     for (size_t r = 0; r < live.size(); ++r) {
       Drawing& drawing = *live[r];
       const RowResult& result = results[r];
-      check(result.token >= 0, op, ": logits of row ", r, " (sample ", drawing.draw.sample_id, ", position ",
-            drawing.draw.position, ") hold NaN or +inf, or nothing but -inf");
       const int64_t to = (&drawing - drawings.data()) * steps + drawing.drawn++;
       to_token[to] = result.token;
       to_logp[to] = result.raw_logp;
@@ -305,6 +315,7 @@ Decoded decode(int64_t decoder, int64_t cache, Tensor k_cache, Tensor v_cache, T
       ++drawing.draw.position;
       drawing.ended = --drawing.left == 0 || std::find(stops, stops_end, result.token) != stops_end;
       ended += drawing.ended;
+      broken = broken || result.token < 0;
     }
   }
   for (int64_t i = 0; i < n; ++i) counts.mutable_data_ptr<int64_t>()[i] = drawings[i].drawn;

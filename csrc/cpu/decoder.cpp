@@ -1,8 +1,8 @@
 // A decoder-only transformer on the CPU: one forward pass without a line of Python.
 //
 // Small models go row block by row block through all layers, each block on one thread: nothing waits for
-// another thread and the activations stay in the caches. Large ones go layer by layer with all threads on each
-// product, so that a weight is read from memory once for all rows.
+// another thread and the activations stay in the caches. Large ones go layer by layer with all threads on
+// each product, so that a weight is read from memory once for all rows.
 #include "cpu/decoder.h"
 
 #include <torch/headeronly/util/BFloat16.h>
@@ -158,8 +158,8 @@ class Pass {
       const int64_t from = std::max(run.first, first), to = std::min(run.first + run.count, first + rows);
       for (int64_t t = from; t < to; t += most)
         for (int64_t head = 0; head < d_.kv_heads; ++head)
-          block.tiles.push_back({t - first, run.length - run.count + t - run.first, std::min(most, to - t),
-                                 head, run.blocks});
+          block.tiles.push_back(
+              {t - first, run.length - run.count + t - run.first, std::min(most, to - t), head, run.blocks});
       ++s;
     }
     return block;
@@ -183,12 +183,12 @@ class Pass {
 
   // What the sequence shares with the next, where that is worth reading together.
   int64_t shared_keys(size_t s) const {
-    const int64_t shared = s + 1 < step_.runs.size() ? common_keys(s, s + 1) : 0;
+    const int64_t shared = d_.group_attention && s + 1 < step_.runs.size() ? common_keys(s, s + 1) : 0;
     return shared >= kSharedKeys ? shared : 0;
   }
 
   Buffers take_buffers(std::vector<float>& memory, int64_t rows) const {
-    const int64_t widths[] = {hidden_stride_, hidden_stride_,  qkv_stride_,
+    const int64_t widths[] = {hidden_stride_,   hidden_stride_,  qkv_stride_,
                               attended_stride_, gate_up_stride_, padded(gate_up_stride_ / 2)};
     int64_t needed = kAlignment;
     for (const int64_t width : widths) needed += rows * width;
@@ -298,8 +298,10 @@ class Pass {
     const int64_t size = k_cache.size(3), slot = step_.slots[row], block = slot / size;
     for (int64_t h = 0; h < d_.kv_heads; ++h) {
       const int64_t to = layer_offset(index) + ((block * d_.kv_heads + h) * size + slot % size) * d_.dim;
-      store_as(k_cache.scalar_type(), const_cast<void*>(k_cache.const_data_ptr()), to, k + h * d_.dim, d_.dim);
-      store_as(v_cache.scalar_type(), const_cast<void*>(v_cache.const_data_ptr()), to, v + h * d_.dim, d_.dim);
+      store_as(k_cache.scalar_type(), const_cast<void*>(k_cache.const_data_ptr()), to, k + h * d_.dim,
+               d_.dim);
+      store_as(v_cache.scalar_type(), const_cast<void*>(v_cache.const_data_ptr()), to, v + h * d_.dim,
+               d_.dim);
     }
   }
 
@@ -310,9 +312,7 @@ class Pass {
       ISA_DISPATCH(norm_row)(x + i, floats(*weight), size, static_cast<float>(d_.eps), x + i);
   }
 
-  int64_t layer_offset(size_t index) const {
-    return static_cast<int64_t>(index) * step_.k_cache.stride(0);
-  }
+  int64_t layer_offset(size_t index) const { return static_cast<int64_t>(index) * step_.k_cache.stride(0); }
 
   void attend(size_t index, const Block& block, const Buffers& b) const {
     const ScalarType type = step_.k_cache.scalar_type();
@@ -357,8 +357,7 @@ class Pass {
         if (static_cast<int64_t>(logits.size()) < count * stride) logits.resize(count * stride);
         y = logits.data();
       }
-      for (int64_t i = 0; i < count; ++i)
-        ISA_DISPATCH(norm_row)
+      for (int64_t i = 0; i < count; ++i) ISA_DISPATCH(norm_row)
       (b.hidden + (next[i] - block.first) * hidden_stride_, floats(d_.norm), d_.hidden,
        static_cast<float>(d_.eps), to + i * hidden_stride_);
       multiply_all(d_.head, {to, hidden_stride_, y, stride, count});

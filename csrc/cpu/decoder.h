@@ -36,6 +36,7 @@ struct Decoder {
   Linear head;
   int64_t hidden, heads, kv_heads, dim;
   double scale, eps;
+  bool group_attention;  // keys that sequences share are read once for all of them
   std::vector<Layer> layers;
 
   bool fits_caches() const;  // all weights stay in the processor's caches from one row block to the next
@@ -56,8 +57,8 @@ struct Step {
   int64_t rows() const { return runs.empty() ? 0 : runs.back().first + runs.back().count; }
 };
 
-// What becomes of the logits of the rows that are asked for. Calls come from several threads, each for its own
-// rows; `first` counts the rows asked for, not all.
+// What becomes of the logits of the rows that are asked for. Calls come from several threads, each for its
+// own rows; `first` counts the rows asked for, not all.
 class Sink {
  public:
   virtual ~Sink() = default;
@@ -66,8 +67,8 @@ class Sink {
   virtual void take(int64_t row, const float* logits) = 0;
 };
 
-// Runs the step and hands the logits of rows `select` (ascending) to the sink. The bits of a row do not depend
-// on the others nor on the number of threads.
+// Runs the step and hands the logits of rows `select` (ascending) to the sink. The bits of a row do not
+// depend on the others nor on the number of threads.
 void run(const Decoder& decoder, const Step& step, const std::vector<int64_t>& select, Sink& sink);
 
 // The decoder of that number; throws where there is none.

@@ -111,7 +111,8 @@ void multiply_in_parallel(const PackedWeights& weights, const Rows& rows, Start 
   const int64_t panels = weights.panels(), blocks = (rows.count + kRowsAtOnce - 1) / kRowsAtOnce;
   // Several tasks per thread even out threads of different speed; each is worth taking.
   const int64_t shares = 8 * static_cast<int64_t>(torch::stable::get_num_threads());
-  const int64_t panel_work = std::max<int64_t>(1, std::min(rows.count, kRowsAtOnce) * weights.inputs * kPanel);
+  const int64_t panel_work =
+      std::max<int64_t>(1, std::min(rows.count, kRowsAtOnce) * weights.inputs * kPanel);
   const int64_t grain = std::max({int64_t{1}, blocks * panels / shares, kTaskWork / panel_work});
   const int64_t parts = (panels + grain - 1) / grain;
   parallel_tasks(blocks * parts, 1, [&](int64_t task) {

@@ -1,6 +1,7 @@
 // Products with packed weights: y = x W^T + bias for float32 rows x, in float32 whatever the weights' type.
 //
-// An output's products add up in the order of its inputs, so its bits depend on its own row and weights alone.
+// An output's products add up in the order of its inputs, so its bits depend on its own row and weights
+// alone.
 #pragma once
 
 #include <torch/headeronly/core/ScalarType.h>

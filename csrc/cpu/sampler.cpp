@@ -89,7 +89,7 @@ double truncate(const Truncation& truncation, int64_t vocabulary, float* weights
 
 template <typename T>
 RowResult sample_row_of(const T* logits, int64_t vocabulary, float temperature, const Truncation& truncation,
-                     const Draw& draw) {
+                        const Draw& draw) {
   const RowBuffers work = thread_buffers(vocabulary);
   const bool greedy = temperature == 0.0f;
   const float max = ISA_DISPATCH(scale_row<T>)(logits, vocabulary, greedy ? 1.0f : temperature, work);
@@ -147,7 +147,7 @@ Sampled sample_rows(const Tensor& logits, const RowOptions& o, int64_t seed) {
     const Draw draw{static_cast<uint64_t>(seed), static_cast<uint64_t>(o.sample_ids[n]),
                     static_cast<uint32_t>(o.positions[n])};
     const RowResult row = sample_row_of(from + n * stride, vocabulary, o.temperature[n],
-                                     {o.top_k[n], o.top_p[n], o.min_p[n]}, draw);
+                                        {o.top_k[n], o.top_p[n], o.min_p[n]}, draw);
     token[n] = row.token;
     logp[n] = row.logp;
     raw_logp[n] = row.raw_logp;

@@ -83,12 +83,12 @@ AttendResult attend_everywhere(int64_t dim, int64_t context, int64_t tokens, int
     kernel(a, tile, thread_workspace(tokens * group, dim));
     results.emplace_back(out.begin(), out.end());
   };
-  run(attention::baseline::attend<T>);
+  run(attention::baseline::attend<T, T>);
 #if defined(__x86_64__)
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) run(attention::avx2::attend<T>);
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) run(attention::avx2::attend<T, T>);
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
-    run(attention::avx512::attend<T>);
+    run(attention::avx512::attend<T, T>);
 #endif
   return results;
 }

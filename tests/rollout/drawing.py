@@ -14,6 +14,7 @@ from thinktwice_fast.rollout.records import Request, Rollout, Sampling
 # On either side of a cache block of 16 and of OLMo-3's window of 8, with responses that cross both.
 PROMPT_LENGTHS = (3, 16, 17, 40)
 RESPONSE = 40
+LONGEST = 160
 
 
 def prompts() -> list[tuple[int, ...]]:
@@ -30,7 +31,7 @@ def requests(samples: int, sampling: Sampling | None = None) -> list[Request]:
 
 
 def make(family: str = "qwen3", stop_ids: Iterable[int] = (), **options: Any) -> Engine:
-    return Engine(random_model(family, NAME), frozenset(stop_ids), RolloutOptions(**options), 40 + RESPONSE)
+    return Engine(random_model(family, NAME), frozenset(stop_ids), RolloutOptions(**options), LONGEST)
 
 
 def draw(engine: Engine, asked: list[Request], seed: int = 0) -> dict[int, Rollout]:

@@ -82,7 +82,7 @@ class Session:
 
     def passes(self) -> None:
         for _ in range(self.random.randint(1, 12)):
-            self.generation._step()
+            self.generation._step(1)
 
     def cancel(self) -> None:
         ids = set(self.random.sample(sorted(self.prompts), min(2, len(self.prompts))))

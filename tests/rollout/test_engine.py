@@ -8,7 +8,17 @@ import pytest
 import torch
 
 from tests.model.rounding import assert_as_exact
-from tests.rollout.drawing import PROMPT_LENGTHS, RESPONSE, draw, make, prompts, requests, response_logits, tokens
+from tests.rollout.drawing import (
+    LONGEST,
+    PROMPT_LENGTHS,
+    RESPONSE,
+    draw,
+    make,
+    prompts,
+    requests,
+    response_logits,
+    tokens,
+)
 from tests.small_models import FAMILIES, random_model
 from thinktwice_fast.config import RolloutOptions
 from thinktwice_fast.errors import UserError
@@ -232,7 +242,7 @@ def test_a_sequence_larger_than_the_cache_is_refused_before_any_work() -> None:
 
 def test_the_cache_is_as_large_as_the_options_say() -> None:
     assert make(cache_tokens=33).cache.num_blocks == 3
-    assert make(max_sequences=7).cache.num_blocks == 7 * 5
+    assert make(max_sequences=7).cache.num_blocks == 7 * LONGEST // 16
     assert make("llama").cache.k_cache.shape[0::2] == (3, 2, 16)
     assert make("qwen3").cache.k_cache.shape[-1] == 32
 
@@ -286,9 +296,8 @@ def test_changed_weights_are_sampled_from_at_once() -> None:
     engine = make()
     before = tokens({r.sample_id: r for r in engine.generate(requests(2), seed=0, version=0)})
     other = random_model("qwen3", "sdpa", seed=9)
-    model = engine._policy.model
     with torch.no_grad():
-        for mine, new in zip(model.parameters(), other.parameters(), strict=True):
+        for mine, new in zip(engine.model.parameters(), other.parameters(), strict=True):
             mine.copy_(new)
     after = tokens({r.sample_id: r for r in engine.generate(requests(2), seed=0, version=1)})
     fresh = Engine(random_model("qwen3", NAME, seed=9), frozenset(), RolloutOptions(), 40 + RESPONSE)
@@ -299,7 +308,7 @@ def test_changed_weights_are_sampled_from_at_once() -> None:
 def test_logits_that_are_no_numbers_leave_the_cache_free() -> None:
     engine = make()
     with torch.no_grad():
-        next(engine._policy.model.parameters()).fill_(float("nan"))
+        next(engine.model.parameters()).fill_(float("nan"))
     with pytest.raises(UserError, match=r"logits are not finite: lower --update\.learning_rate"):
         list(engine.generate(requests(2), seed=0))
     assert engine.cache.free_blocks == engine.cache.num_blocks

@@ -72,7 +72,7 @@ def test_cancelled_samples_free_their_blocks_and_leave_the_others_alone(ids: set
     engine = make(max_batch_tokens=25, max_sequences=9)  # some are in prefill, some wait
     generation = engine.generate(requests(4), seed=0)
     for _ in range(passes):
-        generation._step()
+        generation._step(1)
     cancelled = generation.cancel(ids)
     assert {rollout.sample_id for rollout in cancelled} == ids
     assert all(expected[r.sample_id][: len(r.response)] == r.response and not r.ended for r in cancelled)
@@ -123,14 +123,14 @@ def test_a_carried_rollout_goes_on_under_the_new_weights() -> None:
     engine, asked = make(), requests(1)[3:]
     generation = engine.generate(asked, seed=0)
     for _ in range(8):
-        generation._step()
+        generation._step(1)
     (left,) = generation.close()
     assert left.started is not None
     tokens, logps = list(left.started.response), list(left.started.logps)
     assert len(tokens) == 8
     other = random_model("qwen3", "sdpa", seed=9)
     with torch.no_grad():
-        for mine, new in zip(engine._policy.model.parameters(), other.parameters(), strict=True):
+        for mine, new in zip(engine.model.parameters(), other.parameters(), strict=True):
             mine.copy_(new)
     (rollout,) = engine.generate([replace(left, group=6)], seed=0, version=1)
     assert (rollout.response[:8], rollout.logps[:8], rollout.group) == (tokens, logps, 6)
@@ -160,7 +160,7 @@ def test_a_started_rollout_must_fit_its_request(change: dict[str, Any], says: st
 def test_an_abandoned_generation_frees_the_cache() -> None:
     engine = make()
     generation = engine.generate(requests(2), seed=0)
-    generation._step()
+    generation._step(1)
     assert not all_free(engine)
     del generation
     gc.collect()
@@ -170,9 +170,9 @@ def test_an_abandoned_generation_frees_the_cache() -> None:
 def test_a_generation_that_failed_is_closed() -> None:
     engine = make()
     generation = engine.generate(requests(2), seed=0)
-    generation._step()
+    generation._step(1)
     with torch.no_grad():
-        next(engine._policy.model.parameters()).fill_(float("nan"))
+        next(engine.model.parameters()).fill_(float("nan"))
     with pytest.raises(UserError, match="logits are not finite"):
         next(generation)
     assert all_free(engine) and list(generation) == []

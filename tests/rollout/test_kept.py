@@ -71,7 +71,7 @@ def test_only_what_follows_the_solution_is_computed(monkeypatch: pytest.MonkeyPa
     (solution, *_) = solutions(engine)
     sizes = prefilled(engine, monkeypatch)
     refine(engine, [refinement(solution, extends=solution)])
-    assert sizes == [1 + len(INSTRUCTION)] + [1] * 19  # the solution's last token was never fed
+    assert sizes == [1 + len(INSTRUCTION)]  # the solution's last token was never fed
 
 
 def test_a_refinement_may_start_while_other_solutions_decode() -> None:
@@ -85,7 +85,8 @@ def test_a_refinement_may_start_while_other_solutions_decode() -> None:
         order.append(rollout.sample_id)
         if rollout.sample_id < 1000:
             generation.add([refinement(rollout, sampling=Sampling(max_tokens=3), extends=rollout)])
-    assert order == [0, 1000, 10, 2000, 20, 3000, 30, 4000]
+    assert sorted(order) == [0, 10, 20, 30, 1000, 2000, 3000, 4000]
+    assert order.index(1000) < order.index(20)
     assert engine.counts == Counts(extended=4) and engine.cache.free_blocks == engine.cache.num_blocks
 
 
@@ -200,14 +201,14 @@ def test_kept_caches_make_room_for_a_group_to_fork(monkeypatch: pytest.MonkeyPat
     list(engine.generate(solve, seed=0))
     sizes = prefilled(engine, monkeypatch)
     refine(engine, [Request(9, prompts()[2], (90, 91, 92, 93), Sampling(max_tokens=5))])
-    assert sizes == [17, 4, 4, 4, 4] and engine.cache.free_blocks == 10 - 2 * 2
+    assert sizes == [17] and engine.cache.free_blocks == 10 - 2 * 2
 
 
 def test_a_refinement_rather_waits_than_give_up_the_cache_it_extends() -> None:
     engine = make(cache_tokens=96)
     (solution,) = engine.generate([Request(0, prompts()[1], (0,), Sampling(max_tokens=15), keep=True)], seed=0)
     generation = engine.generate([Request(1, prompts()[0], (1,), Sampling(max_tokens=20))], seed=0)
-    generation._step()
+    generation._step(1)
     prompt = (*solution.prompt, *solution.response, *range(45))
     generation.add([Request(2, prompt, (2,), GREEDY, extends=solution)])
     assert [rollout.sample_id for rollout in generation] == [1, 2]
@@ -218,7 +219,7 @@ def test_a_cache_that_gave_way_while_its_refinement_waited_is_prefilled_anew() -
     engine = make(cache_tokens=96, max_sequences=1)
     (solution,) = engine.generate([Request(0, prompts()[1], (0,), Sampling(max_tokens=15), keep=True)], seed=0)
     generation = engine.generate([Request(1, prompts()[3], (1,), Sampling(max_tokens=41))], seed=0)
-    generation._step()
+    generation._step(1)
     generation.add([refinement(solution, extends=solution)])
     got = {rollout.sample_id: rollout for rollout in generation}
     assert engine.counts == Counts(released=1)

@@ -17,7 +17,7 @@ BLOCK = 4
 
 def make(blocks: int, sequences: int, tokens: int) -> Scheduler:
     cache, counts = PagedKVCache(1, blocks, 1, 1, block_size=BLOCK), Counts()
-    return Scheduler(cache, KeptCaches(cache, counts), counts, sequences, tokens)
+    return Scheduler(cache, KeptCaches(cache, counts), counts, sequences, tokens, 10_000)
 
 
 def request(group: int, prompt: int, samples: int, longest: int) -> Request:

@@ -12,6 +12,7 @@ Letters: T tokens, N rows whose logits are wanted, V vocabulary, H hidden size, 
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -67,15 +68,16 @@ class Decoder:
         model: float32, bfloat16 or float16, of an architecture that ``supports`` accepts. Products are computed in
             float32 whatever the type, from weights in the model's own.
         positions: longest sequence.
+        group_attention: read keys that sequences share once for all of them.
     """
 
-    def __init__(self, model: PreTrainedModel, positions: int):
+    def __init__(self, model: PreTrainedModel, positions: int, *, group_attention: bool = True):
         base: Any = model.base_model
         family = _FAMILIES[model.config.model_type]
         self._copies: list[Callable[[], object]] = []
         self._id: int = ops.decoder_create(
             base.embed_tokens.weight.detach(), self._floats(base.norm.weight), *self._linear(_head(model)),
-            *_heads(model), base.layers[0].self_attn.scaling, model.config.rms_norm_eps,
+            *_heads(model), base.layers[0].self_attn.scaling, model.config.rms_norm_eps, group_attention,
         )  # fmt: skip
         self._close = weakref.finalize(self, ops.decoder_destroy, self._id)
         tables: dict[str, tuple[Tensor, Tensor]] = {}
@@ -137,10 +139,11 @@ class Decoder:
         """Draw up to ``steps`` tokens for each of N sequences, without a word from Python between them.
 
         A sequence stops at a stop token or when it has none left. All stop once ``enough_ended`` have, or when the
-        cache has no blocks for the next step. As with ``csrc.sample``, the last token drawn is not in the cache.
+        cache has no blocks for the next step. The last token drawn is not in the cache. Logits that are not finite
+        end the call, with -1 as the token of their sequences.
 
         Raises:
-            RuntimeError: logits are not finite, a sequence is stale, or arguments do not fit each other.
+            RuntimeError: a sequence is stale, or arguments do not fit each other.
         """
         return Decoded(
             *ops.decoder_decode(
@@ -176,16 +179,15 @@ class Decoder:
         bias = torch.zeros(panels * PANEL) if any(module.bias is not None for module in modules) else None
         first = 0
         for module in modules:
-            self._copies.append(lambda w=module.weight, at=first: ops.pack_weight(w.detach(), packed, at))
+            self._copies.append(partial(ops.pack_weight, module.weight.detach(), packed, first))
             if bias is not None and module.bias is not None:
-                part = bias[first : first + module.out_features]
-                self._copies.append(lambda part=part, b=module.bias: part.copy_(b))
+                self._copies.append(partial(bias[first : first + module.out_features].copy_, module.bias.detach()))
             first += module.out_features
         return packed, bias
 
     def _floats(self, weight: nn.Parameter) -> Tensor:
         copy = torch.empty(weight.shape, dtype=torch.float32)
-        self._copies.append(lambda: copy.copy_(weight))
+        self._copies.append(partial(copy.copy_, weight.detach()))
         return copy
 
 
@@ -215,7 +217,8 @@ def _head(model: PreTrainedModel) -> nn.Linear:
 
 def _heads(model: PreTrainedModel) -> tuple[int, int, int]:
     """Query heads, key-value heads and the size of each."""
-    dim: int = model.base_model.layers[0].self_attn.head_dim
+    base: Any = model.base_model
+    dim: int = base.layers[0].self_attn.head_dim
     return model.config.num_attention_heads, model.config.num_key_value_heads, dim
 
 
@@ -230,5 +233,6 @@ def _rope_types(parameters: dict[str, Any]) -> set[str]:
 def _rotary_tables(model: PreTrainedModel, positions: int, *layer_type: str) -> tuple[Tensor, Tensor]:
     """cos and sin as the model's modules see them (rounded to its type), float32 [P, D]."""
     like = torch.empty(0, dtype=model.dtype)
-    cos, sin = model.base_model.rotary_emb(like, torch.arange(positions)[None], *layer_type)
+    base: Any = model.base_model
+    cos, sin = base.rotary_emb(like, torch.arange(positions)[None], *layer_type)
     return cos[0].float().contiguous(), sin[0].float().contiguous()

@@ -11,10 +11,10 @@ from transformers import PreTrainedModel
 from thinktwice_fast.config import RolloutOptions
 from thinktwice_fast.errors import UserError
 from thinktwice_fast.model.paged import PagedKVCache
-from thinktwice_fast.model.policy import Policy
 from thinktwice_fast.rollout.generation import Generation
 from thinktwice_fast.rollout.kept import Counts, KeptCaches
 from thinktwice_fast.rollout.records import Request
+from thinktwice_fast.rollout.runner import make_runner
 from thinktwice_fast.rollout.scheduler import Scheduler
 
 BLOCK_SIZE = 16  # tokens per cache block
@@ -45,7 +45,8 @@ class Engine:
         max_tokens: int,
         reserve: int = 0,
     ):
-        self._policy = Policy(model)
+        self.model = model
+        self._max_tokens = max_tokens
         self._stop_ids = stop_ids
         self._options = options
         config = model.config.get_text_config()
@@ -62,6 +63,7 @@ class Engine:
             dtype=model.dtype,
             device=model.device,
         )
+        self._runner = make_runner(model, self.cache, options, max_tokens)
         self.counts = Counts()
         self._kept = KeptCaches(self.cache, self.counts)
 
@@ -82,12 +84,15 @@ class Engine:
             version: of the weights, stamped on the cache blocks written; kept caches of another are not extended.
 
         Raises:
-            UserError: a sequence could outgrow the cache; while iterating, logits that are not finite.
+            UserError: a sequence could outgrow the cache or ``max_tokens``; while iterating, logits are not finite.
         """
         self.cache.policy_version = version
+        self._runner.refresh()
         options = self._options
-        scheduler = Scheduler(self.cache, self._kept, self.counts, options.max_sequences, options.max_batch_tokens)
-        generation = Generation(self._policy, scheduler, self._stop_ids, seed)
+        scheduler = Scheduler(
+            self.cache, self._kept, self.counts, options.max_sequences, options.max_batch_tokens, self._max_tokens
+        )
+        generation = Generation(self._runner, scheduler, self._stop_ids, seed)
         generation.add(requests)
         return generation
 

@@ -8,11 +8,13 @@ from itertools import accumulate
 import torch
 
 from thinktwice_fast.errors import UserError
-from thinktwice_fast.model.attention import PagedAttention
 from thinktwice_fast.model.csrc import Sampled, sample
-from thinktwice_fast.model.policy import Policy, linear_head
 from thinktwice_fast.rollout.records import Request, Rollout
+from thinktwice_fast.rollout.runner import DecoderRunner, Runner
 from thinktwice_fast.rollout.scheduler import Batch, Lane, Scheduler
+
+STEPS_AT_ONCE = 8  # tokens that the C++ decoder draws for each sequence before it reports
+NOT_FINITE = "the model's logits are not finite: lower --update.learning_rate"
 
 
 class Generation(Iterator[Rollout]):
@@ -22,8 +24,8 @@ class Generation(Iterator[Rollout]):
     on then. ``close`` ends it early; a generation that nothing refers to any more frees its part of the cache too.
     """
 
-    def __init__(self, policy: Policy, scheduler: Scheduler, stop_ids: frozenset[int], seed: int):
-        self._policy = policy
+    def __init__(self, runner: Runner, scheduler: Scheduler, stop_ids: frozenset[int], seed: int):
+        self._runner = runner
         self._scheduler = scheduler
         self._stop_ids = stop_ids
         self._seed = seed
@@ -62,19 +64,21 @@ class Generation(Iterator[Rollout]):
 
     def __next__(self) -> Rollout:
         while not self._ended:
-            if self._step() is None:
+            if self._step(STEPS_AT_ONCE) is None:
                 raise StopIteration
         return self._ended.popleft()
 
     def stream(self) -> Iterator[Rollout]:
         """Each rollout every time a token was drawn for it, until all have ended; ``rollout.ended`` at its last."""
-        while (drawn := self._step()) is not None:
+        while (drawn := self._step(1)) is not None:
             self._ended.clear()
             yield from [lane.members[0] for lane in drawn]  # a list: one of them may be cancelled before its turn
 
-    def _step(self) -> list[Lane] | None:
-        """One forward pass; gives those that drew a token, None when nothing is left to do."""
+    def _step(self, most: int) -> list[Lane] | None:
+        """Draw a token, or up to ``most``, for what is ready; gives the lanes that drew, None when nothing is left."""
         try:
+            if isinstance(self._runner, DecoderRunner) and (drawn := self._decode(self._runner, most)):
+                return drawn
             batch = self._scheduler.next_batch()
             if batch is None:
                 return None
@@ -84,21 +88,41 @@ class Generation(Iterator[Rollout]):
             self.close()
             raise
 
-    @torch.inference_mode()
+    def _decode(self, runner: DecoderRunner, most: int) -> list[Lane]:
+        """Many steps in one call, where all lanes are decoding; none drew if there was no room for a step."""
+        lanes = list(self._scheduler.decoding())
+        if not lanes:
+            return []
+        members = [lane.members[0] for lane in lanes]
+        drawn = runner.decoder.decode(
+            self._scheduler.cache,
+            torch.tensor([lane.handle for lane in lanes]),
+            torch.tensor([lane.pending[0] for lane in lanes]),
+            _sampling_columns(lanes, runner.device),
+            seed=self._seed,
+            sample_ids=torch.tensor([rollout.sample_id for rollout in members]),
+            positions=torch.tensor([len(rollout.response) for rollout in members]),
+            left=torch.tensor([lane.sampling.max_tokens - len(lane.members[0].response) for lane in lanes]),
+            stop_ids=torch.tensor(sorted(self._stop_ids), dtype=torch.int64),
+            steps=most,
+            enough_ended=1 if self._scheduler.queued else len(lanes),
+        )
+        counts = drawn.counts.tolist()
+        if any(n and row[n - 1] < 0 for row, n in zip(drawn.tokens.tolist(), counts, strict=True)):
+            raise UserError(NOT_FINITE)
+        self._record(lanes, *(
+            [row[:n] for row, n in zip(column.tolist(), counts, strict=True)]
+            for column in (drawn.tokens, drawn.logps, drawn.entropies)
+        ))  # fmt: skip
+        return [lane for lane, n in zip(lanes, counts, strict=True) if n]
+
     def _forward(self, batch: Batch) -> torch.Tensor:  # [lanes whose last pending token is in the batch, V]
         tokens = [token for lane, n in zip(batch.lanes, batch.counts, strict=True) for token in lane.pending[:n]]
         last = [
             end - 1 for end, lane, count in zip(accumulate(batch.counts), batch.lanes, batch.counts, strict=True)
             if count == len(lane.pending)
         ]  # fmt: skip
-        device = self._policy.device
-        return self._policy(
-            torch.tensor(tokens, device=device),
-            batch.plan.positions,
-            PagedAttention(self._scheduler.cache, batch.plan),
-            torch.tensor(last, dtype=torch.int64, device=device),
-            linear_head,
-        )
+        return self._runner.logits(tokens, batch.plan, last)
 
     def _sample(self, ready: list[Lane], logits: torch.Tensor) -> list[Lane]:
         if not ready:
@@ -108,25 +132,35 @@ class Generation(Iterator[Rollout]):
             logits = logits[torch.tensor(rows, device=logits.device)]
             ready = [part for lane in ready for part in self._scheduler.split(lane)]
         drawn = _draw(logits, ready, self._seed)
+        columns = (drawn.tokens, drawn.raw_logps, drawn.entropies)
+        self._record(ready, *([[value] for value in column.tolist()] for column in columns))
+        return ready
+
+    def _record(
+        self,
+        lanes: list[Lane],
+        tokens: list[list[int]],  # those that each lane drew, and of each the log-probability and the entropy
+        logps: list[list[float]],
+        entropies: list[list[float]],
+    ) -> None:
         ended = []
-        for lane, token, logp, entropy in zip(
-            ready, drawn.tokens.tolist(), drawn.raw_logps.tolist(), drawn.entropies.tolist(), strict=True
-        ):
+        for lane, drawn, drawn_logps, drawn_entropies in zip(lanes, tokens, logps, entropies, strict=True):
+            if not drawn:
+                continue
             rollout = lane.members[0]
-            rollout.response.append(token)
-            rollout.logps.append(logp)
-            rollout.entropies.append(entropy)
-            rollout.finished = token in self._stop_ids
+            rollout.response += drawn
+            rollout.logps += drawn_logps
+            rollout.entropies += drawn_entropies
+            rollout.finished = drawn[-1] in self._stop_ids
             if rollout.finished or len(rollout.response) == lane.sampling.max_tokens:
                 rollout.ended = True
                 ended.append(lane)
             elif lane.handle is None:
                 self._scheduler.requeue_prompt(lane)
             else:
-                lane.pending.append(token)
+                lane.pending = drawn[-1:]
         self._scheduler.finish(ended)
         self._ended.extend(lane.members[0] for lane in ended)
-        return ready
 
 
 def _draw(logits: torch.Tensor, lanes: list[Lane], seed: int) -> Sampled:
@@ -141,7 +175,7 @@ def _draw(logits: torch.Tensor, lanes: list[Lane], seed: int) -> Sampled:
     except RuntimeError as error:
         if torch.isfinite(logits).all():
             raise
-        raise UserError("the model's logits are not finite: lower --update.learning_rate") from error
+        raise UserError(NOT_FINITE) from error
 
 
 def _sampling_columns(lanes: list[Lane], device: torch.device) -> tuple[torch.Tensor, ...]:

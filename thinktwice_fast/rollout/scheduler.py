@@ -49,6 +49,7 @@ class Scheduler:
     counts: Counts
     max_sequences: int
     max_batch_tokens: int
+    max_tokens: int  # of one sequence
     waiting: deque[Lane] = field(default_factory=deque)  # prompts, in the order they were added
     returning: deque[Lane] = field(default_factory=deque)  # preempted, or to begin with a kept cache
     active: list[Lane] = field(default_factory=list)  # oldest first
@@ -57,7 +58,8 @@ class Scheduler:
         """Queue requests; one with more samples than fit at once is queued in parts.
 
         Raises:
-            UserError: the whole cache can't hold one of the sequences.
+            UserError: the whole cache can't hold one of the sequences, or one could get longer than the engine was
+                made for.
         """
         requests = list(requests)
         for request in requests:
@@ -66,6 +68,11 @@ class Scheduler:
                 raise UserError(
                     f"a sequence of up to {longest} tokens does not fit the KV cache of "
                     f"{self.cache.num_blocks * self.cache.block_size}: raise --rollout.cache_tokens"
+                )
+            if longest > self.max_tokens:
+                raise UserError(
+                    f"a sequence of up to {longest} tokens is longer than the {self.max_tokens} that the engine was "
+                    "made for: raise --rollout.max_prompt_tokens or --rollout.max_response_tokens"
                 )
         for request in requests:
             self._queue(request)
@@ -80,6 +87,19 @@ class Scheduler:
             if not self.kept.release_oldest():
                 self._preempt(self.active[-1])
         return None
+
+    def decoding(self) -> list[Lane]:
+        """The active lanes, where each has one token pending and nothing that waits can join them; none otherwise."""
+        lanes = self.active
+        if len(lanes) > self.max_batch_tokens or any(len(lane.pending) > 1 or len(lane.members) > 1 for lane in lanes):
+            return []
+        queue = self.returning or self.waiting
+        return [] if queue and self._admissible(queue[0]) else lanes
+
+    @property
+    def queued(self) -> bool:
+        """Whether anything waits for a place."""
+        return bool(self.returning or self.waiting)
 
     def advance(self, batch: Batch) -> list[Lane]:
         """The batch's tokens are in the cache: drop them from the lanes, and give those now ready to sample."""

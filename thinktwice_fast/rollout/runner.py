@@ -1,0 +1,103 @@
+"""What runs the model for a generation: transformers' own modules, or the C++ decoder where there is one."""
+
+import logging
+from typing import Protocol
+
+import torch
+from transformers import PreTrainedModel
+
+from thinktwice_fast.config import RolloutOptions
+from thinktwice_fast.errors import UserError
+from thinktwice_fast.model.attention import PagedAttention
+from thinktwice_fast.model.decoder import Decoder, differs
+from thinktwice_fast.model.paged import PagedKVCache, Plan
+from thinktwice_fast.model.policy import Policy, linear_head
+
+log = logging.getLogger(__name__)
+
+
+class Runner(Protocol):
+    """One forward pass over the paged cache."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the logits are."""
+        ...
+
+    def refresh(self) -> None:
+        """The weights may have changed."""
+        ...
+
+    def logits(self, tokens: list[int], plan: Plan, last: list[int]) -> torch.Tensor:  # float32 [len(last), V]
+        """Put the plan's tokens into the cache; the logits of rows ``last``, ascending."""
+        ...
+
+
+class ModuleRunner:
+    """Transformers' modules, with attention over the cache in place of their own."""
+
+    def __init__(self, model: PreTrainedModel, cache: PagedKVCache):
+        self._policy = Policy(model)
+        self._cache = cache
+
+    @property
+    def device(self) -> torch.device:
+        return self._policy.device
+
+    def refresh(self) -> None:
+        """Nothing to do: the modules read the weights themselves."""
+
+    @torch.inference_mode()
+    def logits(self, tokens: list[int], plan: Plan, last: list[int]) -> torch.Tensor:
+        return self._policy(
+            torch.tensor(tokens, device=self.device),
+            plan.positions,
+            PagedAttention(self._cache, plan),
+            torch.tensor(last, dtype=torch.int64, device=self.device),
+            linear_head,
+        )
+
+
+class DecoderRunner:
+    """The C++ decoder; ``decoder.decode`` draws many tokens in one call."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, decoder: Decoder, cache: PagedKVCache):
+        self.decoder = decoder
+        self._cache = cache
+
+    def refresh(self) -> None:
+        self.decoder.refresh()
+
+    def logits(self, tokens: list[int], plan: Plan, last: list[int]) -> torch.Tensor:
+        return self.decoder.forward(torch.tensor(tokens), plan, torch.tensor(last, dtype=torch.int64), self._cache)
+
+
+def make_runner(model: PreTrainedModel, cache: PagedKVCache, options: RolloutOptions, max_tokens: int) -> Runner:
+    """The fastest that runs this model.
+
+    Args:
+        model: to be decoded with.
+        cache: of its keys and values.
+        options: which runner is wanted.
+        max_tokens: longest sequence.
+
+    Raises:
+        UserError: the C++ decoder is asked for and does not know this model.
+    """
+    if options.decoder == "modules":
+        return ModuleRunner(model, cache)
+    known = Decoder.supports(model)
+    if known:
+        decoder = Decoder(model, max_tokens, group_attention=options.group_attention)
+        if not differs(decoder, model):
+            return DecoderRunner(decoder, cache)
+    if options.decoder == "fused":
+        raise UserError(
+            f"--rollout.decoder fused does not know {type(model).__name__} in {model.dtype} on {model.device.type}: "
+            "leave the option out"
+        )
+    if known:
+        log.warning("the fused decoder does not reproduce %s: rollouts run its modules", type(model).__name__)
+    return ModuleRunner(model, cache)
