@@ -98,6 +98,9 @@ class RolloutOptions:
     decoder: Literal["auto", "fused", "modules"] = "auto"
     """What runs the model: the C++ decoder ("fused": Llama, Mistral, Qwen2, Qwen3, OLMo-2 and OLMo-3 on the CPU), or
     transformers' modules; "auto" = the first where it knows the model."""
+    exact: bool = False
+    """Make the log-probabilities of rollouts those of training, bit for bit (float32 on the CPU only): slower
+    rollouts, and no pass for old log-probabilities."""
     group_attention: bool = True
     """Read the keys that samples of one prompt share once for all of them, while decoding."""
     cache_tokens: int = 0

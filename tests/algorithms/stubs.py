@@ -10,6 +10,7 @@ from thinktwice_fast.algorithms.sampler import Sampler
 from thinktwice_fast.algorithms.thinktwice import ThinkTwice
 from thinktwice_fast.config import Config
 from thinktwice_fast.errors import UserError
+from thinktwice_fast.rollout.kept import Counts
 from thinktwice_fast.rollout.records import Request, Rollout
 from thinktwice_fast.tasks.problem import Message, Problem
 from thinktwice_fast.tasks.prompts import ChatFormat
@@ -35,7 +36,7 @@ class Engine:
 
     def __init__(self) -> None:
         self.asked: list[tuple[Request, int]] = []  # with the weights' version
-        self.preemptions = 5
+        self.counts = Counts(preemptions=5)
 
     def generate(self, requests: Iterable[Request], *, seed: int, version: int = 0) -> Iterator[Rollout]:
         made = []
@@ -52,7 +53,7 @@ class Engine:
                 )
         random.Random(seed).shuffle(made)
         yield from made
-        self.preemptions += len(made)
+        self.counts.preemptions += len(made)
 
 
 class Grading:

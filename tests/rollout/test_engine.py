@@ -169,7 +169,7 @@ def test_a_sample_depends_on_its_id_and_not_on_the_batch(family: str, options: d
     assert tokens(got) == tokens(expected)
     for number, rollout in got.items():
         assert rollout.logps == pytest.approx(expected[number].logps, abs=1e-4)
-    assert (engine.preemptions > 0) == preempts
+    assert (engine.counts.preemptions > 0) == preempts
 
 
 def test_a_sample_depends_on_its_id_and_not_on_its_neighbours() -> None:
@@ -282,14 +282,14 @@ def test_a_gpu_without_room_for_one_sequence_is_an_error(
 
 def test_preemptions_are_counted_over_calls_also_those_closed_early() -> None:
     engine = make(cache_tokens=96)
-    assert engine.preemptions == 0
+    assert engine.counts.preemptions == 0
     draw(engine, requests(4))
-    first = engine.preemptions
+    first = engine.counts.preemptions
     assert first > 0
     generator = engine.generate(requests(4), seed=1)
     next(generator)
     generator.close()
-    assert engine.preemptions > first
+    assert engine.counts.preemptions > first
 
 
 def test_changed_weights_are_sampled_from_at_once() -> None:

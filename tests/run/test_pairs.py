@@ -161,3 +161,4 @@ def test_evaluation_counts_the_pairs() -> None:
     assert metrics["eval/held_out/fix_wrong"] == sum(refinements[n].reward or 0 for n in wrong) / len(wrong)
     assert metrics["eval/held_out/refine_tokens"] == sum(len(rollout.response) for rollout in refinements) / 40
     assert sampler.engine.counts == Counts(extended=40)
+    assert metrics["eval/held_out/refine_extended"] == 1

@@ -156,7 +156,7 @@ class Sampler:
     def _graded(self, draw: Callable[[], _Gradings]) -> SamplingTimes:
         """Draw, wait for the graders and set the rewards. Collective."""
         started = time.perf_counter()
-        timeouts, preemptions = self.grader.timeouts, self.engine.preemptions
+        timeouts, preemptions = self.grader.timeouts, self.engine.counts.preemptions
         error: UserError | None = None
         try:
             gradings = draw()
@@ -171,7 +171,7 @@ class Sampler:
             sampled - started,
             time.perf_counter() - sampled,
             self.grader.timeouts - timeouts,
-            self.engine.preemptions - preemptions,
+            self.engine.counts.preemptions - preemptions,
         )
 
 

@@ -67,11 +67,6 @@ class Engine:
         self.counts = Counts()
         self._kept = KeptCaches(self.cache, self.counts)
 
-    @property
-    def preemptions(self) -> int:
-        """Times a sequence had to leave a full cache and start over, since the start."""
-        return self.counts.preemptions
-
     def generate(self, requests: Iterable[Request], *, seed: int, version: int = 0) -> Generation:
         """Rollouts to iterate over, each as it ends; more requests may be added meanwhile.
 

@@ -12,6 +12,7 @@ from thinktwice_fast.model.csrc import Sampled, sample
 from thinktwice_fast.rollout.records import Request, Rollout
 from thinktwice_fast.rollout.runner import DecoderRunner, Runner
 from thinktwice_fast.rollout.scheduler import Batch, Lane, Scheduler
+from thinktwice_kernels import token_logprobs
 
 STEPS_AT_ONCE = 8  # tokens that the C++ decoder draws for each sequence before it reports
 NOT_FINITE = "the model's logits are not finite: lower --update.learning_rate"
@@ -132,7 +133,8 @@ class Generation(Iterator[Rollout]):
             logits = logits[torch.tensor(rows, device=logits.device)]
             ready = [part for lane in ready for part in self._scheduler.split(lane)]
         drawn = _draw(logits, ready, self._seed)
-        columns = (drawn.tokens, drawn.raw_logps, drawn.entropies)
+        logps = _training_logps(logits, drawn.tokens, ready) if self._runner.exact else drawn.raw_logps
+        columns = (drawn.tokens, logps, drawn.entropies)
         self._record(ready, *([[value] for value in column.tolist()] for column in columns))
         return ready
 
@@ -176,6 +178,12 @@ def _draw(logits: torch.Tensor, lanes: list[Lane], seed: int) -> Sampled:
         if torch.isfinite(logits).all():
             raise
         raise UserError(NOT_FINITE) from error
+
+
+def _training_logps(logits: torch.Tensor, tokens: torch.Tensor, lanes: list[Lane]) -> torch.Tensor:
+    """The same numbers up to rounding as the sampler's, rounded as training's are."""
+    temperatures = [lane.sampling.temperature or 1.0 for lane in lanes]
+    return token_logprobs(logits, tokens, temperature=_column(temperatures, torch.float32, logits.device))
 
 
 def _sampling_columns(lanes: list[Lane], device: torch.device) -> tuple[torch.Tensor, ...]:

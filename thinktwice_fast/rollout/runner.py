@@ -10,6 +10,7 @@ from thinktwice_fast.config import RolloutOptions
 from thinktwice_fast.errors import UserError
 from thinktwice_fast.model.attention import PagedAttention
 from thinktwice_fast.model.decoder import Decoder, differs
+from thinktwice_fast.model.exact import ExactLinear, exact_logits, make_exact, pack_weights
 from thinktwice_fast.model.paged import PagedKVCache, Plan
 from thinktwice_fast.model.policy import Policy, linear_head
 
@@ -18,6 +19,8 @@ log = logging.getLogger(__name__)
 
 class Runner(Protocol):
     """One forward pass over the paged cache."""
+
+    exact: bool  # log-probabilities are those of training, bit for bit
 
     @property
     def device(self) -> torch.device:
@@ -34,18 +37,27 @@ class Runner(Protocol):
 
 
 class ModuleRunner:
-    """Transformers' modules, with attention over the cache in place of their own."""
+    """Transformers' modules, with attention over the cache in place of their own.
 
-    def __init__(self, model: PreTrainedModel, cache: PagedKVCache):
+    Args:
+        model: to be decoded with.
+        cache: of its keys and values.
+        exact: its linear layers are exact ones (``model/exact.py``); logits come from such a product too.
+    """
+
+    def __init__(self, model: PreTrainedModel, cache: PagedKVCache, *, exact: bool = False):
         self._policy = Policy(model)
         self._cache = cache
+        self.exact = exact
 
     @property
     def device(self) -> torch.device:
         return self._policy.device
 
     def refresh(self) -> None:
-        """Nothing to do: the modules read the weights themselves."""
+        """Packs exact layers' weights; other modules read theirs themselves."""
+        if self.exact:
+            pack_weights(self._policy.model)
 
     @torch.inference_mode()
     def logits(self, tokens: list[int], plan: Plan, last: list[int]) -> torch.Tensor:
@@ -54,13 +66,18 @@ class ModuleRunner:
             plan.positions,
             PagedAttention(self._cache, plan),
             torch.tensor(last, dtype=torch.int64, device=self.device),
-            linear_head,
+            self._exact_head if self.exact else linear_head,
         )
+
+    def _exact_head(self, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        head = self._policy.model.get_output_embeddings()
+        return exact_logits(hidden, weight, bias, head.packed() if isinstance(head, ExactLinear) else None)
 
 
 class DecoderRunner:
     """The C++ decoder; ``decoder.decode`` draws many tokens in one call."""
 
+    exact = False
     device = torch.device("cpu")
 
     def __init__(self, decoder: Decoder, cache: PagedKVCache):
@@ -86,6 +103,14 @@ def make_runner(model: PreTrainedModel, cache: PagedKVCache, options: RolloutOpt
     Raises:
         UserError: the C++ decoder is asked for and does not know this model.
     """
+    if options.exact:
+        if model.device.type != "cpu" or model.dtype != torch.float32:
+            raise UserError(
+                f"--rollout.exact needs float32 on the CPU, and this is {model.dtype} on {model.device.type}: leave it "
+                "out, or give --model.device cpu --model.compute_dtype float32"
+            )
+        make_exact(model)
+        return ModuleRunner(model, cache, exact=True)
     if options.decoder == "modules":
         return ModuleRunner(model, cache)
     known = Decoder.supports(model)

@@ -175,10 +175,11 @@ def _ignored_in_training(config: Config) -> list[_Ignored]:
     file_only = ("data.question_column", "data.answer_column", "data.target_column", "data.instruction")
     return [
         (sft, ("samples_per_problem", "thinktwice.base_selection", "loss", "rollout.temperature", "rollout.top_p",
-               "rollout.top_k", "rollout.min_p", "update.minibatch_sequences", "update.old_logps"),
+               "rollout.top_k", "rollout.min_p", "rollout.exact", "update.minibatch_sequences", "update.old_logps"),
          "with --algorithm sft"),
         (sft and not evaluation_sources(config), ("reward", "reward_timeout", "reward_workers", "rollout.max_sequences",
-               "rollout.max_batch_tokens", "rollout.cache_tokens", "thinktwice.refine_instruction"),
+               "rollout.max_batch_tokens", "rollout.cache_tokens", "rollout.decoder", "rollout.group_attention",
+               "thinktwice.refine_instruction"),
          "with --algorithm sft and no --eval.sets"),
         (not sft, ("sft", "data.target_column"), "without --algorithm sft"),
         (sft and not arithmetic, ("sft.draft_error_rates",), "unless --data.source is arithmetic"),
@@ -192,6 +193,7 @@ def _ignored_in_training(config: Config) -> list[_Ignored]:
         (config.loss.beta == 0, ("loss.kl_estimator",), "with --loss.beta 0"),
         (config.update.minibatch_sequences in (0, phase), ("update.old_logps",),
          f"with a single mini-batch (--update.minibatch_sequences {config.update.minibatch_sequences})"),
+        (config.rollout.exact, ("rollout.decoder", "update.old_logps"), "with --rollout.exact true"),
         (config.update.lr_schedule == "constant", ("update.lr_decay_steps",), "with --update.lr_schedule constant"),
     ]  # fmt: skip
 

@@ -37,8 +37,10 @@ def evaluate(sets: Mapping[str, Sequence[Problem]], sampler: Sampler, config: Co
     metrics: dict[str, float] = {}
     by_set: list[dict[str, float]] = []
     for number, (name, problems) in enumerate(sets.items()):
+        extended = sampler.engine.counts.extended
         outcomes = parallel.gather_flat(_outcomes(problems, sampler, config, _STREAM + 2 * number, version))
-        measured = set_metrics(outcomes)
+        extended = sum(parallel.gather(sampler.engine.counts.extended - extended))
+        measured = set_metrics(outcomes) | {"refine_extended": extended / len(outcomes)}
         by_set.append(measured)
         metrics |= {f"eval/{name}/{metric}": value for metric, value in measured.items()}
     if len(by_set) > 1:

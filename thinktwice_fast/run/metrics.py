@@ -232,6 +232,12 @@ METRICS: tuple[Metric, ...] = (
     Metric("eval/{set}/solve_tokens", "tokens", "Mean length of the solutions, stop token included."),
     Metric("eval/{set}/refine_tokens", "tokens", "Mean length of the refinements, stop token included."),
     Metric(
+        "eval/{set}/refine_extended",
+        "share",
+        "Refinements that went on from their solution's KV cache, of all refinements; the prompts of the others were "
+        "computed anew, because they do not continue the solution token for token or the cache had no room.",
+    ),
+    Metric(
         "eval/{set}/solve_pass@{k}",
         "share",
         "Chance that one of k solutions of a problem is right, by the unbiased estimator 1 - C(n-c,k)/C(n,k), mean "

@@ -6,7 +6,7 @@ Letters: S sequences, T tokens of a row, N response tokens.
 import math
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch.distributed.tensor import DTensor
@@ -15,6 +15,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from thinktwice_fast import parallel
 from thinktwice_fast.config import LOSS_BOUNDS, Config, LossOptions
 from thinktwice_fast.errors import UserError
+from thinktwice_fast.model.exact import WithValue, exact_logprobs, make_exact
 from thinktwice_fast.model.policy import Policy
 from thinktwice_fast.model.sharding import ModelPair
 from thinktwice_fast.rollout.records import Rollout
@@ -66,6 +67,9 @@ class Updater:
         self._max_response_tokens = config.rollout.max_response_tokens
         self._device = models.policy.device
         self._learning_rate = 0.0  # of the latest optimizer step
+        self._exact = config.rollout.exact
+        if self._exact:
+            make_exact(models.policy.model)
 
     def policy_update(self, minibatches: list[list[Rollout]]) -> dict[str, float]:
         """One optimizer step per mini-batch of graded rollouts. Collective.
@@ -97,7 +101,7 @@ class Updater:
 
             def loss_of(part: list[Rollout], normalizer: int = normalizer, moved: bool = bool(losses)) -> Share:
                 loss, metrics = self._policy_loss(part, normalizer, old, reference)
-                if moved and self._options.old_logps == "rollout":
+                if moved and (self._options.old_logps == "rollout" or self._exact):
                     # The weights that sampled are gone, and what they made of these tokens was never computed.
                     del metrics["mismatch"]
                 return loss, metrics
@@ -186,6 +190,8 @@ class Updater:
             )  # fmt: skip
             if isinstance(logps, tuple):
                 logps, entropy = logps
+            if self._exact:
+                logps = self._exact_value(logps, hidden, weight, bias, row)
             rollout_logps = _noted(part, self._device)
             loss, metrics = grpo_loss(
                 logps,
@@ -198,12 +204,23 @@ class Updater:
                 normalizer=normalizer,
                 **loss_arguments(self._loss, self._max_response_tokens),
             )
-            if self._options.old_logps == "rollout":
+            if self._options.old_logps == "rollout" or self._exact:
                 # grpo_loss takes the old ones for the trainer's; every token here is one that it computed.
                 metrics["mismatch"] = (logps.detach() - rollout_logps).abs().mean()
             return loss, metrics
 
         return self._run(self.models.policy, row, head)
+
+    def _exact_value(
+        self,
+        logps: torch.Tensor,  # [N], with the gradient
+        hidden: torch.Tensor,  # [N, H]
+        weight: torch.Tensor,  # [V, H]
+        bias: torch.Tensor | None,  # [V]
+        row: PackedRow,
+    ) -> torch.Tensor:  # [N]
+        value = exact_logprobs(hidden, weight, bias, row.targets, self._temperature)
+        return cast(torch.Tensor, WithValue.apply(logps, value))
 
     def _has_signal(self, rollout: Rollout) -> bool:
         return rollout.advantage != 0 or self._loss.beta != 0 or self._loss.entropy_coef != 0
@@ -221,7 +238,7 @@ class Updater:
         """Of the rollouts whose loss needs them, by id(): recomputed ones are the first mini-batch's own."""
         if len(minibatches) < 2:
             return {}
-        if self._options.old_logps == "rollout":
+        if self._options.old_logps == "rollout" or self._exact:
             return {id(rollout): _noted([rollout], self._device) for part in minibatches for rollout in part}
         return self._logps(self.models.policy, [rollout for part in minibatches[1:] for rollout in part])
 
