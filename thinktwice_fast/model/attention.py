@@ -3,7 +3,8 @@
 A forward pass is one row of T tokens without padding; what they attend to is said by the ``attention``
 keyword, which transformers hands down to each layer:
 
-- ``PackedAttention``: sequences one after another, each causal over itself (training);
+- ``PrefixAttention``: segments one after another that may share a prefix (training);
+- ``PackedAttention``: sequences one after another, each causal over itself (training on a GPU, nothing shared);
 - ``PagedAttention``: tokens just reserved in a paged KV cache (rollouts).
 
 Letters: T tokens, S sequences, L longest sequence, Hq / Hkv query / key-value heads, D head size.
@@ -18,6 +19,7 @@ from transformers import AttentionInterface
 
 from thinktwice_fast.errors import UserError
 from thinktwice_fast.model.paged import PagedKVCache, Plan
+from thinktwice_fast.model.shared_prefix import Gathered, in_torch, prefix_attention, varlen_attention
 
 NAME = "thinktwice"
 # What transformers hands to every attention function and these need not know.
@@ -74,6 +76,43 @@ class PackedAttention:
             q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
         )
         return out.transpose(1, 2).reshape(rows * longest, *out.shape[1::2])[self.unpad]
+
+
+@dataclass(frozen=True)
+class PrefixAttention:
+    """Causal attention of each segment over itself and all of the prefix that it continues; differentiable.
+
+    On the CPU the extension's own kernel, on CUDA variable-length attention over gathered keys; plain torch, a segment
+    at a time, for the types and head sizes that these do not take. See ``shared_prefix``.
+    """
+
+    lengths: torch.Tensor  # int64 [S], tokens of each segment; on the CPU
+    prefix: torch.Tensor  # int64 [S], the earlier segment that each continues, -1 = none; on the CPU
+    gathered: Gathered | None  # on a GPU
+
+    @classmethod
+    def from_segments(cls, lengths: list[int], prefix: list[int], device: torch.device) -> "PrefixAttention":
+        """Of the S segments in their order in the row; a prefix has none itself."""
+        gathered = Gathered.from_segments(lengths, prefix, device) if device.type == "cuda" else None
+        return cls(torch.tensor(lengths), torch.tensor(prefix), gathered)
+
+    def attend(
+        self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, window: int
+    ) -> torch.Tensor:
+        short = q.dtype in (torch.bfloat16, torch.float16)
+        if q.device.type == "cpu" and (short or q.dtype == torch.float32):
+            return prefix_attention(q, k, v, self.lengths, self.prefix, scale, window)
+        varlen = varlen_attention()
+        if self.gathered is not None and varlen is not None and short and q.shape[2] % 8 == 0 and q.shape[2] <= 256:
+            return self.gathered.attend(varlen, q, k, v, scale, window)
+        return in_torch(q, k, v, self.lengths.tolist(), self.prefix.tolist(), scale, window)
+
+
+def packed_attention(lengths: list[int], device: torch.device) -> PackedAttention | PrefixAttention:
+    """Of sequences that share nothing: on the CPU the kernel that pads nothing, elsewhere torch's on padded rows."""
+    if device.type == "cpu":
+        return PrefixAttention.from_segments(lengths, [-1] * len(lengths), device)
+    return PackedAttention.from_lengths(lengths, device)
 
 
 @dataclass(frozen=True)

@@ -5,11 +5,12 @@ Letters: S sequences, T tokens of the row, N response tokens (those with a loss)
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Protocol
 
 import torch
 
-from thinktwice_fast.model.attention import PackedAttention
+from thinktwice_fast.model.attention import Attention, PrefixAttention, packed_attention
 
 
 class Trainable(Protocol):
@@ -32,40 +33,96 @@ class Example:
 
 @dataclass(frozen=True)
 class PackedRow:
-    """S sequences one after another. The last token of each is only a target, so it is not in the row."""
+    """S sequences; the last token of each is only a target, so it is not in the row."""
 
     input_ids: torch.Tensor  # int64 [T]
     position_ids: torch.Tensor  # int64 [T], from 0 in each sequence
-    attention: PackedAttention
-    select: torch.Tensor  # int64 [N], positions in the row that predict a response token
-    targets: torch.Tensor  # int64 [N], the response tokens
+    attention: Attention
+    select: torch.Tensor  # int64 [N], places in the row that predict a response token
+    targets: torch.Tensor  # int64 [N], the response tokens, sequence after sequence
     cu_seqlens: torch.Tensor  # int32 [S+1], where each sequence's response begins among the N
 
 
 def pack(sequences: Sequence[Trainable], device: torch.device) -> PackedRow:
-    """Pack sequences with at least one prompt and one response token each."""
-    tokens: list[int] = []
-    positions: list[int] = []
+    """Pack sequences with at least one prompt and one response token each, one after another."""
+    row = _Row()
     select: list[int] = []
-    targets: list[int] = []
-    ends = [0]
     for sequence in sequences:
-        length = sequence_tokens(sequence)
-        start = len(tokens)
-        tokens += sequence.prompt
-        tokens += sequence.response[:-1]
-        positions += range(length)
-        select += range(start + len(sequence.prompt) - 1, start + length)
-        targets += sequence.response
-        ends.append(len(targets))
-    return PackedRow(
-        torch.tensor(tokens, device=device),
-        torch.tensor(positions, device=device),
-        PackedAttention.from_lengths([sequence_tokens(sequence) for sequence in sequences], device),
-        torch.tensor(select, device=device),
-        torch.tensor(targets, device=device),
-        torch.tensor(ends, dtype=torch.int32, device=device),
-    )
+        start = row.add([*sequence.prompt, *sequence.response[:-1]])
+        select += range(start + len(sequence.prompt) - 1, start + sequence_tokens(sequence))
+    return row.packed(sequences, select, packed_attention(row.lengths, device), device)
+
+
+def pack_shared(sequences: Sequence[Trainable], device: torch.device) -> PackedRow:
+    """Pack sequences so that those with one prompt share it: [prompt][response 1]...[response G] for each prompt.
+
+    A response sees its prompt and itself, at positions that continue the prompt's. The prompt's last token predicts the
+    first token of each of its responses, so ``select`` repeats it. A prompt that only one sequence has stands before
+    its response as ``pack`` would put it. Loss and gradients are those of ``pack``, and so is the order of targets.
+
+    Args:
+        sequences: with at least one prompt and one response token each, in any order.
+    """
+    row = _Row()
+    select: list[list[int]] = [[] for _ in sequences]
+    for members in _families(sequences):
+        prompt = sequences[members[0]].prompt
+        if len(members) == 1:
+            response = sequences[members[0]].response
+            start = row.add([*prompt, *response[:-1]])
+            select[members[0]] = list(range(start + len(prompt) - 1, start + len(prompt) + len(response) - 1))
+            continue
+        shared = len(row.lengths)
+        last = row.add(list(prompt)) + len(prompt) - 1
+        for member in members:
+            own = sequences[member].response[:-1]
+            select[member] = [last]
+            if own:
+                start = row.add(own, shared)
+                select[member] += range(start, start + len(own))
+    attention = PrefixAttention.from_segments(row.lengths, row.prefix, device)
+    return row.packed(sequences, [place for places in select for place in places], attention, device)
+
+
+class _Row:
+    """A row under construction, segment by segment."""
+
+    def __init__(self) -> None:
+        self.lengths: list[int] = []
+        self.prefix: list[int] = []
+        self._tokens: list[int] = []
+        self._positions: list[int] = []
+
+    def add(self, tokens: list[int], prefix: int = -1) -> int:
+        """A segment that continues segment ``prefix``; returns the place of its first token."""
+        start = len(self._tokens)
+        before = self.lengths[prefix] if prefix >= 0 else 0
+        self.lengths.append(len(tokens))
+        self.prefix.append(prefix)
+        self._tokens += tokens
+        self._positions += range(before, before + len(tokens))
+        return start
+
+    def packed(
+        self, sequences: Sequence[Trainable], select: list[int], attention: Attention, device: torch.device
+    ) -> PackedRow:
+        ends = accumulate((len(sequence.response) for sequence in sequences), initial=0)
+        return PackedRow(
+            torch.tensor(self._tokens, device=device),
+            torch.tensor(self._positions, device=device),
+            attention,
+            torch.tensor(select, device=device),
+            torch.tensor([token for sequence in sequences for token in sequence.response], device=device),
+            torch.tensor(list(ends), dtype=torch.int32, device=device),
+        )
+
+
+def _families(sequences: Sequence[Trainable]) -> list[list[int]]:
+    """Indices of the sequences by prompt, in the order in which each prompt first comes."""
+    families: dict[tuple[int, ...], list[int]] = {}
+    for index, sequence in enumerate(sequences):
+        families.setdefault(sequence.prompt, []).append(index)
+    return list(families.values())
 
 
 def sequence_tokens(sequence: Trainable) -> int:
@@ -88,3 +145,23 @@ def split_by_tokens(lengths: Sequence[int], budget: int) -> list[list[int]]:
         parts[-1].append(index)
         room -= lengths[index]
     return parts
+
+
+def split_shared(sequences: Sequence[Trainable], budget: int) -> list[list[int]]:
+    """Indices in micro-batches that ``pack_shared`` lays out in at most ``budget`` tokens each, largest prompts' first.
+
+    Sequences with one prompt stay together where they fit. Where they do not, each micro-batch has the prompt again; a
+    sequence longer than the budget gets a micro-batch of its own.
+    """
+    pieces: list[list[int]] = []
+    tokens: list[int] = []
+    for members in _families(sequences):
+        prompt = len(sequences[members[0]].prompt)
+        for count, member in enumerate(members):
+            own = sequence_tokens(sequences[member]) - prompt
+            if count == 0 or tokens[-1] + own > budget:
+                pieces.append([])
+                tokens.append(prompt)
+            pieces[-1].append(member)
+            tokens[-1] += own
+    return [[member for piece in part for member in pieces[piece]] for part in split_by_tokens(tokens, budget)]
