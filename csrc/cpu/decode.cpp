@@ -1,6 +1,5 @@
 // The decoder as ops: built layer by layer, run once over a plan, or run on by itself, token after token.
 #include <algorithm>
-#include <functional>
 #include <limits>
 #include <memory>
 #include <mutex>

@@ -71,9 +71,6 @@ class Sink {
 // depend on the others nor on the number of threads.
 void run(const Decoder& decoder, const Step& step, const std::vector<int64_t>& select, Sink& sink);
 
-// The decoder of that number; throws where there is none.
-const Decoder& find_decoder(int64_t decoder);
-
 // Throws unless the tensors are a cache of this decoder's shape.
 void check_cache(const char* op, const Decoder& decoder, const Tensor& k_cache, const Tensor& v_cache);
 
