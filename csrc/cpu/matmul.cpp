@@ -57,10 +57,17 @@ void pack(const T* weight, int64_t row_stride, int64_t rows, int64_t inputs, T* 
   });
 }
 
-void pack_weight(Tensor weight, Tensor packed, int64_t first) {
-  const char* const op = "pack_weight";
+void check_packed(const char* op, const Tensor& packed) {
+  const ScalarType type = packed.scalar_type();
   check(packed.is_cpu() && packed.dim() == 3 && packed.size(2) == kPanel && packed.is_contiguous(), op,
         ": packed must be a contiguous CPU tensor [panels, inputs, ", kPanel, "]");
+  check(type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half, op, ": type ",
+        torch::headeronly::toString(type), " is not one of float32, bfloat16, float16");
+}
+
+void pack_weight(Tensor weight, Tensor packed, int64_t first) {
+  const char* const op = "pack_weight";
+  check_packed(op, packed);
   check(weight.is_cpu() && weight.dim() == 2 && weight.size(1) == packed.size(1) &&
             (weight.stride(1) == 1 || weight.size(1) == 1) && weight.scalar_type() == packed.scalar_type(),
         op, ": weight must be a CPU tensor [outputs, ", packed.size(1), "] of the type of packed");
@@ -72,15 +79,12 @@ void pack_weight(Tensor weight, Tensor packed, int64_t first) {
          static_cast<T*>(packed.mutable_data_ptr()), first);
   };
   if (weight.element_size() == 4) return run(uint32_t{});
-  check(weight.element_size() == 2, op, ": type ", torch::headeronly::toString(weight.scalar_type()),
-        " is not one of float32, bfloat16, float16");
   run(uint16_t{});
 }
 
 Tensor packed_linear(Tensor x, Tensor packed, int64_t outputs) {
   const char* const op = "packed_linear";
-  check(packed.is_cpu() && packed.dim() == 3 && packed.size(2) == kPanel && packed.is_contiguous(), op,
-        ": packed must be a contiguous CPU tensor [panels, inputs, ", kPanel, "]");
+  check_packed(op, packed);
   check(x.is_cpu() && x.dim() == 2 && x.size(1) == packed.size(1) && x.is_contiguous() &&
             x.scalar_type() == ScalarType::Float,
         op, ": x must be a contiguous float32 CPU tensor [rows, ", packed.size(1), "]");
