@@ -18,6 +18,10 @@ STABLE_TORCH_LIBRARY(thinktwice, m) {
 
   // The data, one kernel family per file under cpu/ and cuda/.
   m.def("write_kv(Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor slots) -> ()");
+  m.def(
+      "rotary_write_kv(Tensor(a!) q, Tensor k, Tensor v, Tensor? q_norm, Tensor? k_norm, float eps,"
+      " Tensor? cos, Tensor? sin, Tensor positions, Tensor slots, Tensor(b!) k_cache, Tensor(c!) v_cache)"
+      " -> ()");
   m.def("copy_blocks(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor pairs) -> ()");
   m.def(
       "paged_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_tables, Tensor context_lens,"

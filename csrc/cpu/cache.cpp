@@ -1,4 +1,6 @@
 // Moving keys and values: new tokens into their slots, forked blocks into their copies.
+#include "cpu/cache.h"
+
 #include <cstring>
 
 #include "cpu/parallel.h"
@@ -9,48 +11,15 @@ namespace {
 
 constexpr int64_t kGrainBytes = 256 * 1024;  // less than this is not worth another thread
 
-// Tokens as rows of [heads, head_dim] with any strides but the last.
-struct Rows {
-  const char* data;
-  int64_t token_stride, head_stride;  // bytes
-
-  Rows(const Tensor& rows, int64_t element)
-      : data(static_cast<const char*>(rows.const_data_ptr())),
-        token_stride(rows.stride(0) * element),
-        head_stride(rows.stride(1) * element) {}
-};
-
-void check_rows(const Tensor& rows, const char* name, const Tensor& cache, int64_t tokens) {
-  check(rows.is_cpu() && rows.dim() == 3 && rows.scalar_type() == cache.scalar_type(), "write_kv: ", name,
-        " must be a CPU tensor [tokens, kv_heads, head_dim] of the cache's type ",
-        torch::headeronly::toString(cache.scalar_type()));
-  check(rows.size(0) == tokens && rows.size(1) == cache.size(1) && rows.size(2) == cache.size(3),
-        "write_kv: ", name, " is [", rows.size(0), ", ", rows.size(1), ", ", rows.size(2), "], expected [",
-        tokens, ", ", cache.size(1), ", ", cache.size(3), "]");
-  check(rows.stride(2) == 1 || rows.size(2) == 1, "write_kv: the last dimension of ", name,
-        " must be contiguous");
-}
-
-void check_caches(const char* op, const Tensor& k_cache, const Tensor& v_cache, int64_t dim) {
-  bool same = k_cache.dim() == dim && v_cache.dim() == dim &&
-              k_cache.scalar_type() == v_cache.scalar_type() && k_cache.is_cpu() && v_cache.is_cpu() &&
-              k_cache.is_contiguous() && v_cache.is_contiguous();
-  for (int64_t d = 0; same && d < dim; ++d) same = k_cache.size(d) == v_cache.size(d);
-  check(same, op, ": k_cache and v_cache must be contiguous CPU tensors of ", dim,
-        " dimensions, equal in shape and type");
-}
-
 void write_kv(Tensor k, Tensor v, Tensor k_cache, Tensor v_cache, Tensor slots) {
   const int64_t tokens = slots.numel();
   check_vector(slots, "write_kv: slots", ScalarType::Long, tokens);
   check_caches("write_kv", k_cache, v_cache, 4);
-  check_rows(k, "k", k_cache, tokens);
-  check_rows(v, "v", k_cache, tokens);
-  const int64_t blocks = k_cache.size(0), heads = k_cache.size(1), block_size = k_cache.size(2);
+  check_rows("write_kv", "k", k, k_cache, tokens, k_cache.size(1));
+  check_rows("write_kv", "v", v, k_cache, tokens, k_cache.size(1));
+  const int64_t heads = k_cache.size(1), block_size = k_cache.size(2);
   const auto* slot = slots.const_data_ptr<int64_t>();
-  for (int64_t t = 0; t < tokens; ++t)
-    check(slot[t] >= 0 && slot[t] < blocks * block_size, "write_kv: slot ", slot[t], " of token ", t,
-          " lies outside the cache of ", blocks * block_size, " slots");
+  check_slots("write_kv", slot, tokens, k_cache);
 
   const int64_t element = static_cast<int64_t>(k_cache.element_size());
   const int64_t row_bytes = k_cache.size(3) * element;

@@ -19,6 +19,22 @@ struct CacheWrite {
 };
 void launch_write_kv(const CacheWrite& work, cudaStream_t stream);
 
+// Heads of a multiple of 8 elements, up to 256.
+struct Rotary {
+  void* q;
+  const void *k, *v;
+  const void *q_norm, *k_norm;  // of T, [dim] or over all heads; null = none
+  void *k_cache, *v_cache;
+  const float *cos, *sin;  // [table_rows, dim]; null = no rotation
+  const int64_t *positions, *slots;
+  int64_t tokens, table_rows, blocks, block_size;
+  int64_t q_token_stride, q_head_stride, k_token_stride, k_head_stride, v_token_stride, v_head_stride;
+  int heads, kv_heads, dim;
+  int q_norm_is_whole, k_norm_is_whole;  // one mean over all heads
+  float eps;
+};
+void launch_rotary_write_kv(const Rotary& work, Type type, cudaStream_t stream);
+
 struct BlockCopy {
   void *k_cache, *v_cache;
   const int64_t* pairs;

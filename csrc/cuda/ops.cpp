@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <limits>
+#include <optional>
 #include <string>
 #include <tuple>
 #include <vector>
@@ -75,14 +76,16 @@ void check_caches(const char* op, const Tensor& k_cache, const Tensor& v_cache, 
   type_of(op, k_cache);
 }
 
-void check_rows(const Tensor& rows, const char* name, const Tensor& cache, int64_t tokens) {
-  check(same_device(cache, rows) && rows.dim() == 3 && rows.scalar_type() == cache.scalar_type(),
-        "write_kv: ", name, " must be a tensor [tokens, kv_heads, head_dim] of the cache's type ",
+// New queries, keys or values of `op`: [tokens, heads, the cache's head size], any strides but the last.
+void check_rows(const char* op, const char* name, const Tensor& rows, const Tensor& cache, int64_t tokens,
+                int64_t heads) {
+  check(same_device(cache, rows) && rows.dim() == 3 && rows.scalar_type() == cache.scalar_type(), op, ": ",
+        name, " must be a tensor [tokens, heads, head_dim] of the cache's type ",
         torch::headeronly::toString(cache.scalar_type()), " on its GPU");
-  check(rows.size(0) == tokens && rows.size(1) == cache.size(1) && rows.size(2) == cache.size(3),
-        "write_kv: ", name, " is [", rows.size(0), ", ", rows.size(1), ", ", rows.size(2), "], expected [",
-        tokens, ", ", cache.size(1), ", ", cache.size(3), "]");
-  check(rows.stride(2) == 1 || rows.size(2) == 1, "write_kv: the last dimension of ", name,
+  check(rows.size(0) == tokens && rows.size(1) == heads && rows.size(2) == cache.size(3), op, ": ", name,
+        " is [", rows.size(0), ", ", rows.size(1), ", ", rows.size(2), "], expected [", tokens, ", ", heads,
+        ", ", cache.size(3), "]");
+  check(rows.stride(2) == 1 || rows.size(2) == 1, op, ": the last dimension of ", name,
         " must be contiguous");
 }
 
@@ -90,14 +93,76 @@ void write_kv(Tensor k, Tensor v, Tensor k_cache, Tensor v_cache, Tensor slots) 
   check_caches("write_kv", k_cache, v_cache, 4);
   check_tensor(slots, "write_kv: slots", k_cache, ScalarType::Long, {-1});
   const int64_t tokens = slots.numel();
-  check_rows(k, "k", k_cache, tokens);
-  check_rows(v, "v", k_cache, tokens);
+  check_rows("write_kv", "k", k, k_cache, tokens, k_cache.size(1));
+  check_rows("write_kv", "v", v, k_cache, tokens, k_cache.size(1));
   const OnDevice device(k_cache);
   launch_write_kv({k.const_data_ptr(), v.const_data_ptr(), k_cache.mutable_data_ptr(),
                    v_cache.mutable_data_ptr(), slots.const_data_ptr<int64_t>(), tokens, k.stride(0),
                    k.stride(1), v.stride(0), v.stride(1), k_cache.size(0), k_cache.size(1), k_cache.size(2),
                    k_cache.size(3), static_cast<int64_t>(k_cache.element_size())},
                   device.stream);
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
+}
+
+// The weight's elements, null without one; `is_whole`: one mean over all heads.
+const void* norm_weight(const char* name, const std::optional<Tensor>& norm, const Tensor& rows,
+                        int& is_whole) {
+  if (!norm) return nullptr;
+  const int64_t dim = rows.size(2), size = norm->numel();
+  check(size == dim || size == rows.size(1) * dim, "rotary_write_kv: ", name, " has ", size,
+        " elements, expected ", dim, " or, over all heads, ", rows.size(1) * dim);
+  check_tensor(*norm, std::string("rotary_write_kv: ") + name, rows, rows.scalar_type(), {size});
+  is_whole = size != dim;
+  return norm->const_data_ptr();
+}
+
+void rotary_write_kv(Tensor q, Tensor k, Tensor v, std::optional<Tensor> q_norm, std::optional<Tensor> k_norm,
+                     double eps, std::optional<Tensor> cos, std::optional<Tensor> sin, Tensor positions,
+                     Tensor slots, Tensor k_cache, Tensor v_cache) {
+  const char* const op = "rotary_write_kv";
+  check_caches(op, k_cache, v_cache, 4);
+  const int64_t tokens = slots.numel(), dim = k_cache.size(3);
+  check(dim % 8 == 0 && dim <= 256, op, ": a head of ", dim,
+        " elements is not supported on CUDA, only multiples of 8 up to 256");
+  check_tensor(slots, "rotary_write_kv: slots", k_cache, ScalarType::Long, {-1});
+  check_tensor(positions, "rotary_write_kv: positions", k_cache, ScalarType::Long, {tokens});
+  check(q.dim() == 3, op, ": q must have 3 dimensions");
+  check_rows(op, "q", q, k_cache, tokens, q.size(1));
+  check_rows(op, "k", k, k_cache, tokens, k_cache.size(1));
+  check_rows(op, "v", v, k_cache, tokens, k_cache.size(1));
+  check(cos.has_value() == sin.has_value(), op, ": cos and sin are given together or not at all");
+  Rotary w{};
+  w.q_norm = norm_weight("q_norm", q_norm, q, w.q_norm_is_whole);
+  w.k_norm = norm_weight("k_norm", k_norm, k, w.k_norm_is_whole);
+  if (cos) {
+    check_tensor(*cos, "rotary_write_kv: cos", k_cache, ScalarType::Float, {-1, dim});
+    check_tensor(*sin, "rotary_write_kv: sin", k_cache, ScalarType::Float, {cos->size(0), dim});
+    w.cos = cos->const_data_ptr<float>();
+    w.sin = sin->const_data_ptr<float>();
+    w.table_rows = cos->size(0);
+  }
+  w.q = q.mutable_data_ptr();
+  w.k = k.const_data_ptr();
+  w.v = v.const_data_ptr();
+  w.k_cache = k_cache.mutable_data_ptr();
+  w.v_cache = v_cache.mutable_data_ptr();
+  w.positions = positions.const_data_ptr<int64_t>();
+  w.slots = slots.const_data_ptr<int64_t>();
+  w.tokens = tokens;
+  w.blocks = k_cache.size(0);
+  w.block_size = k_cache.size(2);
+  w.q_token_stride = q.stride(0);
+  w.q_head_stride = q.stride(1);
+  w.k_token_stride = k.stride(0);
+  w.k_head_stride = k.stride(1);
+  w.v_token_stride = v.stride(0);
+  w.v_head_stride = v.stride(1);
+  w.heads = static_cast<int>(q.size(1));
+  w.kv_heads = static_cast<int>(k_cache.size(1));
+  w.dim = static_cast<int>(dim);
+  w.eps = static_cast<float>(eps);
+  const OnDevice device(k_cache);
+  launch_rotary_write_kv(w, type_of(op, k_cache), device.stream);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
@@ -321,6 +386,7 @@ Sampled sample(Tensor logits, Tensor temperature, Tensor top_k, Tensor top_p, Te
 
 STABLE_TORCH_LIBRARY_IMPL(thinktwice, CUDA, m) {
   m.impl("write_kv", TORCH_BOX(&thinktwice::gpu::write_kv));
+  m.impl("rotary_write_kv", TORCH_BOX(&thinktwice::gpu::rotary_write_kv));
   m.impl("copy_blocks", TORCH_BOX(&thinktwice::gpu::copy_blocks));
   m.impl("paged_attention", TORCH_BOX(&thinktwice::gpu::paged_attention));
   m.impl("grouped_decode_attention", TORCH_BOX(&thinktwice::gpu::grouped_decode_attention));

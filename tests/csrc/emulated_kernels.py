@@ -47,6 +47,14 @@ CacheWrite = _structure(
     tokens__k_token_stride__k_head_stride__v_token_stride__v_head_stride=c_int64,
     blocks__heads__block_size__dim__element_size=c_int64,
 )
+Rotary = _structure(
+    "Rotary",
+    q__k__v__q_norm__k_norm__k_cache__v_cache__cos__sin__positions__slots=c_void_p,
+    tokens__table_rows__blocks__block_size=c_int64,
+    q_token_stride__q_head_stride__k_token_stride__k_head_stride__v_token_stride__v_head_stride=c_int64,
+    heads__kv_heads__dim__q_norm_is_whole__k_norm_is_whole=c_int,
+    eps=c_float,
+)
 BlockCopy = _structure("BlockCopy", k_cache__v_cache__pairs=c_void_p, num_pairs__layers__blocks__block_bytes=c_int64)
 Attention = _structure(
     "Attention",
@@ -83,6 +91,33 @@ class EmulatedKernels:
         pointers = [x.data_ptr() for x in (k, v, k_cache, v_cache, slots)]
         strides = (*k.stride()[:2], *v.stride()[:2])
         self._call("write_kv", CacheWrite(*pointers, len(slots), *strides, *k_cache.shape, k.itemsize))
+
+    def rotary_write_kv(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        q_norm: Tensor | None,
+        k_norm: Tensor | None,
+        eps: float,
+        cos: Tensor | None,
+        sin: Tensor | None,
+        positions: Tensor,
+        slots: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+    ) -> None:
+        given = (q, k, v, q_norm, k_norm, k_cache, v_cache, cos, sin, positions, slots)
+        pointers = [None if x is None else x.data_ptr() for x in given]
+        blocks, kv_heads, block_size, dim = k_cache.shape
+        sizes = (len(slots), 0 if cos is None else len(cos), blocks, block_size)
+        strides = (*q.stride()[:2], *k.stride()[:2], *v.stride()[:2])
+        whole = [norm is not None and norm.numel() != dim for norm in (q_norm, k_norm)]
+        self._call(
+            "rotary_write_kv",
+            Rotary(*pointers, *sizes, *strides, q.shape[1], kv_heads, dim, *whole, eps),
+            TYPES[q.dtype],
+        )
 
     def copy_blocks(self, k_cache: Tensor, v_cache: Tensor, pairs: Tensor) -> None:
         pointers = [x.data_ptr() for x in (k_cache, v_cache, pairs)]

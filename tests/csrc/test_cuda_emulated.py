@@ -13,6 +13,7 @@ from torch import Tensor
 from tests.csrc.emulated_kernels import EmulatedKernels, build
 from tests.csrc.test_attention import EPS, Setting
 from tests.csrc.test_grouped_attention import decoding
+from tests.csrc.test_rotary import CASES, assert_rounded_once, problem, results
 from tests.csrc.test_sampler import arguments
 from thinktwice_fast.model import csrc, reference
 
@@ -144,6 +145,14 @@ def test_write_kv(kernels: EmulatedKernels, dtype: torch.dtype, dim: int, offset
     csrc.write_kv(rows[0], rows[1], expected[0], expected[1], slots)
     kernels.write_kv(rows[0], rows[1], got[0], got[1], slots)
     assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("dtype", list(EPS))
+@pytest.mark.parametrize("case", CASES)
+def test_rotary_write_kv(kernels: EmulatedKernels, dtype: torch.dtype, case: dict[str, Any]) -> None:
+    given = problem(**case, dtype=dtype)
+    exact = results(reference.rotary_write_kv, given.double())
+    assert_rounded_once(results(kernels.rotary_write_kv, given), exact, dtype)
 
 
 @pytest.mark.parametrize("dim", [4, 3])

@@ -9,6 +9,7 @@ import torch
 
 from tests.csrc.test_attention import EPS, Setting
 from tests.csrc.test_grouped_attention import Decoding, decoding
+from tests.csrc.test_rotary import CASES, Given, assert_rounded_once, problem, results
 from tests.csrc.test_sampler import arguments
 from thinktwice_fast.model import csrc, reference
 
@@ -96,6 +97,23 @@ def test_cache_ops(dtype: torch.dtype) -> None:
     csrc.write_kv(rows[0].to(GPU), rows[1].to(GPU), there[0, 1], there[1, 1], slots.to(GPU))
     csrc.copy_blocks(there[0], there[1], pairs.to(GPU))
     assert torch.equal(there.cpu(), cache)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", [*CASES, {"heads": 32, "kv_heads": 8, "dim": 128, "norm": "each head", "tokens": 35}])
+def test_rotary_write_kv(dtype: torch.dtype, case: dict[str, Any]) -> None:
+    given = problem(**case, dtype=dtype)
+    exact = results(reference.rotary_write_kv, given.double())
+    parts: dict[str, Any] = {name: x.to(GPU) if isinstance(x, torch.Tensor) else x for name, x in vars(given).items()}
+    parts["q"], parts["k"], parts["v"] = _side_by_side(given)
+    got = [part.cpu() for part in results(csrc.rotary_write_kv, Given(**parts))]
+    assert_rounded_once(got, exact, dtype)
+
+
+def _side_by_side(given: Given) -> list[torch.Tensor]:
+    """Queries, keys and values on the GPU with the strides they have here."""
+    storage = given.q.new_empty(0).set_(given.q.untyped_storage()).to(GPU)
+    return [storage.as_strided(x.shape, x.stride(), x.storage_offset()) for x in (given.q, given.k, given.v)]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

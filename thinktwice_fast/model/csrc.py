@@ -37,6 +37,7 @@ def _load() -> None:
 _load()
 ops = torch.ops.thinktwice
 _write_kv = ops.write_kv.default
+_rotary_write_kv = ops.rotary_write_kv.default
 _copy_blocks = ops.copy_blocks.default
 _paged_attention = ops.paged_attention.default
 _grouped_decode_attention = ops.grouped_decode_attention.default
@@ -61,6 +62,7 @@ def _grouped_in_torch(
 
 _TORCH_VERSIONS = {
     "write_kv": reference.write_kv,
+    "rotary_write_kv": reference.rotary_write_kv,
     "copy_blocks": reference.copy_blocks,
     "paged_attention": reference.paged_attention,
     "grouped_decode_attention": _grouped_in_torch,
@@ -85,6 +87,7 @@ def _register_torch_versions() -> torch.library.Library:
 
 def _register_fakes() -> None:
     torch.library.register_fake("thinktwice::write_kv", lambda k, v, k_cache, v_cache, slots: None)
+    torch.library.register_fake("thinktwice::rotary_write_kv", lambda *arguments: None)
     torch.library.register_fake("thinktwice::copy_blocks", lambda k_cache, v_cache, pairs: None)
     for name in ("paged_attention", "grouped_decode_attention"):
         torch.library.register_fake(f"thinktwice::{name}", lambda q, *rest, **options: q.new_empty(q.shape))
@@ -124,6 +127,36 @@ def write_kv(
         RuntimeError: shapes or types do not match, or a slot lies outside the cache (nothing is written then).
     """
     _write_kv(k, v, k_cache, v_cache, slots)
+
+
+def rotary_write_kv(
+    q: Tensor,  # [T, Hq, D], any strides but the last; replaced by the result
+    k: Tensor,  # [T, Hkv, D]
+    v: Tensor,  # [T, Hkv, D]
+    q_norm: Tensor | None,  # [D], or [Hq * D] for one mean over all heads
+    k_norm: Tensor | None,  # [D] or [Hkv * D]
+    eps: float,
+    cos: Tensor | None,  # float32 [P, D], contiguous; None = no rotation
+    sin: Tensor | None,  # float32 [P, D]
+    positions: Tensor,  # int64 [T], below P
+    slots: Tensor,  # int64 [T], block * bs + place in the block
+    k_cache: Tensor,  # [B, Hkv, bs, D], one layer, written in place
+    v_cache: Tensor,  # [B, Hkv, bs, D]
+) -> None:
+    """Norm and rotate T tokens' queries in place, and their keys on the way into the cache; ``write_kv`` of the values.
+
+    With 1 and 2 the halves of a head, c and s the rows of ``cos`` and ``sin`` at the token's position:
+
+        x = x / sqrt(mean(x^2) + eps) * norm
+        out = [x_1 * c_1 - x_2 * s_1,  x_2 * c_2 + x_1 * s_2]
+
+    as in transformers' ``apply_rotary_pos_emb``, but in float32 throughout, rounded once at the end.
+
+    Raises:
+        RuntimeError: shapes or types do not match, or on the CPU a slot or position lies outside cache or tables
+            (nothing is written then; on a GPU it stops the kernel).
+    """
+    _rotary_write_kv(q, k, v, q_norm, k_norm, eps, cos, sin, positions, slots, k_cache, v_cache)
 
 
 def copy_blocks(

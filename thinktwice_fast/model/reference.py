@@ -23,6 +23,43 @@ def write_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tens
     v_cache[block, :, offset] = v
 
 
+def rotary_write_kv(
+    q: Tensor,  # [T, Hq, D]
+    k: Tensor,  # [T, Hkv, D]
+    v: Tensor,  # [T, Hkv, D]
+    q_norm: Tensor | None,  # [D] or [Hq * D]
+    k_norm: Tensor | None,  # [D] or [Hkv * D]
+    eps: float,
+    cos: Tensor | None,  # [P, D]
+    sin: Tensor | None,  # [P, D]
+    positions: Tensor,  # int64 [T]
+    slots: Tensor,  # int64 [T]
+    k_cache: Tensor,  # [B, Hkv, bs, D]
+    v_cache: Tensor,  # [B, Hkv, bs, D]
+) -> None:
+    """See ``csrc.rotary_write_kv``. Takes float64 too, and then computes in it."""
+    tables = None if cos is None or sin is None else (cos[positions][:, None], sin[positions][:, None])  # [T, 1, D]
+    q.copy_(_norm_and_rotate(q, q_norm, eps, tables))
+    write_kv(_norm_and_rotate(k, k_norm, eps, tables).to(k.dtype), v, k_cache, v_cache, slots)
+
+
+def _norm_and_rotate(
+    x: Tensor,  # [T, H, D]
+    norm: Tensor | None,  # [D] or [H * D]
+    eps: float,
+    tables: tuple[Tensor, Tensor] | None,  # cos and sin, [T, 1, D]
+) -> Tensor:  # [T, H, D], float32 or float64
+    x = x if x.dtype == torch.float64 else x.float()
+    if norm is not None:
+        normed = x if norm.numel() == x.shape[2] else x.flatten(1)
+        scale = torch.rsqrt(normed.square().mean(-1, keepdim=True) + eps)
+        x = (normed * scale * norm).view_as(x)
+    if tables is None:
+        return x
+    low, high = x.chunk(2, dim=-1)
+    return x * tables[0] + torch.cat((-high, low), dim=-1) * tables[1]
+
+
 def copy_blocks(k_cache: Tensor, v_cache: Tensor, pairs: Tensor) -> None:
     """See ``csrc.copy_blocks``; here no block may be both read and written."""
     source, target = pairs.to(k_cache.device).unbind(1)

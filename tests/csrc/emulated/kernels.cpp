@@ -1,5 +1,6 @@
 // The CUDA kernels as functions of the CPU; called by test_cuda_emulated.py.
 #define __shared__ static
+#include "cuda/rotary.cu"
 #include "cuda/sampler.cu"
 #undef __shared__
 #define __shared__
@@ -26,6 +27,9 @@ void prepare(bool backwards) {
 }
 
 void write_kv(const CacheWrite* work) { launch_write_kv(*work, nullptr); }
+void rotary_write_kv(const Rotary* work, int type) {
+  launch_rotary_write_kv(*work, static_cast<Type>(type), nullptr);
+}
 void copy_blocks(const BlockCopy* work) { launch_copy_blocks(*work, nullptr); }
 void decode(const Attention* a, int type, bool single_queries) {
   launch_decode(*a, static_cast<Type>(type), single_queries, nullptr);
