@@ -23,6 +23,7 @@ from thinktwice_fast.model.attention import PackedAttention
 from thinktwice_fast.model.csrc import ops
 from thinktwice_fast.model.paged import PagedKVCache, Plan
 from thinktwice_fast.model.policy import Policy, linear_head
+from thinktwice_fast.model.rotary import has_fixed_angles, rotary_tables
 
 PANEL = 16  # outputs side by side in a packed weight, as in csrc/cpu/matmul.h
 # How far the logits may lie from those of the model's modules, as a share of the largest.
@@ -49,7 +50,6 @@ _FAMILIES = {
     "olmo2": _Family(None, "post_attention_layernorm", None, "post_feedforward_layernorm", True, "none"),
     "olmo3": _Family(None, "post_attention_layernorm", None, "post_feedforward_layernorm", True, "of the layer"),
 }
-_FIXED_ROPE = {"default", "linear", "llama3", "yarn"}  # others turn by angles that depend on the sequence's length
 
 
 class Decoded(NamedTuple):
@@ -84,7 +84,7 @@ class Decoder:
         for layer in base.layers:
             kind = layer.self_attn.attention_type if model.config.model_type == "olmo3" else ""
             if kind not in tables:
-                tables[kind] = _rotary_tables(model, positions, *filter(None, [kind]))
+                tables[kind] = rotary_tables(model, positions, *filter(None, [kind]))
             self._add_layer(layer, family, *tables[kind])
         self.refresh()
 
@@ -97,7 +97,7 @@ class Decoder:
             and model.dtype in _TOLERANCE
             and config.model_type in _FAMILIES
             and config.hidden_act == "silu"
-            and _rope_types(config.rope_parameters) <= _FIXED_ROPE
+            and has_fixed_angles(model)
             and type(model.get_output_embeddings()) is nn.Linear
         )
 
@@ -220,19 +220,3 @@ def _heads(model: PreTrainedModel) -> tuple[int, int, int]:
     base: Any = model.base_model
     dim: int = base.layers[0].self_attn.head_dim
     return model.config.num_attention_heads, model.config.num_key_value_heads, dim
-
-
-def _rope_types(parameters: dict[str, Any]) -> set[str]:
-    """Of rope parameters as a configuration holds them: one set, or one per kind of layer."""
-    if "rope_type" in parameters:
-        return {parameters["rope_type"]}
-    return {kind["rope_type"] for kind in parameters.values() if kind is not None}
-
-
-@torch.no_grad()
-def _rotary_tables(model: PreTrainedModel, positions: int, *layer_type: str) -> tuple[Tensor, Tensor]:
-    """cos and sin as the model's modules see them (rounded to its type), float32 [P, D]."""
-    like = torch.empty(0, dtype=model.dtype)
-    base: Any = model.base_model
-    cos, sin = base.rotary_emb(like, torch.arange(positions)[None], *layer_type)
-    return cos[0].float().contiguous(), sin[0].float().contiguous()
