@@ -19,6 +19,7 @@ from transformers import AttentionInterface
 
 from thinktwice_fast.errors import UserError
 from thinktwice_fast.model.paged import PagedKVCache, Plan
+from thinktwice_fast.model.rotary import Rotation
 from thinktwice_fast.model.shared_prefix import Gathered, in_torch, prefix_attention, varlen_attention
 
 NAME = "thinktwice"
@@ -126,6 +127,19 @@ class PagedAttention:
         self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, window: int
     ) -> torch.Tensor:
         return self.cache.attend(layer, self.plan, q, k, v, scale, window)
+
+    def rotate_and_attend(
+        self,
+        layer: int,
+        rotation: Rotation,
+        q: torch.Tensor,  # [T, Hq, D], overwritten
+        k: torch.Tensor,  # [T, Hkv, D]
+        v: torch.Tensor,  # [T, Hkv, D]
+        scale: float,
+        window: int,
+    ) -> torch.Tensor:  # [T, Hq, D]
+        """``attend`` from queries and keys that are not normed and rotated yet."""
+        return self.cache.rotate_and_attend(layer, self.plan, rotation, q, k, v, scale, window)
 
 
 def _attention_forward(

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from thinktwice_fast.model.csrc import copy_blocks, ops, paged_attention, write_kv
+from thinktwice_fast.model.csrc import copy_blocks, ops, paged_attention, rotary_write_kv, write_kv
+from thinktwice_fast.model.rotary import Rotation
 
 _prefill = ops.cache_prefill.default
 _extend = ops.cache_extend.default
@@ -151,10 +152,30 @@ class PagedKVCache:
         softcap: float = 0.0,
     ) -> Tensor:  # [T, Hq, D]
         """Write the plan's tokens into a layer, then let them attend; see ``csrc.paged_attention``."""
-        k_cache, v_cache = self._layers[layer]
-        write_kv(k, v, k_cache, v_cache, plan.slots)
+        write_kv(k, v, *self._layers[layer], plan.slots)
+        return self._read(layer, plan, q, scale, window, softcap)
+
+    def rotate_and_attend(
+        self,
+        layer: int,
+        plan: Plan,
+        rotation: Rotation,
+        q: Tensor,  # [T, Hq, D], overwritten
+        k: Tensor,  # [T, Hkv, D]
+        v: Tensor,  # [T, Hkv, D]
+        scale: float,
+        window: int = 0,
+        softcap: float = 0.0,
+    ) -> Tensor:  # [T, Hq, D]
+        """``attend`` from queries and keys that are not normed and rotated yet; see ``csrc.rotary_write_kv``."""
+        r = rotation
+        tables = (r.q_norm, r.k_norm, r.eps, r.cos, r.sin, plan.positions, plan.slots)
+        rotary_write_kv(q, k, v, *tables, *self._layers[layer])
+        return self._read(layer, plan, q, scale, window, softcap)
+
+    def _read(self, layer: int, plan: Plan, q: Tensor, scale: float, window: int, softcap: float) -> Tensor:
         tables = (plan.block_tables, plan.context_lens, plan.cu_seqlens_q)
-        return paged_attention(q, k_cache, v_cache, *tables, scale, window, softcap)
+        return paged_attention(q, *self._layers[layer], *tables, scale, window, softcap)
 
     def close(self) -> None:
         """Give up the pool and its memory; any use of the cache after that is an error."""

@@ -1,0 +1,148 @@
+"""Attention modules of known architectures with fewer and larger steps, for forward passes over a paged cache.
+
+    [queries, keys, values] = one product  ->  QK-norm, rotation, cache write  ->  attention  ->  output projection
+
+What is not such a pass, training's above all, runs the module's own forward as before.
+
+Letters: T tokens, H hidden size, D head size.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+from transformers import PreTrainedModel
+from transformers.models.llama.modeling_llama import LlamaAttention
+from transformers.models.olmo3.modeling_olmo3 import Olmo3Attention
+from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
+
+from thinktwice_fast.model.attention import PackedAttention, PagedAttention
+from thinktwice_fast.model.paged import PagedKVCache
+from thinktwice_fast.model.policy import Policy, linear_head
+from thinktwice_fast.model.rotary import Rotation, has_fixed_angles, rotary_tables
+
+# How far the logits may lie from those of the model's modules, as a share of the largest.
+_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.03}
+
+
+@dataclass(frozen=True)
+class _Family:
+    """What an architecture's attention module has."""
+
+    qk_norm: bool
+    window: bool
+    tables_by_layer_type: bool
+
+
+_FAMILIES: dict[type[nn.Module], _Family] = {
+    LlamaAttention: _Family(qk_norm=False, window=False, tables_by_layer_type=False),
+    Qwen3Attention: _Family(qk_norm=True, window=True, tables_by_layer_type=False),
+    Olmo3Attention: _Family(qk_norm=True, window=True, tables_by_layer_type=True),
+}
+
+
+def fuse_attention(model: PreTrainedModel, positions: int) -> bool:
+    """Give the model's attention modules their short way over a paged cache.
+
+    Query, key and value weights that are not trained are put side by side in memory, where they stay; their contents
+    may change. A model whose logits then differ from those of its own modules is left as it was.
+
+    Args:
+        model: of float32, bfloat16 or float16, built with the attention ``thinktwice``; on any device.
+        positions: longest sequence. cos and sin take 8 * positions * D bytes for each kind of layer.
+
+    Returns:
+        Whether it was done; otherwise the architecture, its type or its rotary positions are not known here.
+    """
+    modules = [module for module in model.modules() if type(module) in _FAMILIES]
+    if len(modules) != model.config.num_hidden_layers or model.dtype not in _TOLERANCE or not has_fixed_angles(model):
+        return False
+    tables: dict[str, tuple[Tensor, Tensor]] = {}
+    for module in modules:
+        family = _FAMILIES[type(module)]
+        kind: Any = [module.attention_type] if family.tables_by_layer_type else []
+        key = "".join(kind)
+        if key not in tables:
+            tables[key] = rotary_tables(model, positions, *kind)
+        module.forward = _FusedForward(module, family, *tables[key])
+    if not _differs(model, min(positions, 24)):
+        return True
+    for module in modules:
+        del module.forward  # the class's own shows again
+    return False
+
+
+class _FusedForward:
+    """Stands before an attention module's own ``forward``."""
+
+    def __init__(self, module: Any, family: _Family, cos: Tensor, sin: Tensor):
+        self._module = module
+        self._own = module.forward
+        self._projection = _Projection(module.q_proj, module.k_proj, module.v_proj)
+        self._window = (module.sliding_window if family.window else None) or 0
+        self._rotation = Rotation(cos, sin)
+        if family.qk_norm:
+            norms = (module.q_norm.weight, module.k_norm.weight)
+            self._rotation = Rotation(cos, sin, *norms, module.q_norm.variance_epsilon)
+
+    def __call__(self, hidden_states: Tensor, **rest: Any) -> tuple[Tensor, Tensor | None]:  # [1, T, H]
+        module, attention = self._module, rest.get("attention")
+        dropout = module.training and module.attention_dropout  # which the module's own forward refuses
+        if dropout or not isinstance(attention, PagedAttention):
+            return self._own(hidden_states, **rest)
+        q, k, v = (x.unflatten(1, (-1, module.head_dim)) for x in self._projection(hidden_states[0]))
+        out = attention.rotate_and_attend(module.layer_idx, self._rotation, q, k, v, module.scaling, self._window)
+        return module.o_proj(out.flatten(1))[None], None
+
+
+class _Projection:
+    """Queries, keys and values of T tokens: one product where their weights stand side by side, else three."""
+
+    def __init__(self, *modules: Any):
+        self._modules: tuple[Any, ...] = modules
+        self._widths: list[int] = []
+        linears = [module for module in modules if type(module) is nn.Linear]
+        if len(linears) < len(modules) or any(part.requires_grad for module in linears for part in module.parameters()):
+            return
+        self._widths = [module.out_features for module in linears]
+        self._weight = _side_by_side([module.weight for module in linears])
+        biases = [module.bias for module in linears if module.bias is not None]
+        assert len(biases) in (0, len(linears)), "either all three have a bias or none"
+        self._bias = _side_by_side(biases) if biases else None
+
+    def __call__(self, hidden: Tensor) -> tuple[Tensor, ...]:  # [T, H] -> 3 of [T, heads * D]
+        if not self._widths:
+            return tuple(module(hidden) for module in self._modules)
+        assert self._modules[0].weight.data_ptr() == self._weight.data_ptr(), "the weights were moved"
+        return linear(hidden, self._weight, self._bias).split(self._widths, 1)
+
+
+@torch.no_grad()
+def _side_by_side(parts: Sequence[Tensor]) -> Tensor:
+    """Move parameters of one width into one block of memory, and give it whole."""
+    whole = torch.cat([part.detach() for part in parts])
+    for part, place in zip(parts, whole.split([len(part) for part in parts]), strict=True):
+        part.data = place
+    return whole
+
+
+@torch.no_grad()
+def _differs(model: PreTrainedModel, tokens: int) -> bool:
+    """Whether logits over a paged cache are not those of training, on a few tokens.
+
+    Shows what a changed version of transformers, or modules replaced by the user, do differently.
+    """
+    config, policy = model.config, Policy(model)
+    rows = torch.arange(tokens, device=model.device)
+    ids = rows * 7919 % config.vocab_size
+    head_dim: Any = next(module.head_dim for module in model.modules() if type(module) in _FAMILIES)
+    kv_heads: int = config.num_key_value_heads
+    cache = PagedKVCache(config.num_hidden_layers, 2, kv_heads, head_dim, dtype=model.dtype, device=model.device)
+    plan = cache.extend([cache.prefill()], [tokens])
+    assert plan is not None
+    ours = policy(ids, rows, PagedAttention(cache, plan), rows, linear_head)
+    theirs = policy(ids, rows, PackedAttention.from_lengths([tokens], model.device), rows, linear_head)
+    return not bool((ours - theirs).abs().max() <= _TOLERANCE[model.dtype] * theirs.abs().max())
