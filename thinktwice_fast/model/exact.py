@@ -106,10 +106,10 @@ def exact_logprobs(
 ) -> Tensor:  # float32 [N]
     """Log-probabilities of the targets, in nats, as rollouts note them."""
     packed = _pack(weight)
-    pieces = zip(hidden.split(_ROWS), targets.split(_ROWS), strict=True)
-    return torch.cat(
-        [token_logprobs(exact_logits(h, weight, bias, packed), t, temperature=temperature) for h, t in pieces]
-    )
+    # One for each row, as rollouts have it: a number would be divided by in double precision.
+    temperatures = torch.full(targets.shape, temperature)
+    pieces = zip(hidden.split(_ROWS), targets.split(_ROWS), temperatures.split(_ROWS), strict=True)
+    return torch.cat([token_logprobs(exact_logits(h, weight, bias, packed), t, temperature=c) for h, t, c in pieces])
 
 
 class WithValue(torch.autograd.Function):
