@@ -51,10 +51,9 @@ class Case:
 
     def run(self) -> list[Tensor]:
         """The result and the gradients of q, k and v."""
-        inputs = [x.detach().requires_grad_() for x in (self.q, self.k, self.v)]
-        segments = (torch.tensor(self.lengths), torch.tensor(self.prefix))
-        out = prefix_attention(*inputs, *segments, SCALE, self.window)
-        return [out.detach(), *torch.autograd.grad(out, inputs, self.gradient)]
+        q, k, v = (x.detach().requires_grad_() for x in (self.q, self.k, self.v))
+        out = prefix_attention(q, k, v, torch.tensor(self.lengths), torch.tensor(self.prefix), SCALE, self.window)
+        return [out.detach(), *torch.autograd.grad(out, (q, k, v), self.gradient)]
 
 
 def case(
@@ -156,9 +155,9 @@ def test_random_layouts(data: st.DataObject) -> None:
 @pytest.mark.parametrize("window", [0, 40])
 def test_the_reference_in_torch(window: int) -> None:
     made = case(window=window)
-    inputs = [x.double().requires_grad_() for x in (made.q, made.k, made.v)]
-    out = in_torch(*inputs, LENGTHS, PREFIX, SCALE, window)
-    gradients = torch.autograd.grad(out, inputs, made.gradient.double())
+    q, k, v = (x.double().requires_grad_() for x in (made.q, made.k, made.v))
+    out = in_torch(q, k, v, LENGTHS, PREFIX, SCALE, window)
+    gradients = torch.autograd.grad(out, (q, k, v), made.gradient.double())
     for mine, (exact, _) in zip((out, *gradients), dense(made), strict=True):
         torch.testing.assert_close(mine, exact, atol=1e-11, rtol=0)
 
@@ -188,7 +187,7 @@ def test_other_segments_do_not_change_a_segments_bits() -> None:
     whole = case()
     result = whole.run()[0].split(LENGTHS)
     pick = torch.cat([torch.arange(70), torch.arange(101, 201)])  # the first prompt and its third response
-    alone = Case(*(x[pick] for x in (whole.q, whole.k, whole.v, whole.gradient)), [70, 100], [-1, 0], 0)
+    alone = Case(whole.q[pick], whole.k[pick], whole.v[pick], whole.gradient[pick], [70, 100], [-1, 0], 0)
     assert torch.equal(alone.run()[0], torch.cat([result[0], result[3]]))
 
 
