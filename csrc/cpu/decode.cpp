@@ -213,14 +213,17 @@ class ToDrawings final : public Sink {
   int64_t vocabulary_;
 };
 
-// Reserves the next token of every sequence and says where it goes; false when blocks are missing.
-bool reserve(int64_t cache, const std::vector<Drawing*>& live, int64_t version,
+// Reserves the next token of every sequence and says where it goes; false when blocks are missing. Nothing
+// is reserved where a token or its position is refused.
+bool reserve(const Decoder& d, int64_t cache, const std::vector<Drawing*>& live, int64_t version,
              std::vector<int64_t>& positions, std::vector<int64_t>& slots, Step& step) {
   std::vector<int64_t> handles;
   for (const Drawing* drawing : live) handles.push_back(drawing->handle);
   const std::vector<int64_t> ones(live.size(), 1);
   bool done = false;
   with_cache(cache, [&](BlockManager& manager) {
+    for (const int64_t handle : handles) positions.push_back(manager.length(handle));
+    check_tokens("decoder_decode", d, step.tokens, positions.data(), static_cast<int64_t>(handles.size()));
     done =
         manager.extend(handles.data(), ones.data(), static_cast<int64_t>(live.size()), version, false) == 0;
     if (!done) return;
@@ -228,12 +231,10 @@ bool reserve(int64_t cache, const std::vector<Drawing*>& live, int64_t version,
     check(manager.num_blocks() == step.k_cache.size(1) && size == step.k_cache.size(3),
           "decoder_decode: k_cache holds ", step.k_cache.size(1), " blocks of ", step.k_cache.size(3),
           " tokens, the bookkeeping ", manager.num_blocks(), " of ", size);
-    for (const int64_t handle : handles) {
-      const std::vector<int32_t>& blocks = manager.blocks(handle);
-      const int64_t length = manager.length(handle), position = length - 1;
-      step.runs.push_back({static_cast<int64_t>(positions.size()), 1, length, blocks.data()});
-      positions.push_back(position);
-      slots.push_back(blocks[position / size] * size + position % size);
+    for (size_t i = 0; i < handles.size(); ++i) {
+      const std::vector<int32_t>& blocks = manager.blocks(handles[i]);
+      step.runs.push_back({static_cast<int64_t>(i), 1, positions[i] + 1, blocks.data()});
+      slots.push_back(blocks[positions[i] / size] * size + positions[i] % size);
     }
   });
   return done;
@@ -296,10 +297,9 @@ Decoded decode(int64_t decoder, int64_t cache, Tensor k_cache, Tensor v_cache, T
         ids.push_back(drawing.token);
       }
     Step step{ids.data(), nullptr, nullptr, {}, k_cache, v_cache};
-    if (!reserve(cache, live, version, at, slots, step)) break;
+    if (!reserve(d, cache, live, version, at, slots, step)) break;
     step.positions = at.data();
     step.slots = slots.data();
-    check_tokens(op, d, step.tokens, step.positions, step.rows());
     std::vector<RowResult> results(live.size());
     ToDrawings sink(live, results, d.head.outputs);
     run(d, step, select, sink);
