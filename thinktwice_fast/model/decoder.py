@@ -74,6 +74,7 @@ class Decoder:
     def __init__(self, model: PreTrainedModel, positions: int, *, group_attention: bool = True):
         base: Any = model.base_model
         family = _FAMILIES[model.config.model_type]
+        self.positions = positions
         self._copies: list[Callable[[], object]] = []
         self._id: int = ops.decoder_create(
             base.embed_tokens.weight.detach(), self._floats(base.norm.weight), *self._linear(_head(model)),
@@ -197,7 +198,7 @@ def differs(decoder: Decoder, model: PreTrainedModel) -> bool:
 
     Shows what a changed version of transformers, or modules replaced by the user, do differently.
     """
-    n = 24
+    n = min(24, decoder.positions)
     ids = torch.arange(n) * 7919 % model.config.vocab_size
     _, kv_heads, dim = _heads(model)
     cache = PagedKVCache(model.config.num_hidden_layers, 2, kv_heads, dim, dtype=model.dtype)
