@@ -7,6 +7,7 @@
 #include <string>
 #include <tuple>
 #include <unordered_map>
+#include <vector>
 
 #include "tensor_utils.h"
 
@@ -42,9 +43,49 @@ int64_t prefill(int64_t cache) {
   return find_cache(cache).prefill();
 }
 
-using Plan = std::tuple<int64_t, Tensor, Tensor, Tensor, Tensor, Tensor>;
+Tensor int_tensor(const std::vector<int32_t>& values) {
+  Tensor tensor = new_tensor({static_cast<int64_t>(values.size())}, ScalarType::Int);
+  std::copy(values.begin(), values.end(), tensor.mutable_data_ptr<int32_t>());
+  return tensor;
+}
 
-Plan make_plan(const BlockManager& manager, const int64_t* handles, const int64_t* counts, int64_t n) {
+using Blocks = std::vector<int32_t>;
+
+int64_t common_blocks(const Blocks& a, const Blocks& b) {
+  const auto end = a.begin() + static_cast<int64_t>(std::min(a.size(), b.size()));
+  return std::mismatch(a.begin(), end, b.begin()).first - a.begin();
+}
+
+struct Groups {
+  std::vector<int32_t> offsets, shared_blocks;
+};
+
+// Neighbours that start with the same `least` blocks or more are a group, and so are those between that share
+// nothing. No groups where nobody shares.
+Groups find_groups(const BlockManager& manager, const int64_t* handles, int64_t n, int64_t least) {
+  Groups groups;
+  bool any = false;
+  for (int64_t first = 0, end; first < n; first = end) {
+    end = first + 1;
+    const Blocks& blocks = manager.blocks(handles[first]);
+    const int64_t shared = end < n ? common_blocks(blocks, manager.blocks(handles[end])) : 0;
+    const bool shares = shared >= least;
+    while (shares && end < n && common_blocks(blocks, manager.blocks(handles[end])) >= shared) ++end;
+    any |= shares;
+    if (!shares && !groups.offsets.empty() && groups.shared_blocks.back() == 0) continue;
+    groups.offsets.push_back(static_cast<int32_t>(first));
+    groups.shared_blocks.push_back(shares ? static_cast<int32_t>(shared) : 0);
+  }
+  if (!any) return {};
+  groups.offsets.push_back(static_cast<int32_t>(n));
+  return groups;
+}
+
+using Plan = std::tuple<int64_t, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+// `shared_keys`: how many keys decoding sequences must share to be a group; 0 = no groups.
+Plan make_plan(const BlockManager& manager, const int64_t* handles, const int64_t* counts, int64_t n,
+               int64_t shared_keys) {
   int64_t tokens = 0;
   size_t width = 1;
   for (int64_t i = 0; i < n; ++i) {
@@ -74,10 +115,21 @@ Plan make_plan(const BlockManager& manager, const int64_t* handles, const int64_
       *slot++ = blocks[p / size] * size + p % size;
     }
   }
-  return {0, block_tables, context_lens, cu_seqlens_q, positions, slots};
+  Groups groups;
+  if (shared_keys > 0 && std::all_of(counts, counts + n, [](int64_t count) { return count == 1; }))
+    groups = find_groups(manager, handles, n, (shared_keys + size - 1) / size);
+  return {0,
+          block_tables,
+          context_lens,
+          cu_seqlens_q,
+          positions,
+          slots,
+          int_tensor(groups.offsets),
+          int_tensor(groups.shared_blocks)};
 }
 
-Plan extend(int64_t cache, Tensor handles, Tensor counts, int64_t version, bool allow_stale) {
+Plan extend(int64_t cache, Tensor handles, Tensor counts, int64_t version, bool allow_stale,
+            int64_t shared_keys) {
   const int64_t n = handles.numel();
   check_vector(handles, "handles", ScalarType::Long, n);
   check_vector(counts, "counts", ScalarType::Long, n);
@@ -86,9 +138,9 @@ Plan extend(int64_t cache, Tensor handles, Tensor counts, int64_t version, bool 
   const std::lock_guard<std::mutex> lock(mutex);
   BlockManager& manager = find_cache(cache);
   const int64_t missing = manager.extend(handle, count, n, version, allow_stale);
-  if (missing == 0) return make_plan(manager, handle, count, n);
+  if (missing == 0) return make_plan(manager, handle, count, n, shared_keys);
   const Tensor none = new_tensor({0}, ScalarType::Int);
-  return {missing, none, none, none, none, none};
+  return {missing, none, none, none, none, none, none, none};
 }
 
 std::tuple<Tensor, Tensor> fork(int64_t cache, int64_t handle, int64_t n) {
@@ -114,12 +166,6 @@ void release(int64_t cache, Tensor handles) {
 int64_t free_blocks(int64_t cache) {
   const std::lock_guard<std::mutex> lock(mutex);
   return find_cache(cache).free_blocks();
-}
-
-Tensor int_tensor(const std::vector<int32_t>& values) {
-  Tensor tensor = new_tensor({static_cast<int64_t>(values.size())}, ScalarType::Int);
-  std::copy(values.begin(), values.end(), tensor.mutable_data_ptr<int32_t>());
-  return tensor;
 }
 
 Tensor ref_counts(int64_t cache) {

@@ -7,9 +7,9 @@ STABLE_TORCH_LIBRARY(thinktwice, m) {
   m.def("cache_destroy(int cache) -> ()");
   m.def("cache_prefill(int cache) -> int");
   m.def(
-      "cache_extend(int cache, Tensor handles, Tensor counts, int version, bool allow_stale)"
+      "cache_extend(int cache, Tensor handles, Tensor counts, int version, bool allow_stale, int shared_keys)"
       " -> (int missing_blocks, Tensor block_tables, Tensor context_lens, Tensor cu_seqlens_q,"
-      " Tensor positions, Tensor slots)");
+      " Tensor positions, Tensor slots, Tensor group_offsets, Tensor shared_blocks)");
   m.def("cache_fork(int cache, int handle, int n) -> (Tensor handles, Tensor pairs)");
   m.def("cache_release(int cache, Tensor handles) -> ()");
   m.def("cache_free_blocks(int cache) -> int");

@@ -11,8 +11,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from thinktwice_fast.model.csrc import copy_blocks, ops, paged_attention, rotary_write_kv, write_kv
+from thinktwice_fast.model.csrc import (
+    copy_blocks,
+    grouped_decode_attention,
+    ops,
+    paged_attention,
+    rotary_write_kv,
+    write_kv,
+)
 from thinktwice_fast.model.rotary import Rotation
+
+# Keys that decoding sequences must share to be read together: whole chunks of the CPU's attention, whole splits of
+# the GPU's.
+_SHARED_KEYS_CPU, _SHARED_KEYS_GPU = 64, 256
 
 _prefill = ops.cache_prefill.default
 _extend = ops.cache_extend.default
@@ -30,6 +41,9 @@ class Plan:
     cu_seqlens_q: Tensor  # int32 [N + 1], where each sequence's new tokens start among the T
     positions: Tensor  # int64 [T], place in the own sequence, from 0
     slots: Tensor  # int64 [T], block * block_size + place in the block
+    # Where each has one new token and some share their first blocks; see ``csrc.grouped_decode_attention``.
+    group_offsets: Tensor | None = None  # int32 [groups + 1]
+    shared_blocks: Tensor | None = None  # int32 [groups]
 
 
 class PagedKVCache:
@@ -46,6 +60,7 @@ class PagedKVCache:
         head_dim: elements per head.
         block_size: tokens per block.
         dtype: float32, bfloat16 or float16.
+        group_attention: decoding reads keys that neighbours among the sequences share once for all of them.
         device: of the data. Memory: 2 * layers * blocks * kv_heads * block_size * head_dim elements.
 
     Raises:
@@ -60,6 +75,7 @@ class PagedKVCache:
         head_dim: int,
         *,
         block_size: int = 16,
+        group_attention: bool = True,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ):
@@ -73,6 +89,8 @@ class PagedKVCache:
         self.v_cache = torch.empty(shape, dtype=dtype, device=device)
         self._layers = list(zip(self.k_cache.unbind(0), self.v_cache.unbind(0), strict=True))
         self._on_cpu = self.k_cache.device.type == "cpu"
+        shared_keys = _SHARED_KEYS_CPU if self._on_cpu else _SHARED_KEYS_GPU
+        self._shared_keys = shared_keys if group_attention else 0
 
     @property
     def device(self) -> torch.device:
@@ -100,9 +118,13 @@ class PagedKVCache:
         Raises:
             RuntimeError: a sequence was written by another policy version and ``allow_stale`` is off.
         """
-        missing, *plan = _extend(self.id, _int64(handles), _int64(counts), self.policy_version, allow_stale)
+        missing, *plan = _extend(
+            self.id, _int64(handles), _int64(counts), self.policy_version, allow_stale, self._shared_keys
+        )
         if missing:
             return None
+        if not len(plan[-1]):
+            del plan[-2:]
         if not self._on_cpu:
             plan = [part.to(self.device, non_blocking=True) for part in plan]
         return Plan(*plan)
@@ -174,8 +196,13 @@ class PagedKVCache:
         return self._read(layer, plan, q, scale, window, softcap)
 
     def _read(self, layer: int, plan: Plan, q: Tensor, scale: float, window: int, softcap: float) -> Tensor:
-        tables = (plan.block_tables, plan.context_lens, plan.cu_seqlens_q)
-        return paged_attention(q, *self._layers[layer], *tables, scale, window, softcap)
+        caches, tables = self._layers[layer], (plan.block_tables, plan.context_lens)
+        # Where a window may hide shared keys, each sequence reads those it sees.
+        hides = 0 < window < plan.block_tables.shape[1] * self.block_size
+        if plan.group_offsets is None or plan.shared_blocks is None or hides:
+            return paged_attention(q, *caches, *tables, plan.cu_seqlens_q, scale, window, softcap)
+        groups = (plan.group_offsets, plan.shared_blocks)
+        return grouped_decode_attention(q, *caches, *tables, *groups, scale, window, softcap)
 
     def close(self) -> None:
         """Give up the pool and its memory; any use of the cache after that is an error."""
