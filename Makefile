@@ -33,11 +33,13 @@ format: $(VENV)/built
 learning: $(VENV)/built
 	$(BIN)/python -m pytest -q bench/check_learning.py
 
-# The ops against their peers. Threads wait without spinning, which on shared cores slows whoever synchronises most.
+# Ops and rollouts against their peers; vLLM too with VLLM=/path/to/its/python. Threads wait without spinning, which on
+# shared cores slows whoever synchronises most.
 bench: $(VENV)/built
 	mkdir -p build/bench
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest bench/ -o 'python_files=bench_*.py' --benchmark-only \
-	  --benchmark-quiet --bench-output build/bench --benchmark-json=build/bench/pytest_benchmark.json
+	  --benchmark-quiet --bench-output build/bench --benchmark-json=build/bench/pytest_benchmark.json \
+	  $(if $(VLLM),--vllm-python $(VLLM))
 
 tables: $(VENV)/built
 	$(BIN)/python -m thinktwice_fast.run.tables README.md

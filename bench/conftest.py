@@ -12,6 +12,7 @@ from bench import hardware, report
 from bench.measure import CEILING, SETTINGS, Op, Record, measure_case
 from bench.replay import Measured
 from bench.shapes import SIZES, Case, Size
+from bench.vllm_process import VLLM
 
 _RESULTS = pytest.StashKey["Results"]()
 
@@ -48,10 +49,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("bench")
     group.addoption("--bench-size", choices=["auto", *SIZES], default="auto", help="auto: gpu where there is one")
     group.addoption("--bench-output", type=Path, default=Path("build/bench"), help="folder of tables and charts")
+    group.addoption("--vllm-python", type=Path, help="the Python of an environment that has vLLM: it takes part then")
     group.addoption("--bench-seconds", type=float, default=1e9, help="start no other case after that long")
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    VLLM.python = config.getoption("vllm_python")
     size = _size(config)
     config.stash[_RESULTS] = Results(size, config.getoption("bench_output"), config.getoption("bench_seconds"))
 

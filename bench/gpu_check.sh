@@ -73,6 +73,7 @@ else
   step build correctness 120 "$PYTHON" setup.py build_ext --inplace
   tests tests-gpu-ops 90 -m gpu tests/kernels
   if "$PYTHON" -c 'import datasets, jsonargparse, math_verify, pebble' 2>/dev/null; then
+    BENCHMARKS="$BENCHMARKS bench/bench_rollout.py" # needs the trainer's packages too
     tests tests-gpu-trainer 45 -m gpu tests/test_gpu.py tests/csrc
   fi
   SIZE=gpu

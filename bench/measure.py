@@ -5,7 +5,7 @@ memory. Only what is right gets a time.
 import gc
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
@@ -56,10 +56,13 @@ class Op:
     module: str  # that has it in its list OPS
     cases: Callable[[Size], list[Case]]
     inputs: Callable[[Case, torch.device], Any]
-    truth: Callable[[Any], Outputs]
     contenders: Mapping[str, Contender]
-    work: Callable[[Case], float] | None = None  # FLOP or bytes of one call
-    unit: Literal["TFLOP/s", "GB/s", ""] = ""
+    truth: Callable[[Any], Outputs] = lambda batch: {}  # what the results are held against
+    # Instead, where there is no one truth, as for what is drawn at random: errors by name, and how large each may be.
+    judge: Callable[[Any, Contender], dict[str, float]] | None = None
+    limits: Callable[[torch.dtype], Mapping[str, float]] = lambda dtype: {}
+    work: Callable[[Case], float] | None = None  # FLOP, bytes or tokens of one call
+    unit: Literal["TFLOP/s", "GB/s", "tokens/s", ""] = ""
     ceiling: Ceiling | None = None
     short: bool = False  # calls of microseconds, timed many at a time
 
@@ -100,7 +103,7 @@ class Record:
     rate: float | None = None
     unit: str = ""
     of_ceiling: float | None = None
-    to_ours: float | None = None  # how many times our time
+    to_ours: float | None = None  # how many times our time, for the same work
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -172,13 +175,16 @@ def _check(op: Op, case: Case, batch: Any, setting: Setting) -> dict[str, Record
         reason = _why_not(op.contenders[name], name, case, setting)
         if reason is None:
             try:
-                errors = errors_of(op.contenders[name].run(batch), want)
+                contender = op.contenders[name]
+                errors = op.judge(batch, contender) if op.judge else errors_of(contender.run(batch), want)
             except Exception as error:
                 reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:160]}"
         if reason is not None:
             records[name] = _blank(op, case, name, "not run", reason)
         else:
-            records[name] = _judged(_blank(op, case, name, "ok"), errors, case.dtype, records.get(PLAIN))
+            plain = records.get(PLAIN)
+            limits = op.limits(case.dtype) if op.judge else _limits(name, errors, case.dtype, plain)
+            records[name] = _judged(_blank(op, case, name, "ok"), errors, limits)
         _collect(setting.device)
     return {name: records[name] for name in op.contenders}
 
@@ -189,12 +195,12 @@ def _why_not(contender: Contender, name: str, case: Case, setting: Setting) -> s
     return contender.unable(setting.device)
 
 
-def _judged(record: Record, errors: dict[str, float], dtype: torch.dtype, plain: Record | None) -> Record:
-    wrong = {
-        name: error
-        for name, error in errors.items()
-        if not error <= error_limit(record.contender, name, dtype, plain)  # NaN is wrong too
-    }
+def _limits(name: str, results: Iterable[str], dtype: torch.dtype, plain: Record | None) -> dict[str, float]:
+    return {result: error_limit(name, result, dtype, plain) for result in results}
+
+
+def _judged(record: Record, errors: dict[str, float], limits: Mapping[str, float]) -> Record:
+    wrong = {name: error for name, error in errors.items() if not error <= limits[name]}  # NaN is wrong too
     if not wrong:
         return replace(record, errors=errors)
     reason = ", ".join(f"{name} {error:.1e}" for name, error in wrong.items())
@@ -259,6 +265,8 @@ def _compared(record: Record, records: Mapping[str, Record], op: Op, case: Case)
     if op.work is None:
         return record
     own_work = op.ceiling.work if record.contender == CEILING and op.ceiling else op.work
+    if record.to_ours is not None:
+        record = replace(record, to_ours=record.to_ours * op.work(case) / own_work(case))
     record = replace(record, rate=own_work(case) / _per_second(op.unit, record.seconds))
     if ceiling is not None and op.ceiling is not None:
         share = own_work(case) / op.ceiling.work(case)
@@ -267,4 +275,4 @@ def _compared(record: Record, records: Mapping[str, Record], op: Op, case: Case)
 
 
 def _per_second(unit: str, seconds: Sequence[float]) -> float:
-    return median(seconds) * (1e12 if unit == "TFLOP/s" else 1e9)
+    return median(seconds) * {"TFLOP/s": 1e12, "GB/s": 1e9, "tokens/s": 1.0}[unit]

@@ -83,11 +83,15 @@ def _cells(row: Row) -> tuple[str, ...]:
         str(len(row["seconds"])),
         *milliseconds,
         "" if row["memory"] is None else f"{row['memory'] / 2**20:.0f}",
-        "" if row["rate"] is None else f"{row['rate']:.3g} {row['unit']}",
+        "" if row["rate"] is None else _rate(row["rate"], row["unit"]),
         "" if row["of_ceiling"] is None else f"{100 * row['of_ceiling']:.0f} %",
         "" if row["to_ours"] is None else f"{row['to_ours']:.2f}",
         f"{max(row['errors'].values()):.1e}" if row["errors"] else "",
     )
+
+
+def _rate(rate: float, unit: str) -> str:
+    return f"{rate:.0f} {unit}" if rate >= 1000 else f"{rate:.3g} {unit}"
 
 
 def _untimed(rows: Iterable[Row]) -> list[Row]:

@@ -11,6 +11,8 @@ import torch
 Size = Literal["toy", "cpu", "gpu"]
 SIZES: tuple[Size, ...] = ("toy", "cpu", "gpu")
 
+DEFAULT, SMALL = "default model", "Qwen3-0.6B shape"  # models that rollouts have targets for
+
 _TYPE_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 
 

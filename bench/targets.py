@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from bench.measure import CEILING, OURS, PLAIN
+from bench.shapes import DEFAULT, SMALL
 
 Row = Mapping[str, Any]
 
@@ -48,6 +49,14 @@ def _fastest_peer(rows: Mapping[str, Row]) -> float | None:
     return min(ratios, default=None)
 
 
+def _fastest_vllm(rows: Mapping[str, Row]) -> float | None:
+    return _fastest_peer({name: row for name, row in rows.items() if name in (VLLM_EAGER, VLLM_COMPILED)})
+
+
+def _of(model: str) -> Callable[[Row], bool]:
+    return lambda row: row["case"].startswith(model)
+
+
 def _of_ceiling(rows: Mapping[str, Row]) -> float | None:
     return rows[OURS]["of_ceiling"]
 
@@ -62,6 +71,9 @@ def _most_tokens(records: Iterable[Row], op: str) -> int:
 
 
 LINEAR = "linear_grpo_loss"
+ROLLOUT, SWITCHES, EXTEND = "rollout", "rollout switches", "rollout two turns"
+HF, VLLM_EAGER, VLLM_COMPILED = "transformers generate", "vllm eager", "vllm compiled"
+WITHOUT_GROUPS, WITHOUT_GRAPHS = "without group attention", "without CUDA graphs"
 GPU_TARGETS = [
     Target("share of the rate of the bare products", LINEAR, _of_ceiling, 0.9),
     Target("times as fast as Liger's scaled CE + loss", LINEAR, times_slower("liger scaled CE + loss"), 1.4),
@@ -70,6 +82,13 @@ GPU_TARGETS = [
     Target("times as fast as the fastest peer", LINEAR, _fastest_peer, 1),
     Target("share of the copy bandwidth, forward", "token_logprobs forward", _of_ceiling, 0.85),
     Target("share of the copy bandwidth, with backward", "token_logprobs", _of_ceiling, 0.85),
+    Target("share of the ceiling", ROLLOUT, _of_ceiling, 0.7),
+    Target("times as fast as without group attention", SWITCHES, times_slower(WITHOUT_GROUPS), 1.5),
+]
+ROLLOUT_CPU_TARGETS = [
+    Target("times as fast as transformers generate, default model", ROLLOUT, times_slower(HF), 3, only=_of(DEFAULT)),
+    Target("times as fast as transformers generate, Qwen3-0.6B", ROLLOUT, times_slower(HF), 2.2, only=_of(SMALL)),
+    Target("times as fast as vLLM, Qwen3-0.6B", ROLLOUT, _fastest_vllm, 1, only=_of(SMALL)),
 ]
 
 
@@ -87,6 +106,7 @@ def cpu_targets(records: Iterable[Row]) -> list[Target]:
             at_most=True,
             only=lambda row: row["tokens"] == most and row["memory"] is not None,
         ),
+        *ROLLOUT_CPU_TARGETS,
     ]
 
 
