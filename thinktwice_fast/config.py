@@ -159,6 +159,8 @@ class UpdateOptions:
     """Sequences (over all processes) per optimizer step; 0 = the whole phase in one."""
     microbatch_tokens: int = 16384
     """Most tokens in one forward and backward pass, per process; changes memory and speed, not the result."""
+    shared_prefix: bool = True
+    """Compute a prompt once for all responses to it; off, every response brings its own copy."""
     old_logps: Literal["recompute", "rollout"] = "recompute"
     """Old log-probabilities where a phase has several mini-batches: one more forward pass, or the rollout engine's
     own."""

@@ -19,8 +19,17 @@ from thinktwice_fast.model.exact import WithValue, exact_logprobs, make_exact
 from thinktwice_fast.model.policy import Policy
 from thinktwice_fast.model.sharding import ModelPair
 from thinktwice_fast.rollout.records import Rollout
-from thinktwice_fast.update.batches import Example, PackedRow, Trainable, pack, sequence_tokens, split_by_tokens
-from thinktwice_kernels import combine_metrics, grpo_loss, linear_logits, linear_logprobs
+from thinktwice_fast.update.batches import (
+    Example,
+    PackedRow,
+    Trainable,
+    pack,
+    pack_shared,
+    sequence_tokens,
+    split_by_tokens,
+    split_shared,
+)
+from thinktwice_kernels import combine_metrics, grpo_loss, linear_grpo_loss, linear_logits, linear_logprobs
 
 S = TypeVar("S", bound=Trainable)
 Metrics = dict[str, torch.Tensor]
@@ -70,6 +79,8 @@ class Updater:
         self._exact = config.rollout.exact
         if self._exact:
             make_exact(models.policy.model)
+        # In place of recomputed ones.
+        self._takes_rollout_logps = self._exact or config.update.old_logps == "rollout"
 
     def policy_update(self, minibatches: list[list[Rollout]]) -> dict[str, float]:
         """One optimizer step per mini-batch of graded rollouts. Collective.
@@ -101,7 +112,7 @@ class Updater:
 
             def loss_of(part: list[Rollout], normalizer: int = normalizer, moved: bool = bool(losses)) -> Share:
                 loss, metrics = self._policy_loss(part, normalizer, old, reference)
-                if moved and (self._options.old_logps == "rollout" or self._exact):
+                if moved and self._takes_rollout_logps:
                     # The weights that sampled are gone, and what they made of these tokens was never computed.
                     del metrics["mismatch"]
                 return loss, metrics
@@ -130,7 +141,7 @@ class Updater:
         tokens = sum(parallel.gather(sum(len(example.response) for example in examples)))
 
         def loss_of(part: list[Example]) -> tuple[torch.Tensor, Metrics]:
-            row = pack(part, self._device)
+            row = self._pack(part)
 
             def head(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> Any:
                 logps = linear_logprobs(hidden, weight, row.targets, bias=bias)
@@ -146,8 +157,7 @@ class Updater:
 
     def _optimizer_step(self, sequences: Sequence[S], loss_of: LossOf[S]) -> tuple[float, float, list[Metrics]]:
         """The mini-batch's loss and gradient norm over all processes, and this process's micro-batch metrics."""
-        lengths = [sequence_tokens(sequence) for sequence in sequences]
-        parts = [[sequences[i] for i in part] for part in split_by_tokens(lengths, self._options.microbatch_tokens)]
+        parts = self._micro_batches(sequences)
         # Asked before the first of them: the processes' collectives must come in one order. At least one pass
         # somewhere: AdamW's decay and momentum go on also where no sample has a gradient.
         passes = max(1, *parallel.gather(len(parts)))
@@ -180,9 +190,26 @@ class Updater:
     def _policy_loss(
         self, part: list[Rollout], normalizer: int, old: dict[int, torch.Tensor], reference: dict[int, torch.Tensor]
     ) -> tuple[torch.Tensor, Metrics]:
-        row = pack(part, self._device)
+        row = self._pack(part)
+        advantages = torch.tensor([rollout.advantage for rollout in part], device=self._device)
+        rollout_logps = _noted(part, self._device)
+        arguments: dict[str, Any] = {
+            "old_logps": _gathered(part, old),
+            "ref_logps": _gathered(part, reference),
+            "rollout_logps": rollout_logps,
+            "normalizer": normalizer,
+            **loss_arguments(self._loss, self._max_response_tokens),
+        }
 
-        def head(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> tuple[torch.Tensor, Metrics]:
+        def fused(
+            hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+        ) -> tuple[torch.Tensor, Metrics]:
+            return linear_grpo_loss(
+                hidden, weight, row.targets, advantages, row.cu_seqlens, bias=bias, temperature=self._temperature,
+                **arguments,
+            )  # fmt: skip
+
+        def head(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> Share:
             entropy = None
             logps = linear_logprobs(
                 hidden, weight, row.targets, bias=bias, temperature=self._temperature,
@@ -192,24 +219,12 @@ class Updater:
                 logps, entropy = logps
             if self._exact:
                 logps = self._exact_value(logps, hidden, weight, bias, row)
-            rollout_logps = _noted(part, self._device)
-            loss, metrics = grpo_loss(
-                logps,
-                torch.tensor([rollout.advantage for rollout in part], device=self._device),
-                row.cu_seqlens,
-                old_logps=_gathered(part, old),
-                ref_logps=_gathered(part, reference),
-                rollout_logps=rollout_logps,
-                entropy=entropy,
-                normalizer=normalizer,
-                **loss_arguments(self._loss, self._max_response_tokens),
-            )
-            if self._options.old_logps == "rollout" or self._exact:
-                # grpo_loss takes the old ones for the trainer's; every token here is one that it computed.
-                metrics["mismatch"] = (logps.detach() - rollout_logps).abs().mean()
+            loss, metrics = grpo_loss(logps, advantages, row.cu_seqlens, entropy=entropy, **arguments)
+            # grpo_loss takes the old ones for the trainer's; every token here is one that it computed.
+            metrics["mismatch"] = (logps.detach() - rollout_logps).abs().mean()
             return loss, metrics
 
-        return self._run(self.models.policy, row, head)
+        return self._run(self.models.policy, row, head if self._takes_rollout_logps else fused)
 
     def _exact_value(
         self,
@@ -221,6 +236,17 @@ class Updater:
     ) -> torch.Tensor:  # [N]
         value = exact_logprobs(hidden, weight, bias, row.targets, self._temperature)
         return cast(torch.Tensor, WithValue.apply(logps, value))
+
+    def _micro_batches(self, sequences: Sequence[S]) -> list[list[S]]:
+        budget = self._options.microbatch_tokens
+        if self._options.shared_prefix:
+            parts = split_shared(sequences, budget)
+        else:
+            parts = split_by_tokens([sequence_tokens(sequence) for sequence in sequences], budget)
+        return [[sequences[i] for i in part] for part in parts]
+
+    def _pack(self, part: Sequence[Trainable]) -> PackedRow:
+        return (pack_shared if self._options.shared_prefix else pack)(part, self._device)
 
     def _has_signal(self, rollout: Rollout) -> bool:
         return rollout.advantage != 0 or self._loss.beta != 0 or self._loss.entropy_coef != 0
@@ -238,19 +264,18 @@ class Updater:
         """Of the rollouts whose loss needs them, by id(): recomputed ones are the first mini-batch's own."""
         if len(minibatches) < 2:
             return {}
-        if self._options.old_logps == "rollout" or self._exact:
+        if self._takes_rollout_logps:
             return {id(rollout): _noted([rollout], self._device) for part in minibatches for rollout in part}
         return self._logps(self.models.policy, [rollout for part in minibatches[1:] for rollout in part])
 
     @torch.no_grad()
     def _logps(self, policy: Policy, rollouts: list[Rollout]) -> dict[int, torch.Tensor]:
         """Log-probabilities [tokens of the response] of each rollout, by its id()."""
-        lengths = [sequence_tokens(rollout) for rollout in rollouts]
-        parts = split_by_tokens(lengths, self._options.microbatch_tokens)
+        parts = self._micro_batches(rollouts)
         passes = max(parallel.gather(len(parts)))
         found: dict[int, torch.Tensor] = {}
-        for part in ([rollouts[i] for i in indices] for indices in parts):
-            row = pack(part, self._device)
+        for part in parts:
+            row = self._pack(part)
 
             def head(
                 hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, row: PackedRow = row
