@@ -113,6 +113,20 @@ def test_grouped_decoding_has_the_bits_of_each_sequence_alone(
     assert torch.equal(kernels.grouped_decode_attention(*common, *tables, 0.3, window), alone)
 
 
+def test_groups_without_members_and_wide_tables(kernels: EmulatedKernels) -> None:
+    """As in a captured step, which has room for more groups and longer sequences than there are."""
+    given = decoding([530, 300, 20], [[30, 5], [9] * 3, [1]], dtype=torch.bfloat16)
+    tables = (given.context_lens, given.group_offsets, given.shared_blocks)
+    common = (given.q, given.k_cache, given.v_cache)
+    expected = kernels.grouped_decode_attention(*common, given.block_tables, *tables, 0.3)
+    wide = torch.full((6, 64), -1, dtype=torch.int32)
+    wide[:, : given.block_tables.shape[1]] = given.block_tables
+    offsets = torch.tensor([0, 2, 5, 6, 6, 6], dtype=torch.int32)
+    shared = torch.tensor([530 // 16, 300 // 16, 0, 0, 0], dtype=torch.int32)
+    got = kernels.grouped_decode_attention(*common, wide, given.context_lens, offsets, shared, 0.3)
+    assert torch.equal(got, expected)
+
+
 def test_the_shared_part_is_read_once(kernels: EmulatedKernels) -> None:
     """Through the first member's table: the others' are not looked at, and may name anything."""
     given = decoding([530], [[30, 5, 9]], dtype=torch.bfloat16)

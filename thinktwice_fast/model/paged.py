@@ -60,6 +60,7 @@ class PagedKVCache:
         head_dim: elements per head.
         block_size: tokens per block.
         dtype: float32, bfloat16 or float16.
+        spare_blocks: blocks beyond the pool, which no sequence gets: somewhere to write what nobody reads.
         group_attention: decoding reads keys that neighbours among the sequences share once for all of them.
         device: of the data. Memory: 2 * layers * blocks * kv_heads * block_size * head_dim elements.
 
@@ -75,15 +76,17 @@ class PagedKVCache:
         head_dim: int,
         *,
         block_size: int = 16,
+        spare_blocks: int = 0,
         group_attention: bool = True,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ):
-        shape = (num_layers, num_blocks, kv_heads, block_size, head_dim)
+        shape = (num_layers, num_blocks + spare_blocks, kv_heads, block_size, head_dim)
         self.id: int = ops.cache_create(num_blocks, block_size)
         self._close = weakref.finalize(self, ops.cache_destroy, self.id)
         self.num_blocks = num_blocks
         self.block_size = block_size
+        self.spare_blocks = range(num_blocks, num_blocks + spare_blocks)
         self.policy_version = 0
         self.k_cache = torch.empty(shape, dtype=dtype, device=device)  # [L, B, Hkv, bs, D]
         self.v_cache = torch.empty(shape, dtype=dtype, device=device)
