@@ -26,11 +26,10 @@ class Prefilled(NamedTuple):
     def sampling(self) -> list[Tensor]:
         """Temperature, top-k, top-p, min-p of each sequence: a different mix for each."""
         n = len(self.handles)
-        columns = ([1.0, 0.0, 0.7, 1.5], [0, 0, 5, 0], [1.0, 1.0, 1.0, 0.8], [0.0, 0.0, 0.0, 0.05])
+        mixes: list[list[float]] = [[1.0, 0.0, 0.7, 1.5], [0, 0, 5, 0], [1.0, 1.0, 1.0, 0.8], [0.0, 0.0, 0.0, 0.05]]
         types = (torch.float32, torch.int32, torch.float32, torch.float32)
         return [
-            torch.tensor([column[i % 4] for i in range(n)], dtype=dtype)
-            for column, dtype in zip(columns, types, strict=True)
+            torch.tensor([mix[i % 4] for i in range(n)], dtype=dtype) for mix, dtype in zip(mixes, types, strict=True)
         ]
 
     def draw(self, **changes: Any) -> Decoded:
