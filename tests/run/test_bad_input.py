@@ -45,6 +45,13 @@ def shallower_model(folder: Path) -> Path:
     return model
 
 
+def gelu_model(folder: Path) -> Path:
+    model = model_without(folder)
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"hidden_act": "gelu"}))
+    return model
+
+
 DATA_CASES = [
     Case("missing file", ("absent.jsonl: no such file", "check the path"), options("--data.source", "absent.jsonl")),
     Case("empty file", ("the file is empty", "give one with problems"), source()),
@@ -115,6 +122,11 @@ MODEL_CASES = [
         "missing chat template file",
         ("--model.chat_template absent.jinja", "No such file"),
         options("--model.chat_template", "absent.jinja"),
+    ),
+    Case(
+        "fused decoder for an architecture that it does not know",
+        ("--rollout.decoder fused does not know Qwen3ForCausalLM in torch.float32 on cpu", "leave the option out"),
+        lambda folder: ["--rollout.decoder", "fused", "--model.path", gelu_model(folder)],
     ),
     Case(
         "longer than the model's context",

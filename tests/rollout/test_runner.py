@@ -1,0 +1,136 @@
+"""Which runner a model gets, and that both draw the same."""
+
+import logging
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import event, given, settings
+from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from tests.rollout.drawing import draw, make, requests, tokens
+from tests.small_models import VOCABULARY, family_config, random_model
+from thinktwice_fast.config import RolloutOptions
+from thinktwice_fast.errors import UserError
+from thinktwice_fast.model.attention import NAME
+from thinktwice_fast.rollout.engine import Engine
+from thinktwice_fast.rollout.records import Request, Rollout, Sampling
+from thinktwice_fast.rollout.runner import DecoderRunner, ModuleRunner
+
+
+def engine_of(model: PreTrainedModel, decoder: str = "auto", longest: int = 160, **options: Any) -> Engine:
+    return Engine(model, frozenset(), RolloutOptions(decoder=decoder, **options), longest)  # type: ignore[arg-type]
+
+
+def tampered() -> Any:
+    """A model whose modules do more than their weights say."""
+    model = random_model("qwen3", NAME)
+    model.base_model.layers[1].mlp.register_forward_hook(lambda module, inputs, output: 1.1 * output)
+    return model
+
+
+def unknown() -> Any:
+    config = family_config("llama")
+    config.hidden_act = "gelu"
+    return AutoModelForCausalLM.from_config(config, attn_implementation=NAME).eval()
+
+
+def test_known_models_run_in_the_decoder_unless_modules_are_asked_for(caplog: pytest.LogCaptureFixture) -> None:
+    for decoder, runner in (("auto", DecoderRunner), ("fused", DecoderRunner), ("modules", ModuleRunner)):
+        assert isinstance(engine_of(random_model("qwen3", NAME), decoder)._runner, runner)
+    assert not caplog.records
+
+
+def test_unknown_models_run_their_modules(caplog: pytest.LogCaptureFixture) -> None:
+    engine = engine_of(unknown())
+    assert isinstance(engine._runner, ModuleRunner) and not caplog.records
+    draw(engine, requests(1, Sampling(max_tokens=4)))
+
+
+def test_a_tampered_model_runs_its_modules_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        engine = engine_of(tampered())
+    assert [record.getMessage() for record in caplog.records] == [
+        "the fused decoder does not reproduce Qwen3ForCausalLM: rollouts run its modules"
+    ]
+    asked = requests(2, Sampling(max_tokens=12))
+    assert tokens(draw(engine, asked)) == tokens(draw(engine_of(tampered(), "modules"), asked))
+    assert tokens(draw(engine, asked)) != tokens(draw(make(), asked))
+
+
+@pytest.mark.parametrize("model", [unknown, tampered])
+def test_the_decoder_is_refused_where_it_would_not_be_right(model: Any) -> None:
+    name = {unknown: "Llama", tampered: "Qwen3"}[model]
+    with pytest.raises(UserError) as caught:
+        engine_of(model(), "fused")
+    assert str(caught.value) == (
+        f"--rollout.decoder fused does not know {name}ForCausalLM in torch.float32 on cpu: leave the option out"
+    )
+
+
+def test_an_engine_for_short_sequences() -> None:
+    short = [Request(0, (5, 6, 7), (0, 1), Sampling(max_tokens=5))]
+    engine = engine_of(random_model("qwen3", NAME), longest=8)
+    assert isinstance(engine._runner, DecoderRunner)
+    assert tokens(draw(engine, short)) == tokens(draw(make(decoder="modules"), short))
+
+
+class Mix:
+    """Requests in two waves, the second extending caches that the first kept, for any engine."""
+
+    def __init__(self, data: st.DataObject):
+        prompt = st.lists(st.integers(0, VOCABULARY - 1), min_size=1, max_size=70)
+        sampling = st.builds(
+            Sampling,
+            max_tokens=st.integers(1, 40),
+            temperature=st.sampled_from([0.0, 0.7, 1.0]),
+            top_p=st.sampled_from([1.0, 0.8]),
+            top_k=st.sampled_from([0, 5]),
+        )
+        self.first = []
+        for group in range(data.draw(st.integers(1, 4), "prompts")):
+            ids = range(10 * group, 10 * group + data.draw(st.integers(1, 6), "samples"))
+            asked = Request(group, tuple(data.draw(prompt, "prompt")), tuple(ids), data.draw(sampling, "sampling"))
+            self.first.append(replace(asked, keep=data.draw(st.booleans(), "keep")))
+        self.then = data.draw(sampling, "then")
+
+    def drawn(self, engine: Engine) -> dict[int, Rollout]:
+        """By sample id; the second wave's are 100 higher."""
+        first = {rollout.sample_id: rollout for rollout in engine.generate(self.first, seed=3)}
+        second = [
+            Request(r.group, (*r.prompt, *r.response, 1, 2), (100 + number,), self.then, extends=r)
+            for number, r in sorted(first.items())
+        ]
+        got = first | {rollout.sample_id: rollout for rollout in engine.generate(second, seed=3)}
+        engine.release_kept()
+        assert engine.cache.free_blocks == engine.cache.num_blocks
+        return got
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.data())
+def test_rollouts_are_the_same_bits_in_any_cache_and_the_modules_tokens(data: st.DataObject) -> None:
+    """Whatever is preempted, kept, extended, forked late or read together; the modules round otherwise."""
+    mix = Mix(data)
+    stops = frozenset(data.draw(st.sets(st.integers(0, VOCABULARY - 1), max_size=60), "stops"))
+    options = {
+        "cache_tokens": 16 * data.draw(st.integers(10, 25), "blocks"),
+        "max_sequences": data.draw(st.integers(1, 12), "max_sequences"),
+        "max_batch_tokens": data.draw(st.integers(12, 200), "max_batch_tokens"),
+    }
+    model = random_model("olmo3", NAME)
+    kinds: list[dict[str, Any]] = [{}, options, {"group_attention": False}, options | {"decoder": "modules"}]
+    engines = [Engine(model, stops, RolloutOptions(**kind), 160) for kind in kinds]
+    whole, *others = [mix.drawn(engine) for engine in engines]
+    event(f"preempted: {engines[1].preemptions > 0}")
+    event(f"extended: {engines[1].counts.extended > 0}")
+    for got in others:
+        assert tokens(got) == tokens(whole)
+    for number, rollout in whole.items():
+        for got in others[:2]:
+            assert got[number].logps == rollout.logps and got[number].entropies == rollout.entropies
+        torch.testing.assert_close(
+            torch.tensor(others[2][number].logps), torch.tensor(rollout.logps), atol=1e-4, rtol=0
+        )
