@@ -15,6 +15,7 @@ from thinktwice_fast.rollout.records import Request, Rollout, Sampling
 PROMPT_LENGTHS = (3, 16, 17, 40)
 RESPONSE = 40
 LONGEST = 160
+DECODERS = ("auto", "modules")  # what runs the model: the C++ decoder, which knows all of these, or transformers
 
 
 def prompts() -> list[tuple[int, ...]]:

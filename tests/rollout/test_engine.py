@@ -9,6 +9,7 @@ import torch
 
 from tests.model.rounding import assert_as_exact
 from tests.rollout.drawing import (
+    DECODERS,
     LONGEST,
     PROMPT_LENGTHS,
     RESPONSE,
@@ -37,7 +38,8 @@ def ranks(logits: torch.Tensor, chosen: list[int]) -> list[int]:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_greedy_is_what_transformers_generates(family: str) -> None:
-    got = draw(make(family), requests(1, Sampling(temperature=0.0, max_tokens=RESPONSE)))
+    greedy = requests(1, Sampling(temperature=0.0, max_tokens=RESPONSE))
+    fused, modules = (draw(make(family, decoder=decoder), greedy) for decoder in DECODERS)
     model = random_model(family, "sdpa")
     for request in requests(1):
         ids = torch.tensor([request.prompt])
@@ -49,18 +51,19 @@ def test_greedy_is_what_transformers_generates(family: str) -> None:
             eos_token_id=None,
             pad_token_id=0,
         )[0, ids.shape[1] :]
-        rollout = got[request.sample_ids[0]]
+        rollout = fused[request.sample_ids[0]]
         best, second = response_logits(model, rollout).topk(2).values.unbind(1)
         assert (best - second).min() > 1e-4, "choose other weights: rounding may decide this token"
-        assert rollout.response == expected.tolist()
+        assert rollout.response == modules[rollout.sample_id].response == expected.tolist()
         assert rollout.group == request.group and rollout.prompt == request.prompt
 
 
+@pytest.mark.parametrize("decoder", DECODERS)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_log_probabilities_are_those_of_a_full_forward_pass(family: str) -> None:
+def test_log_probabilities_are_those_of_a_full_forward_pass(family: str, decoder: str) -> None:
     """Under the temperature alone, also where the draw was truncated: what the trainer will compute."""
     sampling = Sampling(temperature=0.7, top_p=0.9, top_k=20, max_tokens=RESPONSE)
-    got = draw(make(family), requests(2, sampling))
+    got = draw(make(family, decoder=decoder), requests(2, sampling))
     model = random_model(family, "sdpa")
     exact = copy.deepcopy(model).double()
     for rollout in got.values():
@@ -111,11 +114,12 @@ def test_each_option_reaches_the_sampler(sampling: Sampling) -> None:
     assert tokens(draw(engine, requests(1, Sampling()))) != greedy
 
 
-def test_each_draw_is_keyed_by_seed_sample_and_position() -> None:
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_each_draw_is_keyed_by_seed_sample_and_position(decoder: str) -> None:
     """Token by token what the sampler's reference draws from transformers' logits."""
     model = random_model("qwen3", "sdpa")
     n = RESPONSE
-    for number, rollout in draw(make(), requests(3), seed=17).items():
+    for number, rollout in draw(make(decoder=decoder), requests(3), seed=17).items():
         options = (torch.ones(n), torch.zeros(n, dtype=torch.int32), torch.ones(n), torch.zeros(n))
         keys = (17, torch.full((n,), number), torch.arange(n))
         tokens, *_ = reference.sample(response_logits(model, rollout), *options, *keys)
@@ -149,7 +153,7 @@ def test_samples_of_a_group_differ_and_seeds_too() -> None:
     assert tokens(draw(engine, requests(6))) == tokens(got)
 
 
-@pytest.mark.parametrize("family", ["qwen3", "olmo3"])
+@pytest.mark.parametrize(("family", "decoder"), [("qwen3", "auto"), ("olmo3", "auto"), ("olmo3", "modules")])
 @pytest.mark.parametrize(
     ("options", "preempts"),
     [
@@ -162,9 +166,11 @@ def test_samples_of_a_group_differ_and_seeds_too() -> None:
     ],
     ids=lambda value: " ".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else None,
 )
-def test_a_sample_depends_on_its_id_and_not_on_the_batch(family: str, options: dict[str, Any], preempts: bool) -> None:
-    expected = draw(make(family), requests(4))
-    engine = make(family, **options)
+def test_a_sample_depends_on_its_id_and_not_on_the_batch(
+    family: str, decoder: str, options: dict[str, Any], preempts: bool
+) -> None:
+    expected = draw(make(family, decoder=decoder), requests(4))
+    engine = make(family, decoder=decoder, **options)
     got = draw(engine, requests(4))
     assert tokens(got) == tokens(expected)
     for number, rollout in got.items():
@@ -182,10 +188,11 @@ def test_a_sample_depends_on_its_id_and_not_on_its_neighbours() -> None:
     assert tokens(draw(engine, backwards)) == tokens(together)
 
 
-def test_a_response_ends_with_the_first_stop_token_or_at_its_limit() -> None:
-    free = draw(make(), requests(4))
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_a_response_ends_with_the_first_stop_token_or_at_its_limit(decoder: str) -> None:
+    free = draw(make(decoder=decoder), requests(4))
     stop = {free[0].response[5], free[21].response[20]}
-    stopped = draw(make(stop_ids=stop), requests(4))
+    stopped = draw(make(stop_ids=stop, decoder=decoder), requests(4))
     for number, rollout in stopped.items():
         response = free[number].response
         ends = [place for place, token in enumerate(response) if token in stop]
@@ -292,8 +299,9 @@ def test_preemptions_are_counted_over_calls_also_those_closed_early() -> None:
     assert engine.counts.preemptions > first
 
 
-def test_changed_weights_are_sampled_from_at_once() -> None:
-    engine = make()
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_changed_weights_are_sampled_from_at_once(decoder: str) -> None:
+    engine = make(decoder=decoder)
     before = tokens({r.sample_id: r for r in engine.generate(requests(2), seed=0, version=0)})
     other = random_model("qwen3", "sdpa", seed=9)
     with torch.no_grad():
@@ -305,8 +313,9 @@ def test_changed_weights_are_sampled_from_at_once() -> None:
     assert after == tokens(draw(fresh, requests(2)))
 
 
-def test_logits_that_are_no_numbers_leave_the_cache_free() -> None:
-    engine = make()
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_logits_that_are_no_numbers_leave_the_cache_free(decoder: str) -> None:
+    engine = make(decoder=decoder)
     with torch.no_grad():
         next(engine.model.parameters()).fill_(float("nan"))
     with pytest.raises(UserError, match=r"logits are not finite: lower --update\.learning_rate"):
@@ -314,11 +323,12 @@ def test_logits_that_are_no_numbers_leave_the_cache_free() -> None:
     assert engine.cache.free_blocks == engine.cache.num_blocks
 
 
-def test_continuations_come_as_often_as_a_full_forward_pass_says() -> None:
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_continuations_come_as_often_as_a_full_forward_pass_says(decoder: str) -> None:
     """Chi-square over two tokens of three each; beyond 31.8 (8 degrees of freedom) chance comes once in 10,000."""
     draws, prompt = 4000, prompts()[1]
     sampling = Sampling(temperature=0.8, top_k=3, max_tokens=2)
-    got = draw(make(), [Request(0, prompt, tuple(range(draws)), sampling)])
+    got = draw(make(decoder=decoder), [Request(0, prompt, tuple(range(draws)), sampling)])
     seen = Counter(tuple(rollout.response) for rollout in got.values())
     model = random_model("qwen3", "sdpa")
     expected = {}

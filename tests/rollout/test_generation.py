@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.rollout.drawing import RESPONSE, draw, make, prompts, requests, tokens
+from tests.rollout.drawing import DECODERS, RESPONSE, draw, make, prompts, requests, tokens
 from tests.small_models import random_model
 from thinktwice_fast.errors import UserError
 from thinktwice_fast.rollout.engine import Engine
@@ -19,8 +19,9 @@ def all_free(engine: Engine) -> bool:
     return engine.cache.free_blocks == engine.cache.num_blocks
 
 
-def test_requests_may_be_added_while_others_decode() -> None:
-    engine = make()
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_requests_may_be_added_while_others_decode(decoder: str) -> None:
+    engine = make(decoder=decoder)
     expected = tokens(draw(engine, requests(3)))
     first, second, *others = requests(3)
     generation = engine.generate([replace(first, sampling=Sampling(max_tokens=5)), second], seed=0)
@@ -65,11 +66,13 @@ def test_tokens_stream_as_they_are_drawn() -> None:
     assert list(generation) == []  # each rollout comes out once, by either way
 
 
+@pytest.mark.parametrize(("passes", "decoder"), [(0, "auto"), (1, "auto"), (3, "auto"), (30, "auto"), (3, "modules")])
 @pytest.mark.parametrize("ids", [{10}, {10, 11, 12, 13}, {0, 13, 31}])
-@pytest.mark.parametrize("passes", [0, 1, 3, 30])
-def test_cancelled_samples_free_their_blocks_and_leave_the_others_alone(ids: set[int], passes: int) -> None:
-    expected = tokens(draw(make(), requests(4)))
-    engine = make(max_batch_tokens=25, max_sequences=9)  # some are in prefill, some wait
+def test_cancelled_samples_free_their_blocks_and_leave_the_others_alone(
+    ids: set[int], passes: int, decoder: str
+) -> None:
+    expected = tokens(draw(make(decoder=decoder), requests(4)))
+    engine = make(max_batch_tokens=25, max_sequences=9, decoder=decoder)  # some are in prefill, some wait
     generation = engine.generate(requests(4), seed=0)
     for _ in range(passes):
         generation._step(1)
@@ -94,9 +97,10 @@ def test_a_sample_that_ended_can_not_be_cancelled() -> None:
     assert {first.sample_id} | {rollout.sample_id for rollout in generation} == {0, 1, 2, 3}
 
 
-def test_what_a_closed_generation_left_is_carried_on() -> None:
-    expected = draw(make(), requests(4))
-    engine = make(max_batch_tokens=25, max_sequences=9)
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_what_a_closed_generation_left_is_carried_on(decoder: str) -> None:
+    expected = draw(make(decoder=decoder), requests(4))
+    engine = make(max_batch_tokens=25, max_sequences=9, decoder=decoder)
     short = [Request(4, prompts()[0], (40, 41), Sampling(max_tokens=3))]
     generation = engine.generate(short + requests(4), seed=0)
     first = next(generation)
@@ -118,9 +122,10 @@ def test_what_a_closed_generation_left_is_carried_on() -> None:
     assert all_free(engine)
 
 
-def test_a_carried_rollout_goes_on_under_the_new_weights() -> None:
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_a_carried_rollout_goes_on_under_the_new_weights(decoder: str) -> None:
     """Its old tokens and log-probabilities stay, the next ones are what the new weights draw after them."""
-    engine, asked = make(), requests(1)[3:]
+    engine, asked = make(decoder=decoder), requests(1)[3:]
     generation = engine.generate(asked, seed=0)
     for _ in range(8):
         generation._step(1)
