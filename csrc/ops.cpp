@@ -34,12 +34,14 @@ STABLE_TORCH_LIBRARY(thinktwice, m) {
       "sample(Tensor logits, Tensor temperature, Tensor top_k, Tensor top_p, Tensor min_p, int seed,"
       " Tensor sample_ids, Tensor positions)"
       " -> (Tensor tokens, Tensor logps, Tensor raw_logps, Tensor entropy)");
+  // Training's attention: thinktwice_fast/model/shared_prefix.py.
   m.def(
       "prefix_attention(Tensor q, Tensor k, Tensor v, Tensor lengths, Tensor prefix, float scale, int window=0)"
       " -> (Tensor out, Tensor lse)");
   m.def(
       "prefix_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse,"
       " Tensor lengths, Tensor prefix, float scale, int window=0) -> (Tensor dq, Tensor dk, Tensor dv)");
+
   m.def("pack_weight(Tensor weight, Tensor(a!) packed, int first) -> ()");
   m.def("packed_linear(Tensor x, Tensor packed, int outputs) -> Tensor");
 

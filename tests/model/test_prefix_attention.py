@@ -1,6 +1,7 @@
 """Which implementation of shared-prefix attention runs where, and that they agree."""
 
 import copy
+import inspect
 from typing import Any
 
 import pytest
@@ -138,16 +139,13 @@ def test_how_the_installed_kernels_are_asked(
 
     q, k = torch.zeros(sum(LENGTHS), 4, 8), torch.zeros(sum(LENGTHS), 2, 8)
     segments = Gathered.from_segments(LENGTHS, PREFIX, CPU)
-    if flash_attn:
-        monkeypatch.setattr(
-            shared_prefix, "import_module", lambda name: type(name, (), {"flash_attn_varlen_func": kernel})
-        )
-        segments.attend(shared_prefix._by_flash_attn, q, k, k, 0.3, window)
-        expected = {"softmax_scale": 0.3, "causal": True, "window_size": (left, 0)}
-    else:
-        monkeypatch.setattr(shared_prefix, "varlen_attn", kernel)
-        segments.attend(shared_prefix._by_torch, q, k, k, 0.3, window)
-        expected = {"scale": 0.3, "enable_gqa": True, "window_size": (left, 0)}
+    names = {"flash_attn_varlen_func": kernel, "varlen_attn": kernel}
+    monkeypatch.setattr(shared_prefix, "import_module", lambda name: type(name, (), names))
+    segments.attend(shared_prefix._by_flash_attn if flash_attn else shared_prefix._by_torch, q, k, k, 0.3, window)
+    expected: dict[str, Any] = (
+        {"scale": 0.3, "enable_gqa": True} if not flash_attn else {"softmax_scale": 0.3, "causal": True}
+    )
+    expected["window_size"] = (left, 0)
     assert asked.pop("layout") == segments.layout
     assert asked == expected
 
@@ -169,6 +167,11 @@ def test_what_the_kernels_do_not_take_is_computed_in_torch(
     x = torch.zeros(5, 2, size, dtype=dtype, device="meta")
     attention.attend(0, x, x, x, 0.3, 0)
     assert ran == ["kernel" if kernel else "torch"]
+
+
+def test_the_installed_torch_has_what_is_asked_of_it() -> None:
+    asked = inspect.signature(shared_prefix._torch_varlen_attn()).parameters
+    assert {"scale", "window_size"} <= set(asked) or "enable_gqa" not in asked
 
 
 def test_sequences_that_share_nothing() -> None:

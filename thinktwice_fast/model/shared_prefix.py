@@ -21,7 +21,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import scaled_dot_product_attention
 
 from thinktwice_fast.model.csrc import ops
@@ -176,7 +175,7 @@ def varlen_attention() -> VarlenAttention | None:
     """
     if find_spec("flash_attn"):
         return _by_flash_attn
-    return _by_torch if "enable_gqa" in inspect.signature(varlen_attn).parameters else None
+    return _by_torch if "enable_gqa" in inspect.signature(_torch_varlen_attn()).parameters else None
 
 
 def _by_flash_attn(q: Tensor, k: Tensor, v: Tensor, segments: Gathered, scale: float, window: int) -> Tensor:
@@ -185,8 +184,11 @@ def _by_flash_attn(q: Tensor, k: Tensor, v: Tensor, segments: Gathered, scale: f
     )
 
 
+def _torch_varlen_attn() -> Callable[..., Any]:
+    # Imported where a GPU needs it: it brings torch's compiler along, which takes seconds.
+    return import_module("torch.nn.attention.varlen").varlen_attn
+
+
 def _by_torch(q: Tensor, k: Tensor, v: Tensor, segments: Gathered, scale: float, window: int) -> Tensor:
     window_size = (window - 1 if window else -1, 0)
-    out = varlen_attn(q, k, v, *segments.layout, scale=scale, window_size=window_size, enable_gqa=True)
-    assert isinstance(out, Tensor)
-    return out
+    return _torch_varlen_attn()(q, k, v, *segments.layout, scale=scale, window_size=window_size, enable_gqa=True)
