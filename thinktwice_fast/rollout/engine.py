@@ -60,6 +60,8 @@ class Engine:
             heads,
             head_dim,
             block_size=BLOCK_SIZE,
+            spare_blocks=1 if model.device.type == "cuda" else 0,  # for the rows that a graph has too many
+            group_attention=options.group_attention,
             dtype=model.dtype,
             device=model.device,
         )

@@ -1,4 +1,4 @@
-"""What runs the model for a generation: transformers' own modules, or the C++ decoder where there is one."""
+"""What runs the model for a generation: the C++ decoder on the CPU, CUDA graphs on a GPU, or transformers' modules."""
 
 import logging
 from typing import Protocol
@@ -9,10 +9,13 @@ from transformers import PreTrainedModel
 from thinktwice_fast.config import RolloutOptions
 from thinktwice_fast.errors import UserError
 from thinktwice_fast.model.attention import PagedAttention
+from thinktwice_fast.model.csrc import torch_versions
 from thinktwice_fast.model.decoder import Decoder, differs
 from thinktwice_fast.model.exact import ExactLinear, exact_logits, make_exact, pack_weights
+from thinktwice_fast.model.fused import fuse_attention
 from thinktwice_fast.model.paged import PagedKVCache, Plan
 from thinktwice_fast.model.policy import Policy, linear_head
+from thinktwice_fast.rollout.graphs import GraphRunner
 
 log = logging.getLogger(__name__)
 
@@ -101,28 +104,53 @@ def make_runner(model: PreTrainedModel, cache: PagedKVCache, options: RolloutOpt
         max_tokens: longest sequence.
 
     Raises:
-        UserError: the C++ decoder is asked for and does not know this model.
+        UserError: what the options ask for can't be had for this model, on this device or with this build.
     """
+    if options.cuda_graphs and model.device.type != "cuda":
+        raise UserError(
+            f"--rollout.cuda_graphs true needs a GPU, and the model is on {model.device.type}: leave it out"
+        )
     if options.exact:
-        if model.device.type != "cpu" or model.dtype != torch.float32:
-            raise UserError(
-                f"--rollout.exact needs float32 on the CPU, and this is {model.dtype} on {model.device.type}: leave it "
-                "out, or give --model.device cpu --model.compute_dtype float32"
-            )
-        make_exact(model)
-        return ModuleRunner(model, cache, exact=True)
-    if options.decoder == "modules":
-        return ModuleRunner(model, cache)
-    known = Decoder.supports(model)
-    if known:
+        return _exact_runner(model, cache)
+    if model.device.type == "cuda":
+        return _gpu_runner(model, cache, options, max_tokens)
+    if options.decoder != "modules" and Decoder.supports(model):
         decoder = Decoder(model, max_tokens, group_attention=options.group_attention)
         if not differs(decoder, model):
             return DecoderRunner(decoder, cache)
+        log.warning("the fused decoder does not reproduce %s: rollouts run its modules", type(model).__name__)
+    _refuse_fused(model, options)
+    return ModuleRunner(model, cache)
+
+
+def _exact_runner(model: PreTrainedModel, cache: PagedKVCache) -> Runner:
+    if model.device.type != "cpu" or model.dtype != torch.float32:
+        raise UserError(
+            f"--rollout.exact needs float32 on the CPU, and this is {model.dtype} on {model.device.type}: leave it "
+            "out, or give --model.device cpu --model.compute_dtype float32"
+        )
+    make_exact(model)
+    return ModuleRunner(model, cache, exact=True)
+
+
+def _gpu_runner(model: PreTrainedModel, cache: PagedKVCache, options: RolloutOptions, max_tokens: int) -> Runner:
+    if options.decoder != "modules" and not fuse_attention(model, max_tokens):
+        _refuse_fused(model, options)
+    in_torch = "paged_attention" in torch_versions  # which waits for the GPU, so that it can't be captured
+    if options.cuda_graphs and in_torch:
+        raise UserError(
+            "--rollout.cuda_graphs true needs the extension built with CUDA: install nvcc and run `make clean setup`, "
+            "or leave it out"
+        )
+    if in_torch or options.cuda_graphs is False:
+        return ModuleRunner(model, cache)
+    return GraphRunner(Policy(model), cache, options.max_sequences, max_tokens)
+
+
+def _refuse_fused(model: PreTrainedModel, options: RolloutOptions) -> None:
+    """Raise UserError where a fused runner was asked for outright."""
     if options.decoder == "fused":
         raise UserError(
             f"--rollout.decoder fused does not know {type(model).__name__} in {model.dtype} on {model.device.type}: "
             "leave the option out"
         )
-    if known:
-        log.warning("the fused decoder does not reproduce %s: rollouts run its modules", type(model).__name__)
-    return ModuleRunner(model, cache)
