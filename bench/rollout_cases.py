@@ -189,7 +189,7 @@ _ROLLOUTS: dict[Size, list[Case]] = {
 }
 _SWITCHES: dict[Size, list[Case]] = {
     "toy": [rollout_case(Workload("toy", 2, 4, 5, 70))],
-    "cpu": [rollout_case(Workload("6-layer shape", 2, 8, 32, 1024))],
+    "cpu": [rollout_case(Workload("6-layer shape", 1, 8, 32, 1024))],
     "gpu": [rollout_case(Workload("Qwen3-4B shape", 8, 16, 64, 2048), _BF16)],
 }
 _EXTENSIONS: dict[Size, list[Case]] = {

@@ -14,7 +14,7 @@ from torch import Tensor
 from bench.measure import Contender, Outputs
 from bench.rollout_cases import RolloutBatch
 
-_JUDGED_FLOP = 2e12  # of the forward pass: so few of a large model's sequences are looked at
+_JUDGED_FLOP = 3e11  # of the forward pass: so few of a large model's sequences are looked at
 _STANDARD_ERRORS = 5.0
 # Shares and nats. fp32 rounds logits to about 1e-5 of their spread; a wrong key or position moves them by a tenth.
 _LIMITS = {
