@@ -36,7 +36,8 @@ STABLE_TORCH_LIBRARY(thinktwice, m) {
       " -> (Tensor tokens, Tensor logps, Tensor raw_logps, Tensor entropy)");
   // Training's attention: thinktwice_fast/model/shared_prefix.py.
   m.def(
-      "prefix_attention(Tensor q, Tensor k, Tensor v, Tensor lengths, Tensor prefix, float scale, int window=0)"
+      "prefix_attention(Tensor q, Tensor k, Tensor v, Tensor lengths, Tensor prefix, float scale, int "
+      "window=0)"
       " -> (Tensor out, Tensor lse)");
   m.def(
       "prefix_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse,"
