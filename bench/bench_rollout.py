@@ -13,6 +13,9 @@ from bench.rollout_truth import judge, limits
 from bench.targets import EXTEND, HF, ROLLOUT, SWITCHES, VLLM_COMPILED, VLLM_EAGER, WITHOUT_GRAPHS, WITHOUT_GROUPS
 from bench.vllm_process import VLLM
 
+# The first test of a case measures all of its rounds, and a peer may compile for minutes first.
+pytestmark = pytest.mark.timeout(1800)
+
 
 def _op(name: str, **rest: Any) -> Op:
     return Op(

@@ -190,7 +190,7 @@ def _check(op: Op, case: Case, batch: Any, setting: Setting) -> dict[str, Record
 
 
 def _why_not(contender: Contender, name: str, case: Case, setting: Setting) -> str | None:
-    if case.only_targets and not (contender.in_targets or name in (OURS, PLAIN)):
+    if name in case.left_out or (case.only_targets and not (contender.in_targets or name in (OURS, PLAIN))):
         return "left out of this case: a round of all would take long"
     return contender.unable(setting.device)
 

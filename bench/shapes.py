@@ -28,6 +28,7 @@ class Case:
     old_logps: bool = True  # given, and near enough to the current ones that no token is clipped
     skippable: bool = False  # about 30 % of the tokens are masked out or have advantage 0
     only_targets: bool = False  # leaves out the contenders that no target names, where a round takes long
+    left_out: tuple[str, ...] = ()  # contenders that would take minutes a round
     memory: bool = True  # peak memory is measured too
     length: int = 0  # tokens of a sequence; 0: a thousand and more, but at least four sequences
     counts: bool = True  # towards the targets
