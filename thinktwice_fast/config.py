@@ -87,6 +87,9 @@ class RolloutOptions:
     """Sample among the k likeliest tokens; 0 = off."""
     min_p: float = 0.0
     """Drop tokens less likely than this times the likeliest; 0 = off."""
+    stop_strings: tuple[str, ...] = ()
+    """Texts that end a response, beside the model's own stop tokens; in evaluation too. Graders see what comes before.
+    """
     max_prompt_tokens: int = 192
     """Longest prompt, in tokens; longer problems are dropped and counted."""
     max_response_tokens: int = 64

@@ -1,15 +1,18 @@
 """A generation while it runs: requests added, samples cancelled, the rest carried over to a later one."""
 
 import gc
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
-from tests.rollout.drawing import DECODERS, RESPONSE, draw, make, prompts, requests, tokens
+from tests.rollout.drawing import DECODERS, LONGEST, RESPONSE, draw, make, prompts, requests, tokens
 from tests.small_models import random_model
+from thinktwice_fast.config import RolloutOptions
 from thinktwice_fast.errors import UserError
+from thinktwice_fast.model.attention import NAME
 from thinktwice_fast.rollout.engine import Engine
 from thinktwice_fast.rollout.records import Request, Rollout, Sampling
 from thinktwice_fast.rollout.scheduler import _handle
@@ -183,3 +186,30 @@ def test_a_generation_that_failed_is_closed() -> None:
     assert all_free(engine) and list(generation) == []
     with pytest.raises(RuntimeError, match="this generation is closed"):
         generation.add(requests(1))
+
+
+def letters(ids: Sequence[int]) -> str:
+    """Each token as two letters."""
+    return "".join(chr(97 + token // 26) + chr(97 + token % 26) for token in ids)
+
+
+@pytest.mark.parametrize("decoder", ["auto", "modules"])
+def test_a_stop_string_ends_a_response_with_the_token_that_completes_it(decoder: Any) -> None:
+    model, asked = random_model("qwen3", NAME), requests(2)
+    engine = Engine(model, frozenset(), RolloutOptions(decoder=decoder), LONGEST, decode=letters)
+    plain = draw(engine, asked)
+    # Across the border of two tokens, at the 7th and 8th of the first sample.
+    stop = letters(plain[0].response[6:8])[1:4]
+    with_stops = [replace(r, sampling=replace(r.sampling, stop_strings=("????", stop))) for r in asked]
+    for number, rollout in draw(engine, with_stops).items():
+        whole = plain[number].response
+        cut = next((n for n in range(1, len(whole) + 1) if stop in letters(whole[:n])), None)
+        assert rollout.response == whole[:cut] and rollout.logps == plain[number].logps[:cut]
+        assert (rollout.stop_string, rollout.finished) == ((stop, True) if cut else (None, False))
+        assert rollout.ended
+    assert draw(engine, with_stops)[0].stop_string == stop
+
+
+def test_stop_strings_need_text() -> None:
+    with pytest.raises(ValueError, match="stop strings are found in text: make the Engine with decode="):
+        make().generate([replace(r, sampling=Sampling(stop_strings=("a",))) for r in requests(1)], seed=0)

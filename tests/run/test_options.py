@@ -176,6 +176,9 @@ def test_the_tiny_configuration_is_the_default() -> None:
         "--loss.policy_loss sapo --loss.epsilon_high 0.2",
         "--loss.policy_loss cispo --loss.epsilon_low 0.1",
         "--update.old_logps rollout",
+        "--rollout.exact true --rollout.decoder fused",
+        "--rollout.exact true --update.old_logps rollout --update.minibatch_sequences 64",
+        "--algorithm sft --rollout.exact true",
         "--update.old_logps rollout --update.minibatch_sequences 256",
         "--algorithm sft --data.limit 100",
         "--algorithm sft --data.limit 100 --data.shuffle false",
@@ -216,6 +219,8 @@ def test_an_option_without_effect_is_an_error(arguments: str) -> None:
         '--eval.sets {"a":"openai/gsm8k","b":"arithmetic:tm5"} --eval.split train --eval.subset main',
         "--algorithm sft --data.source mine.jsonl --data.target_column solution --sft.refine_fraction 0",
         "--update.lr_schedule linear --update.lr_decay_steps 6",
+        "--rollout.stop_strings ['####','\\n\\n']",
+        "--rollout.exact true --update.minibatch_sequences 64",
         "--rollout.cache_tokens 241",  # in blocks of 16 as many as 256 tokens take
         "--seed 2147483647",
     ],

@@ -146,6 +146,8 @@ class Sampler:
     def _collect(self, group: Group, rollout: Rollout, samples: int) -> _Gradings:
         """Put a rollout that ended into its group; once that is complete, have it graded."""
         rollout.text = self.chat.response_text(rollout.response, self.stop_ids)
+        if rollout.stop_string is not None:
+            rollout.text = rollout.text.partition(rollout.stop_string)[0]
         group.rollouts.append(rollout)
         if len(group.rollouts) < samples:
             return []

@@ -51,7 +51,12 @@ class ThinkTwice:
             groups,
             samples=self._config.samples_per_problem,
             sampling=Sampling(
-                options.temperature, options.top_p, options.top_k, options.min_p, options.max_response_tokens
+                options.temperature,
+                options.top_p,
+                options.top_k,
+                options.min_p,
+                options.max_response_tokens,
+                options.stop_strings,
             ),
             stream=number,
             seed=self._config.seed,

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from thinktwice_fast.config import RolloutOptions
 from thinktwice_fast.errors import UserError
 from thinktwice_fast.model.paged import PagedKVCache
-from thinktwice_fast.rollout.generation import Generation
+from thinktwice_fast.rollout.generation import Decode, Generation
 from thinktwice_fast.rollout.kept import Counts, KeptCaches
 from thinktwice_fast.rollout.records import Request
 from thinktwice_fast.rollout.runner import make_runner
@@ -32,6 +32,7 @@ class Engine:
         max_tokens: longest prompt + response that will be asked for.
         reserve: bytes that training will still allocate on this GPU (gradients, optimizer state); a cache whose size
             the options leave open keeps off them.
+        decode: tokens to text, for stop strings.
 
     Raises:
         UserError: the GPU has no room for a cache of one longest sequence.
@@ -44,11 +45,13 @@ class Engine:
         options: RolloutOptions,
         max_tokens: int,
         reserve: int = 0,
+        decode: Decode | None = None,
     ):
         self.model = model
         self._max_tokens = max_tokens
         self._stop_ids = stop_ids
         self._options = options
+        self._decode = decode
         config = model.config.get_text_config()
         heads: int = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         head_dim: int = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -89,7 +92,7 @@ class Engine:
         scheduler = Scheduler(
             self.cache, self._kept, self.counts, options.max_sequences, options.max_batch_tokens, self._max_tokens
         )
-        generation = Generation(self._runner, scheduler, self._stop_ids, seed)
+        generation = Generation(self._runner, scheduler, self._stop_ids, seed, self._decode)
         generation.add(requests)
         return generation
 

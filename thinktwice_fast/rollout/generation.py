@@ -2,7 +2,7 @@
 
 import weakref
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import accumulate
 
 import torch
@@ -15,7 +15,10 @@ from thinktwice_fast.rollout.scheduler import Batch, Lane, Scheduler
 from thinktwice_kernels import token_logprobs
 
 STEPS_AT_ONCE = 8  # tokens that the C++ decoder draws for each sequence before it reports
+_TOKENS_BEFORE = 4  # that a stop string's tokens are decoded with
 NOT_FINITE = "the model's logits are not finite: lower --update.learning_rate"
+
+Decode = Callable[[Sequence[int]], str]  # token ids to text
 
 
 class Generation(Iterator[Rollout]):
@@ -25,11 +28,14 @@ class Generation(Iterator[Rollout]):
     on then. ``close`` ends it early; a generation that nothing refers to any more frees its part of the cache too.
     """
 
-    def __init__(self, runner: Runner, scheduler: Scheduler, stop_ids: frozenset[int], seed: int):
+    def __init__(
+        self, runner: Runner, scheduler: Scheduler, stop_ids: frozenset[int], seed: int, decode: Decode | None = None
+    ):
         self._runner = runner
         self._scheduler = scheduler
         self._stop_ids = stop_ids
         self._seed = seed
+        self._text_of = decode
         self._ended: deque[Rollout] = deque()  # not given out yet
         self._closed = False
         weakref.finalize(self, scheduler.clear).atexit = False
@@ -39,10 +45,14 @@ class Generation(Iterator[Rollout]):
 
         Raises:
             UserError: a sequence could outgrow the cache.
+            ValueError: stop strings, and the engine has no ``decode``.
             RuntimeError: the generation is closed.
         """
         if self._closed:
             raise RuntimeError("this generation is closed: give the requests to a new one")
+        requests = list(requests)
+        if self._text_of is None and any(request.sampling.stop_strings for request in requests):
+            raise ValueError("stop strings are found in text: make the Engine with decode=")
         self._scheduler.add(requests)
 
     def cancel(self, sample_ids: Iterable[int]) -> list[Rollout]:
@@ -94,6 +104,8 @@ class Generation(Iterator[Rollout]):
         lanes = list(self._scheduler.decoding())
         if not lanes:
             return []
+        if any(lane.sampling.stop_strings for lane in lanes):
+            most = 1  # each token is looked at before the next is drawn
         members = [lane.members[0] for lane in lanes]
         drawn = runner.decoder.decode(
             self._scheduler.cache,
@@ -153,7 +165,8 @@ class Generation(Iterator[Rollout]):
             rollout.response += drawn
             rollout.logps += drawn_logps
             rollout.entropies += drawn_entropies
-            rollout.finished = drawn[-1] in self._stop_ids
+            rollout.stop_string = self._completed(rollout, lane.sampling.stop_strings)
+            rollout.finished = drawn[-1] in self._stop_ids or rollout.stop_string is not None
             if rollout.finished or len(rollout.response) == lane.sampling.max_tokens:
                 rollout.ended = True
                 ended.append(lane)
@@ -163,6 +176,15 @@ class Generation(Iterator[Rollout]):
                 lane.pending = drawn[-1:]
         self._scheduler.finish(ended)
         self._ended.extend(lane.members[0] for lane in ended)
+
+    def _completed(self, rollout: Rollout, stop_strings: tuple[str, ...]) -> str | None:
+        """The stop string that the latest token completes."""
+        if not stop_strings or self._text_of is None:
+            return None
+        # A token is a byte or more; those before keep a character or a leading space whole.
+        latest = max(len(string.encode()) for string in stop_strings) + _TOKENS_BEFORE
+        text = self._text_of(rollout.response[-latest:])
+        return next((string for string in stop_strings if string in text), None)
 
 
 def _draw(logits: torch.Tensor, lanes: list[Lane], seed: int) -> Sampled:

@@ -12,6 +12,7 @@ class Sampling:
     top_k: int = 0
     min_p: float = 0.0
     max_tokens: int = 64  # longest response, stop token included
+    stop_strings: tuple[str, ...] = ()  # a response ends with the token that completes one of them
 
 
 @dataclass
@@ -24,8 +25,9 @@ class Rollout:
     response: list[int] = field(default_factory=list)  # token ids as sampled, stop token included
     logps: list[float] = field(default_factory=list)  # of each response token, under the sampling temperature
     entropies: list[float] = field(default_factory=list)  # nats, of the distribution each token was drawn from
-    finished: bool = False  # ended by a stop token; False = cut off at max_tokens, or not ended yet
-    text: str = ""  # the response decoded, without the stop token; for graders and transcripts
+    finished: bool = False  # ended by a stop token or string; False = cut off at max_tokens, or not ended yet
+    stop_string: str | None = None  # the one that ended it
+    text: str = ""  # the response decoded, without stop token or string; for graders and transcripts
     reward: float | None = None  # None: the reward function left this sample out
     advantage: float = 0.0
     ended: bool = False  # nothing more will be drawn: a stop token came, or max_tokens were drawn

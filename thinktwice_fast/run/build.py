@@ -4,6 +4,7 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -82,7 +83,14 @@ def build_run(config: Config, resources: ExitStack) -> Run:
 
     reference = frozen_copy(loaded.model, dtype) if config.loss.beta else None
     models = pair_models(loaded.model, dtype)
-    engine = Engine(models.rollout, loaded.stop_ids, config.rollout, longest, _training_bytes(models.policy))
+    engine = Engine(
+        models.rollout,
+        loaded.stop_ids,
+        config.rollout,
+        longest,
+        _training_bytes(models.policy),
+        decode=partial(chat.response_text, stop_ids=loaded.stop_ids),
+    )
     sampler = Sampler(engine, chat, grader, instruction, loaded.stop_ids)
     optimizer, schedule = build_optimizer(models.policy, config.update, _optimizer_steps(config))
     updater = Updater(models, reference, optimizer, schedule, config)

@@ -115,6 +115,8 @@ def _check_meanings(config: Config) -> None:
     for name in evaluation_sources(config):
         if "/" in name or name == AVERAGE:
             raise UserError(f"--eval.sets: {name!r} can't name a set (no '/', and not {AVERAGE!r}): rename it")
+    if "" in config.rollout.stop_strings:
+        raise UserError("--rollout.stop_strings: an empty string would end every response at once: leave it out")
     warmup, decay = config.update.warmup_steps, config.update.lr_decay_steps
     if config.update.lr_schedule != "constant" and 0 < decay <= warmup:
         raise UserError(

@@ -99,12 +99,13 @@ def _outcomes(
     own = range(parallel.rank(), len(problems), parallel.world_size())
     solved = [sampler.solve_group(number, problems[number]) for number in own]
     options, limit = config.eval, config.rollout.max_response_tokens
-    drawn = Sampling(options.temperature, options.top_p, options.top_k, max_tokens=limit)
+    stops = config.rollout.stop_strings
+    drawn = Sampling(options.temperature, options.top_p, options.top_k, max_tokens=limit, stop_strings=stops)
     refined = sampler.fill_pairs(
         solved,
         samples=options.samples,
         sampling=drawn,
-        refine_sampling=Sampling(0.0, max_tokens=limit),
+        refine_sampling=Sampling(0.0, max_tokens=limit, stop_strings=stops),
         stream=stream,
         seed=config.seed,
         version=version,
