@@ -69,12 +69,16 @@ if [ -n "$CPU" ]; then
   BENCHMARKS="bench/bench_linear_loss.py bench/bench_advantages.py"
   SIZE=toy
 else
-  # Together with what is above they leave 200 seconds for the benchmarks, whatever they take.
+  # Together with what is above they leave 150 seconds for the benchmarks, whatever they take.
   step build correctness 120 "$PYTHON" setup.py build_ext --inplace
   tests tests-gpu-ops 90 -m gpu tests/kernels
   if "$PYTHON" -c 'import datasets, jsonargparse, math_verify, pebble' 2>/dev/null; then
     BENCHMARKS="$BENCHMARKS bench/bench_rollout.py" # needs the trainer's packages too
-    tests tests-gpu-trainer 45 -m gpu tests/test_gpu.py tests/csrc
+    tests tests-gpu-trainer 60 -m gpu tests/test_gpu.py tests/csrc tests/rollout
+    if command -v compute-sanitizer >/dev/null; then
+      step compute-sanitizer correctness 30 compute-sanitizer --error-exitcode 9 \
+        "$PYTHON" -m pytest -q -p no:cacheprovider -m gpu tests/csrc/test_cuda_ops.py -k "write_kv or copy_blocks"
+    fi
   fi
   SIZE=gpu
 fi
