@@ -101,7 +101,7 @@ class RolloutOptions:
     decoder: Literal["auto", "fused", "modules"] = "auto"
     """What runs the model: "fused" = the C++ decoder (Llama, Mistral, Qwen2, Qwen3, OLMo-2 and OLMo-3 on the CPU) or
     fused attention modules (Llama, Qwen3 and OLMo-3 on a GPU); "modules" = transformers' own; "auto" = the first where
-    it knows the model."""
+    it knows the model, but for bfloat16 on a CPU with AMX tiles."""
     exact: bool = False
     """Make the log-probabilities of rollouts those of training, bit for bit (float32 on the CPU only): slower
     rollouts, and no pass for old log-probabilities."""
@@ -131,6 +131,14 @@ class LossOptions:
     dual_clip: float | None = 3.0
     """Where the advantage is negative, a token's loss is at most this times its absolute value; null = off ("clip"
     only)."""
+    rollout_is: Literal["none", "token-truncate", "token-mask", "sequence-truncate", "sequence-mask"] = "none"
+    """Importance correction of rollouts whose log-probabilities differ from training's: weigh the objective by the
+    training policy's over the rollout's probability, of a token or of the whole response, held to the bounds or dropped
+    outside them."""
+    rollout_is_cap: float = 2.0
+    """Upper bound of that weight."""
+    rollout_is_floor: float | None = None
+    """Lower bound of that weight; null = none."""
     beta: float = 0.0
     """Weight of the KL term to the initial policy; 0 = no reference model."""
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"

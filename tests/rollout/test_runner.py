@@ -17,7 +17,7 @@ from thinktwice_fast.errors import UserError
 from thinktwice_fast.model.attention import NAME
 from thinktwice_fast.rollout.engine import Engine
 from thinktwice_fast.rollout.records import Request, Rollout, Sampling
-from thinktwice_fast.rollout.runner import DecoderRunner, ModuleRunner
+from thinktwice_fast.rollout.runner import DecoderRunner, ModuleRunner, Runner
 
 
 def engine_of(model: PreTrainedModel, decoder: str = "auto", longest: int = 160, **options: Any) -> Engine:
@@ -142,3 +142,14 @@ def test_cuda_graphs_are_refused_on_the_cpu() -> None:
     ):
         make(cuda_graphs=True)
     assert isinstance(make(cuda_graphs=False)._runner, DecoderRunner)
+
+
+def test_bfloat16_runs_in_torch_where_the_cpu_has_tiles_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    def runner(dtype: torch.dtype, **options: Any) -> Runner:
+        return Engine(random_model("qwen3", NAME).to(dtype), frozenset(), RolloutOptions(**options), 160)._runner
+
+    for tiles, expected in ((False, DecoderRunner), (True, ModuleRunner)):
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda tiles=tiles: tiles)
+        assert isinstance(runner(torch.bfloat16), expected)
+        assert isinstance(runner(torch.bfloat16, decoder="fused"), DecoderRunner)
+        assert isinstance(runner(torch.float32), DecoderRunner)

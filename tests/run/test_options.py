@@ -177,6 +177,8 @@ def test_the_tiny_configuration_is_the_default() -> None:
         "--loss.policy_loss cispo --loss.epsilon_low 0.1",
         "--update.old_logps rollout",
         "--rollout.exact true --rollout.decoder fused",
+        "--rollout.exact true --loss.rollout_is token-mask",
+        "--update.old_logps rollout --update.minibatch_sequences 64 --loss.rollout_is token-truncate",
         "--rollout.exact true --update.old_logps rollout --update.minibatch_sequences 64",
         "--algorithm sft --rollout.exact true",
         "--update.old_logps rollout --update.minibatch_sequences 256",
@@ -221,6 +223,7 @@ def test_an_option_without_effect_is_an_error(arguments: str) -> None:
         "--update.lr_schedule linear --update.lr_decay_steps 6",
         "--rollout.stop_strings ['####','\\n\\n']",
         "--rollout.exact true --update.minibatch_sequences 64",
+        "--loss.rollout_is sequence-mask --loss.rollout_is_cap 1.5 --loss.rollout_is_floor 0.5",
         "--rollout.cache_tokens 241",  # in blocks of 16 as many as 256 tokens take
         "--seed 2147483647",
     ],

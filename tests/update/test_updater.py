@@ -356,3 +356,31 @@ def test_in_one_float32_process_rollouts_read_the_trained_weights() -> None:
     before = copy.deepcopy(weights(made.models.rollout))
     made.policy_update([rollouts(4)])
     assert not torch.equal(weights(made.models.rollout), before)
+
+
+@pytest.mark.parametrize("kind", ["token-truncate", "token-mask", "sequence-truncate", "sequence-mask"])
+def test_importance_correction_weighs_by_training_over_rollout(kind: str) -> None:
+    """Ratio 1 and no clipping: the gradient is that of plain policy gradient with each advantage times its weight."""
+    batch = rollouts(8)
+    model = random_model("qwen3")
+    with torch.no_grad():
+        own = padded_logps(model, batch).split([len(rollout.response) for rollout in batch])
+    weighed = []
+    for rollout, logps in zip(batch, own, strict=True):
+        rollout.logps = (logps + torch.linspace(-0.5, 0.5, len(logps)) * (1 + len(logps) % 3)).tolist()
+        log_weights = logps - torch.tensor(rollout.logps)
+        if kind.startswith("sequence"):
+            log_weights = log_weights.sum().expand_as(log_weights)
+        weights_of = log_weights.exp()
+        inside = (weights_of >= 0.7) & (weights_of <= 1.5)
+        weighed.append(weights_of.clamp(0.7, 1.5) if kind.endswith("truncate") else weights_of * inside)
+    options = {"loss__rollout_is": kind, "loss__rollout_is_cap": 1.5, "loss__rollout_is_floor": 0.7}
+    got, _ = change(updater(config(**options)), [batch])
+    before = weights(model)
+    tokens = torch.cat([r.advantage * w for r, w in zip(batch, weighed, strict=True)])
+    loss = -(padded_logps(model, batch) * tokens).sum() / sum(len(rollout.response) for rollout in batch)
+    loss.backward()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter -= parameter.grad
+    assert_same_step(got, weights(model) - before)

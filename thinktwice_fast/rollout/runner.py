@@ -114,7 +114,9 @@ def make_runner(model: PreTrainedModel, cache: PagedKVCache, options: RolloutOpt
         return _exact_runner(model, cache)
     if model.device.type == "cuda":
         return _gpu_runner(model, cache, options, max_tokens)
-    if options.decoder != "modules" and Decoder.supports(model):
+    # Tiles multiply bfloat16 many times as fast as the decoder's float32: torch's own products use them.
+    on_tiles = model.dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported() and options.decoder == "auto"
+    if options.decoder != "modules" and not on_tiles and Decoder.supports(model):
         decoder = Decoder(model, max_tokens, group_attention=options.group_attention)
         if not differs(decoder, model):
             return DecoderRunner(decoder, cache)

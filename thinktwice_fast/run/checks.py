@@ -195,6 +195,8 @@ def _ignored_in_training(config: Config) -> list[_Ignored]:
         (config.loss.beta == 0, ("loss.kl_estimator",), "with --loss.beta 0"),
         (config.update.minibatch_sequences in (0, phase), ("update.old_logps",),
          f"with a single mini-batch (--update.minibatch_sequences {config.update.minibatch_sequences})"),
+        (config.rollout.exact or config.update.old_logps == "rollout", ("loss.rollout_is",),
+         "where rollouts' log-probabilities are the old ones (--rollout.exact true, --update.old_logps rollout)"),
         (config.rollout.exact, ("rollout.decoder", "update.old_logps"), "with --rollout.exact true"),
         (config.update.lr_schedule == "constant", ("update.lr_decay_steps",), "with --update.lr_schedule constant"),
     ]  # fmt: skip
@@ -234,6 +236,7 @@ def _check_loss(config: Config) -> None:
             one,
             torch.tensor([0, 1], dtype=torch.int32),
             old_logps=one,
+            rollout_logps=one,
             ref_logps=one if config.loss.beta else None,
             entropy=one if config.loss.entropy_coef else None,
             **loss_arguments(config.loss, config.rollout.max_response_tokens),
