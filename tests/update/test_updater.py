@@ -367,7 +367,7 @@ def test_importance_correction_weighs_by_training_over_rollout(kind: str) -> Non
         own = padded_logps(model, batch).split([len(rollout.response) for rollout in batch])
     weighed = []
     for rollout, logps in zip(batch, own, strict=True):
-        rollout.logps = (logps + torch.linspace(-0.5, 0.5, len(logps)) * (1 + len(logps) % 3)).tolist()
+        rollout.logps = (logps + torch.linspace(-0.5, 0.58, len(logps)) * (1 + len(logps) % 3)).tolist()
         log_weights = logps - torch.tensor(rollout.logps)
         if kind.startswith("sequence"):
             log_weights = log_weights.sum().expand_as(log_weights)
