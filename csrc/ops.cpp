@@ -45,6 +45,7 @@ STABLE_TORCH_LIBRARY(thinktwice, m) {
 
   m.def("pack_weight(Tensor weight, Tensor(a!) packed, int first) -> ()");
   m.def("packed_linear(Tensor x, Tensor packed, int outputs) -> Tensor");
+  m.def("silu(Tensor x) -> Tensor");  // flattened
 
   // A whole decoder (cpu/decode.cpp).
   m.def(

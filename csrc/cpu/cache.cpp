@@ -23,7 +23,7 @@ void write_kv(Tensor k, Tensor v, Tensor k_cache, Tensor v_cache, Tensor slots) 
 
   const int64_t element = static_cast<int64_t>(k_cache.element_size());
   const int64_t row_bytes = k_cache.size(3) * element;
-  const Rows from_k(k, element), from_v(v, element);
+  const TokenRows from_k(k, element), from_v(v, element);
   auto* const to_k = static_cast<char*>(k_cache.mutable_data_ptr());
   auto* const to_v = static_cast<char*>(v_cache.mutable_data_ptr());
   const auto write_token = [&](int64_t t) {

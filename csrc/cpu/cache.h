@@ -6,11 +6,11 @@
 namespace thinktwice {
 
 // Tokens as rows of [heads, head_dim] with any strides but the last.
-struct Rows {
+struct TokenRows {
   const char* data;
   int64_t token_stride, head_stride;  // bytes
 
-  Rows(const Tensor& rows, int64_t element)
+  TokenRows(const Tensor& rows, int64_t element)
       : data(static_cast<const char*>(rows.const_data_ptr())),
         token_stride(rows.stride(0) * element),
         head_stride(rows.stride(1) * element) {}

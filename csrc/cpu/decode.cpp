@@ -224,13 +224,13 @@ bool reserve(const Decoder& d, int64_t cache, const std::vector<Drawing*>& live,
   with_cache(cache, [&](BlockManager& manager) {
     for (const int64_t handle : handles) positions.push_back(manager.length(handle));
     check_tokens("decoder_decode", d, step.tokens, positions.data(), static_cast<int64_t>(handles.size()));
-    done =
-        manager.extend(handles.data(), ones.data(), static_cast<int64_t>(live.size()), version, false) == 0;
-    if (!done) return;
     const int64_t size = manager.block_size();
     check(manager.num_blocks() == step.k_cache.size(1) && size == step.k_cache.size(3),
           "decoder_decode: k_cache holds ", step.k_cache.size(1), " blocks of ", step.k_cache.size(3),
           " tokens, the bookkeeping ", manager.num_blocks(), " of ", size);
+    done =
+        manager.extend(handles.data(), ones.data(), static_cast<int64_t>(live.size()), version, false) == 0;
+    if (!done) return;
     for (size_t i = 0; i < handles.size(); ++i) {
       const std::vector<int32_t>& blocks = manager.blocks(handles[i]);
       step.runs.push_back({static_cast<int64_t>(i), 1, positions[i] + 1, blocks.data()});
@@ -263,6 +263,11 @@ Decoded decode(int64_t decoder, int64_t cache, Tensor k_cache, Tensor v_cache, T
     check_vector(tensor, (std::string(op) + ": " + name).c_str(), dtype, n);
   check_vector(stop_ids, "decoder_decode: stop_ids", ScalarType::Long, stop_ids.numel());
   check(steps > 0, op, ": steps must be at least 1");
+  check_options(op,
+                {temperature.const_data_ptr<float>(), top_p.const_data_ptr<float>(),
+                 min_p.const_data_ptr<float>(), top_k.const_data_ptr<int32_t>(),
+                 sample_ids.const_data_ptr<int64_t>(), positions.const_data_ptr<int64_t>()},
+                n);
   std::vector<Drawing> drawings;
   for (int64_t i = 0; i < n; ++i) {
     drawings.push_back(

@@ -20,11 +20,12 @@ namespace {
 using c10::BFloat16;
 using c10::Half;
 
-constexpr int64_t kCacheBytes = 16 << 20;  // weights of this size stay in a processor's last-level cache
-constexpr int64_t kSmallBlock = 64;        // rows that one thread takes through all layers
-constexpr int64_t kLargeBlock = 512;       // rows that all threads take through a layer together
-constexpr int64_t kLogitRows = 64;         // rows whose logits exist at once
-constexpr int64_t kSharedKeys = 64;        // keys that sequences must share to be read together
+constexpr int64_t kCacheBytes = 16 << 20;   // weights of this size stay in a processor's last-level cache
+constexpr int64_t kSmallBlock = 64;         // rows that one thread takes through all layers
+constexpr int64_t kLargeBlock = 512;        // rows that all threads take through a layer together
+constexpr int64_t kLogitBytes = 256 << 20;  // of logits that a thread makes room for at once
+constexpr int64_t kSiluPart = 8192;         // elements that a task takes
+constexpr int64_t kSharedKeys = 64;         // keys that sequences must share to be read together
 
 #define THINKTWICE_KERNELS "cpu/decoder_kernels.inc"
 #include "cpu/for_each_isa.h"
@@ -346,9 +347,10 @@ class Pass {
     auto next = std::lower_bound(select_.begin(), select_.end(), block.first);
     const auto end = std::lower_bound(next, select_.end(), block.first + block.rows);
     thread_local std::vector<float> normed, logits;
-    const int64_t stride = padded(d_.head.outputs);
+    const int64_t stride = padded(d_.head.outputs), row_bytes = stride * static_cast<int64_t>(sizeof(float));
+    const int64_t most = std::max<int64_t>(1, kLogitBytes / row_bytes);
     while (next != end) {
-      const int64_t count = std::min<int64_t>(kLogitRows, end - next), first = next - select_.begin();
+      const int64_t count = std::min<int64_t>(most, end - next), first = next - select_.begin();
       if (static_cast<int64_t>(normed.size()) < count * hidden_stride_) normed.resize(count * hidden_stride_);
       float *const to = normed.data(), *y = sink_.room(first);
       if (!y) {
@@ -374,6 +376,20 @@ class Pass {
   std::vector<const int32_t*> tables_;
   bool parallel_ = true;
 };
+
+Tensor silu(Tensor x) {
+  check(x.is_cpu() && x.is_contiguous() && x.scalar_type() == ScalarType::Float,
+        "silu: x must be a contiguous float32 CPU tensor");
+  const int64_t n = x.numel();
+  Tensor out = new_tensor({n}, ScalarType::Float);
+  const std::vector<float> ones(kSiluPart, 1.0f);
+  auto* const to = out.mutable_data_ptr<float>();
+  parallel_tasks((n + kSiluPart - 1) / kSiluPart, 1, [&](int64_t part) {
+    const int64_t first = part * kSiluPart;
+    ISA_DISPATCH(gate_row)(floats(x) + first, ones.data(), std::min(kSiluPart, n - first), to + first);
+  });
+  return out;
+}
 
 }  // namespace
 
@@ -404,3 +420,5 @@ void run(const Decoder& decoder, const Step& step, const std::vector<int64_t>& s
 }
 
 }  // namespace thinktwice
+
+STABLE_TORCH_LIBRARY_IMPL(thinktwice, CPU, m) { m.impl("silu", TORCH_BOX(&thinktwice::silu)); }

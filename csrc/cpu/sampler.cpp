@@ -111,27 +111,6 @@ RowResult sample_row_of(const T* logits, int64_t vocabulary, float temperature, 
 
 using Sampled = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
-// Every tensor argument of the op but the logits, one entry per row.
-struct RowOptions {
-  const float *temperature, *top_p, *min_p;
-  const int32_t* top_k;
-  const int64_t *sample_ids, *positions;
-};
-
-void check_options(const RowOptions& o, int64_t rows) {
-  for (int64_t n = 0; n < rows; ++n) {
-    check(o.temperature[n] >= 0 && std::isfinite(o.temperature[n]), "sample: temperature of row ", n, " is ",
-          o.temperature[n], ", must be finite and at least 0");
-    check(o.top_k[n] >= 0, "sample: top_k of row ", n, " is ", o.top_k[n], ", must be at least 0");
-    check(o.top_p[n] > 0 && o.top_p[n] <= 1, "sample: top_p of row ", n, " is ", o.top_p[n],
-          ", must be above 0 and at most 1");
-    check(o.min_p[n] >= 0 && o.min_p[n] <= 1, "sample: min_p of row ", n, " is ", o.min_p[n],
-          ", must be from 0 to 1");
-    check(o.positions[n] >= 0 && o.positions[n] <= std::numeric_limits<uint32_t>::max(),
-          "sample: position of row ", n, " is ", o.positions[n], ", must be from 0 to 2^32 - 1");
-  }
-}
-
 template <typename T>
 Sampled sample_rows(const Tensor& logits, const RowOptions& o, int64_t seed) {
   const int64_t rows = logits.size(0), vocabulary = logits.size(1), stride = logits.stride(0);
@@ -175,7 +154,7 @@ Sampled sample(Tensor logits, Tensor temperature, Tensor top_k, Tensor top_p, Te
   const RowOptions options{temperature.const_data_ptr<float>(),  top_p.const_data_ptr<float>(),
                            min_p.const_data_ptr<float>(),        top_k.const_data_ptr<int32_t>(),
                            sample_ids.const_data_ptr<int64_t>(), positions.const_data_ptr<int64_t>()};
-  check_options(options, rows);
+  check_options("sample", options, rows);
   const ScalarType dtype = logits.scalar_type();
   if (dtype == ScalarType::Float) return sample_rows<float>(logits, options, seed);
   if (dtype == ScalarType::BFloat16) return sample_rows<BFloat16>(logits, options, seed);
@@ -185,6 +164,20 @@ Sampled sample(Tensor logits, Tensor temperature, Tensor top_k, Tensor top_p, Te
 }
 
 }  // namespace
+
+void check_options(const char* op, const RowOptions& o, int64_t rows) {
+  for (int64_t n = 0; n < rows; ++n) {
+    check(o.temperature[n] >= 0 && std::isfinite(o.temperature[n]), op, ": temperature of row ", n, " is ",
+          o.temperature[n], ", must be finite and at least 0");
+    check(o.top_k[n] >= 0, op, ": top_k of row ", n, " is ", o.top_k[n], ", must be at least 0");
+    check(o.top_p[n] > 0 && o.top_p[n] <= 1, op, ": top_p of row ", n, " is ", o.top_p[n],
+          ", must be above 0 and at most 1");
+    check(o.min_p[n] >= 0 && o.min_p[n] <= 1, op, ": min_p of row ", n, " is ", o.min_p[n],
+          ", must be from 0 to 1");
+    check(o.positions[n] >= 0 && o.positions[n] <= std::numeric_limits<uint32_t>::max(), op,
+          ": position of row ", n, " is ", o.positions[n], ", must be from 0 to 2^32 - 1");
+  }
+}
 
 RowResult sample_row(const float* logits, int64_t vocabulary, float temperature, const Truncation& truncation,
                      const Draw& draw) {

@@ -22,6 +22,16 @@ struct RowResult {
   float logp, raw_logp, entropy;
 };
 
+// Every tensor argument of the op but the logits, one entry per row.
+struct RowOptions {
+  const float *temperature, *top_p, *min_p;
+  const int32_t* top_k;
+  const int64_t *sample_ids, *positions;
+};
+
+// Throws for the first row with an option out of range.
+void check_options(const char* op, const RowOptions& options, int64_t rows);
+
 // One row on this thread; the rule stands in thinktwice_fast/model/csrc.py.
 RowResult sample_row(const float* logits, int64_t vocabulary, float temperature, const Truncation& truncation,
                      const Draw& draw);

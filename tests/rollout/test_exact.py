@@ -4,13 +4,14 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from tests.rollout.drawing import LONGEST, draw, make, requests, tokens
-from tests.small_models import FAMILIES, random_model
+from tests.small_models import FAMILIES, VOCABULARY, random_model
 from thinktwice_fast.config import RolloutOptions
 from thinktwice_fast.errors import UserError
 from thinktwice_fast.model.attention import NAME
-from thinktwice_fast.model.exact import ExactLinear, exact_logprobs
+from thinktwice_fast.model.exact import ExactLinear, ExactSiLU, exact_logprobs
 from thinktwice_fast.model.policy import Policy
 from thinktwice_fast.rollout.engine import Engine
 from thinktwice_fast.rollout.records import Rollout, Sampling
@@ -45,6 +46,47 @@ def test_rollouts_and_training_agree_bit_for_bit(family: str, threads: int) -> N
         assert [logp for logps in one_by_one for logp in logps] == noted[:60]
     finally:
         torch.set_num_threads(1)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_they_agree_where_vectors_do_not_divide_the_sizes(threads: int) -> None:
+    """Torch's own SiLU rounds the last elements of each thread's share in another way."""
+    config = LlamaConfig(
+        vocab_size=VOCABULARY, hidden_size=40, intermediate_size=50, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=10,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model: Any = AutoModelForCausalLM.from_config(config, attn_implementation=NAME)
+    threads_before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        engine = Engine(model, frozenset(), RolloutOptions(exact=True), LONGEST)
+        asked = requests(9, Sampling(max_tokens=23))
+        rollouts = list(draw(engine, asked).values())
+        noted = [logp for rollout in rollouts for logp in rollout.logps]
+        assert trained(model, rollouts, pack, 1.0) == noted
+    finally:
+        torch.set_num_threads(threads_before)
+
+
+def test_a_later_engine_takes_it_back() -> None:
+    model = random_model("qwen3", NAME)
+    Engine(model, frozenset(), RolloutOptions(exact=True), LONGEST)
+    assert any(isinstance(module, ExactLinear) for module in model.modules())
+    later = Engine(model, frozenset(), RolloutOptions(), LONGEST)
+    assert not any(isinstance(module, ExactLinear | ExactSiLU) for module in model.modules())
+    assert tokens(draw(later, requests(2))) == tokens(draw(make(), requests(2)))
+
+
+@pytest.mark.parametrize("shape", [(3, 50), (1, 7), (100, 333)])
+def test_silu_is_silu(shape: tuple[int, int]) -> None:
+    x = (10 * torch.randn(shape, generator=torch.Generator().manual_seed(0))).requires_grad_()
+    y = x.detach().clone().requires_grad_()
+    expected, found = torch.nn.functional.silu(x), ExactSiLU()(y)
+    expected.sum().backward()
+    found.sum().backward()
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(y.grad, x.grad, rtol=1e-4, atol=1e-6)
 
 
 def test_without_it_they_do_not() -> None:

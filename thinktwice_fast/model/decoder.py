@@ -93,6 +93,7 @@ class Decoder:
     def supports(model: PreTrainedModel) -> bool:
         """Whether a decoder of this model can be built: on the CPU, of a known architecture and type."""
         config = model.config
+        base: Any = model.base_model
         return (
             model.device.type == "cpu"
             and model.dtype in _TOLERANCE
@@ -100,6 +101,8 @@ class Decoder:
             and config.hidden_act == "silu"
             and has_fixed_angles(model)
             and type(model.get_output_embeddings()) is nn.Linear
+            and len(_head(model).weight) == config.vocab_size
+            and all(type(module) is nn.Linear for layer in base.layers for module in _projections(layer))
         )
 
     @torch.no_grad()
@@ -208,6 +211,12 @@ def differs(decoder: Decoder, model: PreTrainedModel) -> bool:
     ours = decoder.forward(ids, plan, rows, cache)
     theirs = Policy(model)(ids, rows, PackedAttention.from_lengths([n], model.device), rows, linear_head)
     return not bool((ours - theirs).abs().max() <= _TOLERANCE[model.dtype] * theirs.abs().max())
+
+
+def _projections(layer: Any) -> list[nn.Module]:
+    attention, mlp = layer.self_attn, layer.mlp
+    return [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj,
+            mlp.gate_proj, mlp.up_proj, mlp.down_proj]  # fmt: skip
 
 
 def _head(model: PreTrainedModel) -> nn.Linear:

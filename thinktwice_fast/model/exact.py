@@ -2,17 +2,19 @@
 
 What makes them differ otherwise: a matrix product sums in another order for another number of rows, attention cuts its
 keys where the batch makes it, and two programs for one softmax round differently. Here every product goes through the
-extension's packed product, whose sums run in the order of the inputs whatever the rows, rollouts and training share
-one attention (chunks of 64 keys, ``attention.py``), and both take their log-probabilities from ``token_logprobs``. The
-rest (norms, rotary, activations) is torch's, row by row the same.
+extension's packed product, whose sums run in the order of the inputs whatever the rows, rollouts and training share one
+attention (chunks of 64 keys, ``attention.py``), and both take their log-probabilities from ``token_logprobs``. SiLU is
+the extension's too: torch computes the last elements of each thread's share with another function. The rest (norms,
+rotary) is torch's, row by row the same.
 
 Letters: N rows, I inputs, O outputs, H hidden size, V vocabulary.
 """
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from transformers.activations import SiLUActivation
 
 from thinktwice_fast.model.csrc import ops
 from thinktwice_fast.model.decoder import PANEL
@@ -32,9 +34,12 @@ class ExactLinear(nn.Linear):
 
     def packed(self) -> Tensor:
         """The weight as ``packed_linear`` takes it."""
-        if self._packed is not None and self._packed[0] == self.weight._version:
-            return self._packed[1]
-        return _pack(self.weight)
+        if self._packed is None:
+            return _pack(self.weight)
+        if self._packed[0] != self.weight._version:
+            ops.pack_weight(self.weight.detach(), self._packed[1], 0)
+            self._packed = (self.weight._version, self._packed[1])
+        return self._packed[1]
 
     def forward(self, input: Tensor) -> Tensor:
         return _ExactProduct.apply(input, self.weight, self.bias, self.packed())
@@ -70,11 +75,43 @@ class _ExactProduct(torch.autograd.Function):
         return of_x, of_weight, of_bias, None
 
 
+class ExactSiLU(SiLUActivation):
+    """SiLU whose elements do not depend on where they stand; made from one by ``make_exact``."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return cast(Tensor, _ExactSiLU.apply(input))
+
+
+class _ExactSiLU(torch.autograd.Function):
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return cast(Tensor, ops.silu(x.contiguous())).view(x.shape)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
+        ctx.save_for_backward(inputs[0])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        gate = x.sigmoid()
+        return grad * gate * (1 + x * (1 - gate))
+
+
+_EXACT: dict[type[nn.Module], type[nn.Module]] = {nn.Linear: ExactLinear, SiLUActivation: ExactSiLU}
+
+
 def make_exact(model: nn.Module) -> None:
-    """Turn the linear layers of a float32 model on the CPU into ``ExactLinear`` ones, in place."""
+    """Turn the linear layers and SiLUs of a float32 model on the CPU into exact ones, in place."""
     for module in model.modules():
-        if type(module) is nn.Linear:
-            module.__class__ = ExactLinear
+        module.__class__ = _EXACT.get(type(module), type(module))
+
+
+def make_plain(model: nn.Module) -> None:
+    """Undo ``make_exact``."""
+    plain = {exact: kind for kind, exact in _EXACT.items()}
+    for module in model.modules():
+        module.__class__ = plain.get(type(module), type(module))
 
 
 def pack_weights(model: nn.Module) -> None:

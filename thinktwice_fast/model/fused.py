@@ -9,6 +9,7 @@ Letters: T tokens, H hidden size, D head size.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -57,6 +58,7 @@ def fuse_attention(model: PreTrainedModel, positions: int) -> bool:
     Returns:
         Whether it was done; otherwise the architecture, its type or its rotary positions are not known here.
     """
+    unfuse_attention(model)
     modules = [module for module in model.modules() if type(module) in _FAMILIES]
     if len(modules) != model.config.num_hidden_layers or model.dtype not in _TOLERANCE or not has_fixed_angles(model):
         return False
@@ -70,9 +72,15 @@ def fuse_attention(model: PreTrainedModel, positions: int) -> bool:
         module.forward = _FusedForward(module, family, *tables[key])
     if not _differs(model, min(positions, 24)):
         return True
-    for module in modules:
-        del module.forward  # the class's own shows again
+    unfuse_attention(model)
     return False
+
+
+def unfuse_attention(model: PreTrainedModel) -> None:
+    """Undo ``fuse_attention``; the weights stay where they are."""
+    for module in model.modules():
+        if isinstance(module.__dict__.get("forward"), _FusedForward):
+            del module.forward  # the class's own shows again
 
 
 class _FusedForward:
@@ -122,7 +130,12 @@ class _Projection:
 
 @torch.no_grad()
 def _side_by_side(parts: Sequence[Tensor]) -> Tensor:
-    """Move parameters of one width into one block of memory, and give it whole."""
+    """Move parameters of one width into one block of memory, unless they lie so already, and give it whole."""
+    if all(
+        a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr() and a.data_ptr() + a.nbytes == b.data_ptr()
+        for a, b in pairwise(parts)
+    ):
+        return parts[0].detach().as_strided((sum(len(part) for part in parts), *parts[0].shape[1:]), parts[0].stride())
     whole = torch.cat([part.detach() for part in parts])
     for part, place in zip(parts, whole.split([len(part) for part in parts]), strict=True):
         part.data = place

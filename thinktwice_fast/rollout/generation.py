@@ -184,7 +184,7 @@ class Generation(Iterator[Rollout]):
         # A token is a byte or more; those before keep a character or a leading space whole.
         latest = max(len(string.encode()) for string in stop_strings) + _TOKENS_BEFORE
         text = self._text_of(rollout.response[-latest:])
-        return next((string for string in stop_strings if string in text), None)
+        return min((string for string in stop_strings if string in text), key=text.find, default=None)
 
 
 def _draw(logits: torch.Tensor, lanes: list[Lane], seed: int) -> Sampled:

@@ -11,8 +11,8 @@ from thinktwice_fast.errors import UserError
 from thinktwice_fast.model.attention import PagedAttention
 from thinktwice_fast.model.csrc import torch_versions
 from thinktwice_fast.model.decoder import Decoder, differs
-from thinktwice_fast.model.exact import ExactLinear, exact_logits, make_exact, pack_weights
-from thinktwice_fast.model.fused import fuse_attention
+from thinktwice_fast.model.exact import ExactLinear, exact_logits, make_exact, make_plain, pack_weights
+from thinktwice_fast.model.fused import fuse_attention, unfuse_attention
 from thinktwice_fast.model.paged import PagedKVCache, Plan
 from thinktwice_fast.model.policy import Policy, linear_head
 from thinktwice_fast.rollout.graphs import GraphRunner
@@ -112,6 +112,7 @@ def make_runner(model: PreTrainedModel, cache: PagedKVCache, options: RolloutOpt
         )
     if options.exact:
         return _exact_runner(model, cache)
+    make_plain(model)  # another engine may have made it exact
     if model.device.type == "cuda":
         return _gpu_runner(model, cache, options, max_tokens)
     # Tiles multiply bfloat16 many times as fast as the decoder's float32: torch's own products use them.
@@ -136,6 +137,7 @@ def _exact_runner(model: PreTrainedModel, cache: PagedKVCache) -> Runner:
 
 
 def _gpu_runner(model: PreTrainedModel, cache: PagedKVCache, options: RolloutOptions, max_tokens: int) -> Runner:
+    unfuse_attention(model)  # another engine may have fused it
     if options.decoder != "modules" and not fuse_attention(model, max_tokens):
         _refuse_fused(model, options)
     in_torch = "paged_attention" in torch_versions  # which waits for the GPU, so that it can't be captured

@@ -158,7 +158,9 @@ class Scheduler:
 
     def clear(self) -> list[Request]:
         """Drop all work, free its blocks, and say what is left to do, as requests that carry it on."""
-        left = [_rest(lane) for lane in chain(self.active, self.returning, self.waiting)]
+        lanes = chain(self.active, self.returning, self.waiting)
+        # An error may come between a lane's last token and its leaving.
+        left = [_rest(lane) for lane in lanes if not _is_done(lane)]
         self._release(self.active)
         self.active.clear()
         self.returning.clear()
@@ -238,6 +240,11 @@ class Scheduler:
 
     def _blocks(self, tokens: int) -> int:
         return -(-tokens // self.cache.block_size)
+
+
+def _is_done(lane: Lane) -> bool:
+    first = lane.members[0]
+    return first.ended or len(first.response) >= lane.sampling.max_tokens
 
 
 def _rest(lane: Lane) -> Request:

@@ -181,6 +181,7 @@ def _ignored_in_training(config: Config) -> list[_Ignored]:
          "with --algorithm sft"),
         (sft and not evaluation_sources(config), ("reward", "reward_timeout", "reward_workers", "rollout.max_sequences",
                "rollout.max_batch_tokens", "rollout.cache_tokens", "rollout.decoder", "rollout.group_attention",
+               "rollout.cuda_graphs", "rollout.stop_strings",
                "thinktwice.refine_instruction"),
          "with --algorithm sft and no --eval.sets"),
         (not sft, ("sft", "data.target_column"), "without --algorithm sft"),
