@@ -124,7 +124,7 @@ def workload_of(case: Case) -> Workload:
 
 def rollout_batch(case: Case, device: torch.device) -> RolloutBatch:
     workload = workload_of(case)
-    theirs = _model(workload.model, case.dtype, device).eval()
+    theirs = _model(workload.model, case.dtype, device).eval().requires_grad_(False)
     # Whatever would end a sequence or narrow its sampling is for the contenders to ask for.
     theirs.generation_config = GenerationConfig(pad_token_id=0)
     weights = chain(theirs.parameters(), theirs.buffers())
