@@ -13,9 +13,10 @@ train: $(VENV)/built
 # What `train` and `test` do first: .venv with everything, and the extension.
 setup: $(VENV)/built
 
-# Two files at a time, each with one thread: threads of several processes would fight for the cores.
+# Two files at a time, the long ones first (tests/conftest.py), each with one thread: threads of several processes would
+# fight for the cores.
 test: $(VENV)/built lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(VENV)/built
 	$(BIN)/ruff check .

@@ -2,6 +2,7 @@
 
 import os
 
+import pytest
 from hypothesis import settings
 
 # The same examples in every run, so that a run says something about the change at hand;
@@ -9,3 +10,10 @@ from hypothesis import settings
 settings.register_profile("repeatable", derandomize=True)
 settings.register_profile("search", max_examples=400)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
+
+# Their files take minutes: run last they would leave one of two workers without work.
+_LONG = ("tests/run/", "tests/kernels/test_aot", "tests/csrc/test_cuda", "tests/test_bench")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: not item.nodeid.startswith(_LONG))
