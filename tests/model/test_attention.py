@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from tests.model.rounding import assert_as_exact
 from tests.small_models import FAMILIES, VOCABULARY, family_config, random_model
 from thinktwice_fast.errors import UserError
-from thinktwice_fast.model.attention import NAME, PackedAttention
+from thinktwice_fast.model.attention import NAME, causal_attention
 from thinktwice_fast.model.policy import Policy, linear_head
 
 LENGTHS = [5, 23, 1, 40]  # shorter and longer than OLMo-3's window of 8 here
@@ -25,7 +25,7 @@ def sequences(lengths: list[int] = LENGTHS) -> list[torch.Tensor]:
 def packed_logits(model: Any, parts: list[torch.Tensor]) -> torch.Tensor:  # [T, V]
     lengths = [len(part) for part in parts]
     positions = torch.cat([torch.arange(length) for length in lengths])
-    attention = PackedAttention.from_lengths(lengths, torch.device("cpu"))
+    attention = causal_attention(lengths, torch.device("cpu"))
     return Policy(model)(torch.cat(parts), positions, attention, torch.arange(sum(lengths)), linear_head)
 
 
@@ -81,7 +81,7 @@ def test_the_window_hides_older_keys() -> None:
 def test_extras_of_an_architecture_are_refused_by_name() -> None:
     model = random_model("qwen3", NAME)
     parts = sequences([4])
-    attention = PackedAttention.from_lengths([4], torch.device("cpu"))
+    attention = causal_attention([4], torch.device("cpu"))
     with pytest.raises(UserError, match=r"Qwen3Attention asks its attention for s_aux, which is not supported"):
         model.base_model(
             input_ids=parts[0][None], position_ids=torch.arange(4)[None], attention=attention, s_aux=torch.zeros(4)

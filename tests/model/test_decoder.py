@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GPT2Config
 
 from tests.model.decoders import MODELS, feed, made, paged, prompts, threads
+from tests.model.padded import PaddedAttention
 from tests.model.rounding import assert_as_exact
-from thinktwice_fast.model.attention import NAME, PackedAttention
+from thinktwice_fast.model.attention import NAME
 from thinktwice_fast.model.decoder import Decoder, differs
 from thinktwice_fast.model.policy import Policy, linear_head
 
@@ -46,7 +47,7 @@ def test_narrow_types_lose_no_more_than_the_modules(name: str, dtype: torch.dtyp
     model, modules = made(name).to(dtype), made(name, NAME).to(dtype)
     parts = prompts(model, LENGTHS)
     exact = torch.cat(logits_one_by_one(copy.deepcopy(model).double(), parts))
-    attention = PackedAttention.from_lengths(LENGTHS, torch.device("cpu"))
+    attention = PaddedAttention.from_lengths(LENGTHS, torch.device("cpu"))
     positions = torch.cat([torch.arange(n) for n in LENGTHS])
     with torch.no_grad():
         theirs = Policy(modules)(torch.cat(parts), positions, attention, torch.arange(sum(LENGTHS)), linear_head)

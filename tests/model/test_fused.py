@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, MistralConfig
 
+from tests.model.padded import PaddedAttention
 from tests.model.rounding import assert_as_exact
 from tests.small_models import FAMILIES, VOCABULARY, family_config, random_model
 from thinktwice_fast.model import fused
-from thinktwice_fast.model.attention import NAME, PackedAttention, PagedAttention
+from thinktwice_fast.model.attention import NAME, PagedAttention
 from thinktwice_fast.model.fused import fuse_attention
 from thinktwice_fast.model.paged import PagedKVCache
 from thinktwice_fast.model.policy import Policy, linear_head
@@ -83,7 +84,7 @@ def test_training_runs_as_before(family: str) -> None:
     for each in (untouched, model):
         ids = torch.arange(sum(LENGTHS)) % VOCABULARY
         positions = torch.cat([torch.arange(length) for length in LENGTHS])
-        attention = PackedAttention.from_lengths(LENGTHS, torch.device("cpu"))
+        attention = PaddedAttention.from_lengths(LENGTHS, torch.device("cpu"))
         logits = Policy(each)(ids, positions, attention, torch.arange(len(ids)), linear_head)
         logits.square().sum().backward()
         results.append([logits, *(parameter.grad for parameter in each.parameters())])

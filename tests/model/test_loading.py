@@ -12,10 +12,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma2Config, GptOssConfig, PreTrainedConfig
 
+from tests.model.padded import PaddedAttention
 from tests.small_models import CHATML, FAMILIES, VOCABULARY, bpe_tokenizer, random_model, write_model
 from thinktwice_fast.config import ModelOptions
 from thinktwice_fast.errors import UserError
-from thinktwice_fast.model.attention import PackedAttention
 from thinktwice_fast.model.loading import load_model, model_folder, pick_device, pick_dtype, save_model
 from thinktwice_fast.model.policy import Policy, linear_head
 from thinktwice_fast.model.sharding import cast_parameters, full_state, load_full_state, pair_models
@@ -57,7 +57,7 @@ def without(folder: Path, *patterns: str) -> Path:
 def test_loads_what_transformers_saved(family: str, tmp_path: Path) -> None:
     loaded = load(write_model(tmp_path, family))
     ids = torch.arange(9)
-    attention = PackedAttention.from_lengths([9], CPU)
+    attention = PaddedAttention.from_lengths([9], CPU)
     logits = Policy(loaded.model)(ids, ids, attention, ids, linear_head)
     expected = random_model(family)(input_ids=ids[None], use_cache=False).logits[0]
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
@@ -191,7 +191,7 @@ def test_activation_checkpointing_computes_each_layer_again(folder: Path, checkp
     for layer in model.base_model.layers:
         layer.mlp.register_forward_pre_hook(lambda module, *_: calls.append(module))
     ids = torch.arange(9)
-    logits = Policy(model)(ids, ids, PackedAttention.from_lengths([9], CPU), ids, linear_head)
+    logits = Policy(model)(ids, ids, PaddedAttention.from_lengths([9], CPU), ids, linear_head)
     logits.square().sum().backward()
     assert len(calls) == (2 if checkpointing else 1) * len(model.base_model.layers)
     plain = random_model("qwen3")
@@ -208,7 +208,7 @@ def test_a_copy_of_a_checkpointed_model_has_its_own_layers(folder: Path) -> None
 
     def logits(of: Any) -> torch.Tensor:
         with torch.no_grad():
-            return Policy(of)(ids, ids, PackedAttention.from_lengths([9], CPU), ids, linear_head)
+            return Policy(of)(ids, ids, PaddedAttention.from_lengths([9], CPU), ids, linear_head)
 
     before = logits(model)
     for layer in copied.base_model.layers:
@@ -222,7 +222,7 @@ def test_activation_checkpointing_wakes_no_dropout(folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config | {"attention_dropout": 0.5}))
     model = load(folder, activation_checkpointing=True).model
     ids = torch.arange(9)
-    logits = Policy(model)(ids, ids, PackedAttention.from_lengths([9], CPU), ids, linear_head)
+    logits = Policy(model)(ids, ids, PaddedAttention.from_lengths([9], CPU), ids, linear_head)
     assert logits.isfinite().all()
 
 

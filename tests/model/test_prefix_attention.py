@@ -10,11 +10,12 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
+from tests.model.padded import PaddedAttention
 from tests.model.rounding import assert_as_exact
 from tests.small_models import FAMILIES, VOCABULARY, family_config, random_model
 from thinktwice_fast.model import attention as attention_module
 from thinktwice_fast.model import shared_prefix
-from thinktwice_fast.model.attention import NAME, PackedAttention, PrefixAttention, packed_attention
+from thinktwice_fast.model.attention import NAME, PrefixAttention, causal_attention
 from thinktwice_fast.model.loading import checkpoint_layers
 from thinktwice_fast.model.policy import Policy, linear_head
 from thinktwice_fast.model.shared_prefix import Gathered, in_torch
@@ -175,10 +176,10 @@ def test_the_installed_torch_has_what_is_asked_of_it() -> None:
 
 
 def test_sequences_that_share_nothing() -> None:
-    ours = packed_attention([3, 40], CPU)
+    ours = causal_attention([3, 40], CPU)
     assert isinstance(ours, PrefixAttention) and ours.prefix.tolist() == [-1, -1]
     random = torch.Generator().manual_seed(3)
     q, k, v = (torch.randn(43, heads, 16, generator=random) for heads in (4, 2, 2))
-    theirs = PackedAttention.from_lengths([3, 40], CPU)
+    theirs = PaddedAttention.from_lengths([3, 40], CPU)
     for window in (0, 8):
         torch.testing.assert_close(ours.attend(0, q, k, v, 0.3, window), theirs.attend(0, q, k, v, 0.3, window))

@@ -1,11 +1,10 @@
-"""Packing: which tokens are computed, which are predicted, and how they are cut into micro-batches."""
+"""Packing: which tokens are computed, and which are predicted."""
 
-import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from thinktwice_fast.update.batches import Example, pack, sequence_tokens, split_by_tokens
+from thinktwice_fast.update.batches import Example, pack, sequence_tokens
 
 CPU = torch.device("cpu")
 TOKENS = st.integers(0, 99)
@@ -35,18 +34,3 @@ def test_exactly_the_response_tokens_are_predicted_each_from_the_token_before_it
     ]
     assert row.cu_seqlens.diff().tolist() == [len(e.response) for e in examples]
     assert len(row.input_ids) == sum(sequence_tokens(e) for e in examples)
-
-
-@given(st.lists(st.integers(1, 50), max_size=30), st.integers(1, 120))
-def test_micro_batches_hold_everything_once_within_the_budget(lengths: list[int], budget: int) -> None:
-    parts = split_by_tokens(lengths, budget)
-    assert sorted(index for part in parts for index in part) == list(range(len(lengths)))
-    for part in parts:
-        assert sum(lengths[index] for index in part) <= budget or len(part) == 1
-    ordered = [lengths[index] for part in parts for index in part]
-    assert ordered == sorted(lengths, reverse=True)
-
-
-@pytest.mark.parametrize(("budget", "parts"), [(4, [[1], [2, 0]]), (3, [[1], [2], [0]]), (100, [[1, 2, 0]])])
-def test_micro_batches_by_hand(budget: int, parts: list[list[int]]) -> None:
-    assert split_by_tokens([1, 9, 3], budget) == parts

@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from tests.model.padded import PaddedAttention
 from tests.small_models import FAMILIES, VOCABULARY, random_model
-from thinktwice_fast.model.attention import NAME, PackedAttention, PrefixAttention
+from thinktwice_fast.model.attention import NAME, PrefixAttention
 from thinktwice_fast.model.policy import Policy
 from thinktwice_fast.update.batches import (
     Example,
@@ -19,8 +20,6 @@ from thinktwice_fast.update.batches import (
     pack,
     pack_shared,
     sequence_tokens,
-    split_by_tokens,
-    split_shared,
 )
 from thinktwice_kernels import linear_logprobs
 
@@ -75,22 +74,6 @@ def test_every_response_token_is_predicted_from_all_that_precedes_it(examples: l
     assert len(ordinary.input_ids) == sum(map(sequence_tokens, examples))
 
 
-@given(EXAMPLES, st.integers(1, 40))
-def test_micro_batches_hold_everything_once_within_the_budget(examples: list[Example], budget: int) -> None:
-    parts = split_shared(examples, budget)
-    assert sorted(index for part in parts for index in part) == list(range(len(examples)))
-    for part in parts:
-        assert len(pack_shared([examples[i] for i in part], CPU).input_ids) <= budget or len(part) == 1
-    assert len(parts) <= len(split_by_tokens([sequence_tokens(e) for e in examples], budget))
-
-
-def test_a_group_is_divided_only_where_it_must_be() -> None:
-    """Rows of at most 10 tokens: one group fits as it is, the other needs its prompt twice."""
-    small = [Example((1, 2), [0] * 4)] * 2
-    large = [Example((3, 4, 5, 6), [0] * 4)] * 3
-    assert split_shared([small[0], large[0], small[1], large[1], large[2]], 10) == [[1, 3], [0, 2], [4]]
-
-
 def results(model: Any, row: PackedRow) -> list[Tensor]:
     """The loss, and every parameter's gradient of it."""
 
@@ -125,7 +108,7 @@ def test_loss_and_gradients_are_those_of_ordinary_packing(family: str) -> None:
     examples = groups([(25, [1, 3, 30, 12]), (3, [7, 7]), (1, [20, 2, 9]), (10, [11])])
     model = random_model(family, NAME).double()
     ordinary = pack(examples, CPU)
-    padded = PackedAttention.from_lengths([sequence_tokens(e) for e in examples], CPU)
+    padded = PaddedAttention.from_lengths([sequence_tokens(e) for e in examples], CPU)
     exact = results(model, replace(ordinary, attention=padded))
     for row in (ordinary, pack_shared(examples, CPU)):
         for mine, truth in zip(results(model, row), exact, strict=True):

@@ -162,7 +162,7 @@ def test_the_first_mini_batch_has_no_log_probabilities_recomputed(monkeypatch: p
 
     whole = updater(config(update__microbatch_tokens=60), learning_rate=3.0)
     everything = [rollout for minibatch in minibatches for rollout in minibatch]
-    old = whole._logps(whole.models.policy, everything)
+    old = whole._logps(whole.models.policy, [everything])
     monkeypatch.setattr(whole, "_old_logps", lambda _: old)
     expected, before = change(whole, minibatches)
     assert_same_step(got, expected)
@@ -261,7 +261,8 @@ def test_a_loss_that_is_no_number_is_an_error_and_leaves_the_weights(spoiled: st
         made.policy_update([fine, bad])
     assert_same_step(weights(made.models.policy) - before, expected)
     assert made.version == 1
-    assert caught.value.evidence["sequences"] == [rollout for rollout in bad if rollout.advantage]
+    by_response = sorted(caught.value.evidence["sequences"], key=lambda rollout: rollout.response)
+    assert by_response == sorted((r for r in bad if r.advantage), key=lambda rollout: rollout.response)
     assert math.isfinite(caught.value.evidence["loss"]) == (spoiled == "gradient")
     assert all(parameter.grad is None for parameter in made.models.policy.parameters())
 

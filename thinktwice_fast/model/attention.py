@@ -4,17 +4,15 @@ A forward pass is one row of T tokens without padding; what they attend to is sa
 keyword, which transformers hands down to each layer:
 
 - ``PrefixAttention``: segments one after another that may share a prefix (training);
-- ``PackedAttention``: sequences one after another, each causal over itself (training on a GPU, nothing shared);
 - ``PagedAttention``: tokens just reserved in a paged KV cache (rollouts).
 
-Letters: T tokens, S sequences, L longest sequence, Hq / Hkv query / key-value heads, D head size.
+Letters: T tokens, S segments, Hq / Hkv query / key-value heads, D head size.
 """
 
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
 from transformers import AttentionInterface
 
 from thinktwice_fast.errors import UserError
@@ -40,43 +38,6 @@ class Attention(Protocol):
         window: int,  # keys seen by a query, itself included; 0 = all
     ) -> torch.Tensor:  # [T, Hq, D]
         ...
-
-
-@dataclass(frozen=True)
-class PackedAttention:
-    """Causal attention of each sequence over itself; differentiable.
-
-    Rows are padded to [S, L] for the attention alone: padding sits at the end of a row, where causality
-    keeps it from every real query.
-    """
-
-    pad: torch.Tensor  # int64 [S, L], index into the T tokens; any valid index where there is none
-    unpad: torch.Tensor  # int64 [T], index into the S*L padded slots
-
-    @classmethod
-    def from_lengths(cls, lengths: list[int], device: torch.device) -> "PackedAttention":
-        """Of the S sequences' lengths in tokens, in their order in the row."""
-        sizes = torch.tensor(lengths)
-        longest = int(sizes.max())
-        starts = sizes.cumsum(0) - sizes
-        column = torch.arange(longest)
-        inside = column < sizes[:, None]  # [S, L]
-        pad = torch.where(inside, starts[:, None] + column, 0)
-        return cls(pad.to(device), inside.flatten().nonzero().squeeze(1).to(device))
-
-    def attend(
-        self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, window: int
-    ) -> torch.Tensor:
-        rows, longest = self.pad.shape
-        q, k, v = (x[self.pad].transpose(1, 2) for x in (q, k, v))  # [S, H, L, D]
-        mask = None
-        if 0 < window < longest:
-            age = torch.arange(longest, device=q.device)[:, None] - torch.arange(longest, device=q.device)
-            mask = (age >= 0) & (age < window)  # [L, L]
-        out = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
-        )
-        return out.transpose(1, 2).reshape(rows * longest, *out.shape[1::2])[self.unpad]
 
 
 @dataclass(frozen=True)
@@ -109,11 +70,9 @@ class PrefixAttention:
         return in_torch(q, k, v, self.lengths.tolist(), self.prefix.tolist(), scale, window)
 
 
-def packed_attention(lengths: list[int], device: torch.device) -> PackedAttention | PrefixAttention:
-    """Of sequences that share nothing: on the CPU the kernel that pads nothing, elsewhere torch's on padded rows."""
-    if device.type == "cpu":
-        return PrefixAttention.from_segments(lengths, [-1] * len(lengths), device)
-    return PackedAttention.from_lengths(lengths, device)
+def causal_attention(lengths: list[int], device: torch.device) -> PrefixAttention:
+    """Of sequences of these lengths, in their order in the row, each over itself alone."""
+    return PrefixAttention.from_segments(lengths, [-1] * len(lengths), device)
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from thinktwice_fast.model.attention import PackedAttention
+from thinktwice_fast.model.attention import causal_attention
 from thinktwice_fast.model.csrc import ops
 from thinktwice_fast.model.paged import PagedKVCache, Plan
 from thinktwice_fast.model.policy import Policy, linear_head
@@ -209,7 +209,7 @@ def differs(decoder: Decoder, model: PreTrainedModel) -> bool:
     assert plan is not None
     rows = torch.arange(n)
     ours = decoder.forward(ids, plan, rows, cache)
-    theirs = Policy(model)(ids, rows, PackedAttention.from_lengths([n], model.device), rows, linear_head)
+    theirs = Policy(model)(ids, rows, causal_attention([n], model.device), rows, linear_head)
     return not bool((ours - theirs).abs().max() <= _TOLERANCE[model.dtype] * theirs.abs().max())
 
 

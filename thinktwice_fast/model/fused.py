@@ -20,7 +20,7 @@ from transformers.models.llama.modeling_llama import LlamaAttention
 from transformers.models.olmo3.modeling_olmo3 import Olmo3Attention
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
 
-from thinktwice_fast.model.attention import PackedAttention, PagedAttention
+from thinktwice_fast.model.attention import PagedAttention, causal_attention
 from thinktwice_fast.model.paged import PagedKVCache
 from thinktwice_fast.model.policy import Policy, linear_head
 from thinktwice_fast.model.rotary import Rotation, has_fixed_angles, rotary_tables
@@ -157,5 +157,5 @@ def _differs(model: PreTrainedModel, tokens: int) -> bool:
     plan = cache.extend([cache.prefill()], [tokens])
     assert plan is not None
     ours = policy(ids, rows, PagedAttention(cache, plan), rows, linear_head)
-    theirs = policy(ids, rows, PackedAttention.from_lengths([tokens], model.device), rows, linear_head)
+    theirs = policy(ids, rows, causal_attention([tokens], model.device), rows, linear_head)
     return not bool((ours - theirs).abs().max() <= _TOLERANCE[model.dtype] * theirs.abs().max())

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from thinktwice_fast.errors import UserError
-from thinktwice_fast.model.attention import Attention, PackedAttention
+from thinktwice_fast.model.attention import Attention, causal_attention
 from thinktwice_kernels import linear_logits
 
 R = TypeVar("R")
@@ -71,7 +71,7 @@ def check_head_is_linear(model: PreTrainedModel) -> None:
     Scaled or soft-capped logits (Cohere, Gemma 2) would train another distribution than the model's own.
     """
     ids = torch.arange(4, device=model.device) % model.config.get_text_config().vocab_size
-    attention = PackedAttention.from_lengths([4], model.device)
+    attention = causal_attention([4], model.device)
     whole = model(input_ids=ids[None], position_ids=torch.arange(4, device=model.device)[None], attention=attention)
     opened = Policy(model)(ids, torch.arange(4, device=model.device), attention, ids.new_tensor(range(4)), linear_head)
     if not torch.allclose(whole.logits[0].float(), opened.float(), rtol=1e-2, atol=1e-2):

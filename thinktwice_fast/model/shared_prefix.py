@@ -102,12 +102,16 @@ def in_torch(
         seen = [own] if before < 0 else [spans[before], own]
         keys, values = (torch.cat([x[span] for span in seen]).transpose(0, 1)[None] for x in (k, v))
         queries = q[own].transpose(0, 1)[None]  # [1, Hq, Q, D]
-        position = torch.arange(keys.shape[2], device=q.device)
-        age = position[len(position) - queries.shape[2] :, None] - position
-        mask = (age >= 0) & (age < (window or len(position)))
+        count, total = queries.shape[2], keys.shape[2]
+        mask = None
+        if before >= 0 or 0 < window < total:
+            position = torch.arange(total, device=q.device)
+            age = position[total - count :, None] - position
+            mask = (age >= 0) & (age < (window or total))
         out = scaled_dot_product_attention(
-            queries, keys, values, attn_mask=mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
-        )
+            queries, keys, values, attn_mask=mask, is_causal=mask is None, scale=scale,
+            enable_gqa=q.shape[1] != k.shape[1],
+        )  # fmt: skip
         outs.append(out[0].transpose(0, 1))
     return torch.cat(outs)
 

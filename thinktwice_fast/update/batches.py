@@ -1,4 +1,4 @@
-"""Training sequences packed into rows without padding, micro-batch by micro-batch.
+"""Training sequences packed into rows without padding.
 
 Letters: S sequences, T tokens of the row, N response tokens (those with a loss).
 """
@@ -10,7 +10,7 @@ from typing import Protocol
 
 import torch
 
-from thinktwice_fast.model.attention import Attention, PrefixAttention, packed_attention
+from thinktwice_fast.model.attention import Attention, PrefixAttention, causal_attention
 
 
 class Trainable(Protocol):
@@ -50,7 +50,7 @@ def pack(sequences: Sequence[Trainable], device: torch.device) -> PackedRow:
     for sequence in sequences:
         start = row.add([*sequence.prompt, *sequence.response[:-1]])
         select += range(start + len(sequence.prompt) - 1, start + sequence_tokens(sequence))
-    return row.packed(sequences, select, packed_attention(row.lengths, device), device)
+    return row.packed(sequences, select, causal_attention(row.lengths, device), device)
 
 
 def pack_shared(sequences: Sequence[Trainable], device: torch.device) -> PackedRow:
@@ -65,7 +65,7 @@ def pack_shared(sequences: Sequence[Trainable], device: torch.device) -> PackedR
     """
     row = _Row()
     select: list[list[int]] = [[] for _ in sequences]
-    for members in _families(sequences):
+    for members in families(sequences):
         prompt = sequences[members[0]].prompt
         if len(members) == 1:
             response = sequences[members[0]].response
@@ -117,51 +117,14 @@ class _Row:
         )
 
 
-def _families(sequences: Sequence[Trainable]) -> list[list[int]]:
+def families(sequences: Sequence[Trainable]) -> list[list[int]]:
     """Indices of the sequences by prompt, in the order in which each prompt first comes."""
-    families: dict[tuple[int, ...], list[int]] = {}
+    by_prompt: dict[tuple[int, ...], list[int]] = {}
     for index, sequence in enumerate(sequences):
-        families.setdefault(sequence.prompt, []).append(index)
-    return list(families.values())
+        by_prompt.setdefault(sequence.prompt, []).append(index)
+    return list(by_prompt.values())
 
 
 def sequence_tokens(sequence: Trainable) -> int:
     """Tokens that the sequence takes in a row."""
     return len(sequence.prompt) + len(sequence.response) - 1
-
-
-def split_by_tokens(lengths: Sequence[int], budget: int) -> list[list[int]]:
-    """Indices in micro-batches of at most ``budget`` tokens, longest sequences first.
-
-    A sequence longer than the budget gets a micro-batch of its own. Neighbours are alike in length, so that
-    little is wasted where attention pads.
-    """
-    parts: list[list[int]] = []
-    room = 0
-    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        if not parts or lengths[index] > room:
-            parts.append([])
-            room = budget
-        parts[-1].append(index)
-        room -= lengths[index]
-    return parts
-
-
-def split_shared(sequences: Sequence[Trainable], budget: int) -> list[list[int]]:
-    """Indices in micro-batches that ``pack_shared`` lays out in at most ``budget`` tokens each, largest prompts' first.
-
-    Sequences with one prompt stay together where they fit. Where they do not, each micro-batch has the prompt again; a
-    sequence longer than the budget gets a micro-batch of its own.
-    """
-    pieces: list[list[int]] = []
-    tokens: list[int] = []
-    for members in _families(sequences):
-        prompt = len(sequences[members[0]].prompt)
-        for count, member in enumerate(members):
-            own = sequence_tokens(sequences[member]) - prompt
-            if count == 0 or tokens[-1] + own > budget:
-                pieces.append([])
-                tokens.append(prompt)
-            pieces[-1].append(member)
-            tokens[-1] += own
-    return [[member for piece in part for member in pieces[piece]] for part in split_by_tokens(tokens, budget)]

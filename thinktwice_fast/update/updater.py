@@ -5,7 +5,8 @@ Letters: S sequences, T tokens of a row, N response tokens.
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from itertools import chain
 from typing import Any, TypeVar, cast
 
 import torch
@@ -16,19 +17,12 @@ from thinktwice_fast import parallel
 from thinktwice_fast.config import LOSS_BOUNDS, Config, LossOptions
 from thinktwice_fast.errors import UserError
 from thinktwice_fast.model.exact import WithValue, exact_logprobs, make_exact
+from thinktwice_fast.model.flops import Flops
 from thinktwice_fast.model.policy import Policy
 from thinktwice_fast.model.sharding import ModelPair
 from thinktwice_fast.rollout.records import Rollout
-from thinktwice_fast.update.batches import (
-    Example,
-    PackedRow,
-    Trainable,
-    pack,
-    pack_shared,
-    sequence_tokens,
-    split_by_tokens,
-    split_shared,
-)
+from thinktwice_fast.update.batches import Example, PackedRow, Trainable, pack, pack_shared
+from thinktwice_fast.update.microbatches import plan_microbatches
 from thinktwice_kernels import combine_metrics, grpo_loss, linear_grpo_loss, linear_logits, linear_logprobs
 
 S = TypeVar("S", bound=Trainable)
@@ -76,6 +70,7 @@ class Updater:
         self._max_response_tokens = config.rollout.max_response_tokens
         self._device = models.policy.device
         self._learning_rate = 0.0  # of the latest optimizer step
+        self._flops = Flops.of(models.rollout)
         self._exact = config.rollout.exact
         if self._exact:
             make_exact(models.policy.model)
@@ -87,7 +82,8 @@ class Updater:
 
         Every normaliser counts the whole mini-batch over all processes and micro-batches, so the gradient
         does not depend on how the samples are spread. Samples without advantage are not computed where only
-        the advantage could give them a gradient; the normalisers count them all the same.
+        the advantage could give them a gradient; the normalisers count them all the same. The others are dealt
+        out anew, so that no process waits long for another.
 
         Args:
             minibatches: this process's part of each, with advantages set.
@@ -102,13 +98,13 @@ class Updater:
         started = time.perf_counter()
         minibatches, normalizers = self._graded(minibatches)
         with_signal = [[rollout for rollout in part if self._has_signal(rollout)] for part in minibatches]
-        old = self._old_logps(with_signal)
-        rollouts = [rollout for part in with_signal for rollout in part]
-        reference = self._logps(self._reference, rollouts) if self._reference is not None else {}
+        work = [self._microbatches(part) for part in with_signal]
+        old = self._old_logps(work)
+        reference = self._logps(self._reference, chain.from_iterable(work)) if self._reference is not None else {}
         collected: list[Metrics] = []
         losses: list[float] = []
         norms: list[float] = []
-        for computed, normalizer in zip(with_signal, normalizers, strict=True):
+        for microbatches, normalizer in zip(work, normalizers, strict=True):
 
             def loss_of(part: list[Rollout], normalizer: int = normalizer, moved: bool = bool(losses)) -> Share:
                 loss, metrics = self._policy_loss(part, normalizer, old, reference)
@@ -117,7 +113,7 @@ class Updater:
                     del metrics["mismatch"]
                 return loss, metrics
 
-            loss, norm, metrics = self._optimizer_step(computed, loss_of)
+            loss, norm, metrics = self._optimizer_step(microbatches, loss_of)
             losses.append(loss)
             norms.append(norm)
             collected += metrics
@@ -150,27 +146,25 @@ class Updater:
             logps, hits = self._run(self.models.policy, row, head)
             return -logps.sum() / tokens, {"hits": hits}
 
-        loss, norm, metrics = self._optimizer_step(examples, loss_of)
+        loss, norm, metrics = self._optimizer_step(self._microbatches(examples), loss_of)
         self.models.sync()
         hits = sum(float(part["hits"]) for part in parallel.gather_flat(metrics))
         return {"token_accuracy": hits / tokens} | self._measures([loss], [norm], started)
 
-    def _optimizer_step(self, sequences: Sequence[S], loss_of: LossOf[S]) -> tuple[float, float, list[Metrics]]:
+    def _optimizer_step(self, microbatches: list[list[S]], loss_of: LossOf[S]) -> tuple[float, float, list[Metrics]]:
         """The mini-batch's loss and gradient norm over all processes, and this process's micro-batch metrics."""
-        parts = self._micro_batches(sequences)
-        # Asked before the first of them: the processes' collectives must come in one order. At least one pass
-        # somewhere: AdamW's decay and momentum go on also where no sample has a gradient.
-        passes = max(1, *parallel.gather(len(parts)))
         collected: list[Metrics] = []
         shares: list[torch.Tensor] = []
-        for part in parts:
+        for part in microbatches:
+            if not part:
+                # AdamW's decay and momentum go on also where no sample has a gradient.
+                (self._idle() * 0).backward()
+                continue
             loss, metrics = loss_of(part)
             # FSDP2 averages gradients over processes, and the loss is a share of the global mean already.
             (loss * parallel.world_size()).backward()
             shares.append(loss.detach())
             collected.append(metrics)
-        for _ in range(passes - len(parts)):
-            self._idle_microbatch()
         norm = self._clip()
         self._learning_rate = float(self.optimizer.param_groups[0]["lr"])
         total = sum(parallel.gather_flat([float(share) for share in shares]))
@@ -179,7 +173,7 @@ class Updater:
             raise NonFiniteLoss(
                 f"the loss or its gradient is not finite (loss {total}, gradient norm {norm}): lower "
                 "--update.learning_rate",
-                {"sequences": list(sequences), "loss": total, "grad_norm": norm},
+                {"sequences": list(chain.from_iterable(microbatches)), "loss": total, "grad_norm": norm},
             )
         self.optimizer.step()
         self.schedule.step()
@@ -237,13 +231,17 @@ class Updater:
         value = exact_logprobs(hidden, weight, bias, row.targets, self._temperature)
         return cast(torch.Tensor, WithValue.apply(logps, value))
 
-    def _micro_batches(self, sequences: Sequence[S]) -> list[list[S]]:
-        budget = self._options.microbatch_tokens
-        if self._options.shared_prefix:
-            parts = split_shared(sequences, budget)
-        else:
-            parts = split_by_tokens([sequence_tokens(sequence) for sequence in sequences], budget)
-        return [[sequences[i] for i in part] for part in parts]
+    def _microbatches(self, sequences: list[S]) -> list[list[S]]:
+        """This process's share of all processes' sequences; it may be idle in some of them. Collective."""
+        everyone = parallel.gather_flat(sequences)
+        plan = plan_microbatches(
+            everyone,
+            self._options.microbatch_tokens,
+            parallel.world_size(),
+            self._flops,
+            shared_prefix=self._options.shared_prefix,
+        )
+        return [[everyone[i] for i in part] for part in plan[parallel.rank()]]
 
     def _pack(self, part: Sequence[Trainable]) -> PackedRow:
         return (pack_shared if self._options.shared_prefix else pack)(part, self._device)
@@ -260,21 +258,27 @@ class Updater:
         divisor = 0 if self._loss.loss_agg_mode == "token-mean" else 1
         return [part for part, _ in kept], [total[divisor] for _, total in kept]
 
-    def _old_logps(self, minibatches: list[list[Rollout]]) -> dict[int, torch.Tensor]:
-        """Of the rollouts whose loss needs them, by id(): recomputed ones are the first mini-batch's own."""
-        if len(minibatches) < 2:
+    def _old_logps(self, work: list[list[list[Rollout]]]) -> dict[int, torch.Tensor]:
+        """Of the rollouts whose loss needs them, by id(): recomputed ones are the first mini-batch's own.
+
+        Args:
+            work: micro-batches of each mini-batch.
+        """
+        if len(work) < 2:
             return {}
         if self._takes_rollout_logps:
-            return {id(rollout): _noted([rollout], self._device) for part in minibatches for rollout in part}
-        return self._logps(self.models.policy, [rollout for part in minibatches[1:] for rollout in part])
+            rollouts = chain.from_iterable(chain.from_iterable(work))
+            return {id(rollout): _noted([rollout], self._device) for rollout in rollouts}
+        return self._logps(self.models.policy, chain.from_iterable(work[1:]))
 
     @torch.no_grad()
-    def _logps(self, policy: Policy, rollouts: list[Rollout]) -> dict[int, torch.Tensor]:
+    def _logps(self, policy: Policy, microbatches: Iterable[list[Rollout]]) -> dict[int, torch.Tensor]:
         """Log-probabilities [tokens of the response] of each rollout, by its id()."""
-        parts = self._micro_batches(rollouts)
-        passes = max(parallel.gather(len(parts)))
         found: dict[int, torch.Tensor] = {}
-        for part in parts:
+        for part in microbatches:
+            if not part:
+                self._idle(policy)
+                continue
             row = self._pack(part)
 
             def head(
@@ -284,14 +288,12 @@ class Updater:
 
             pieces = self._run(policy, row, head).split([len(rollout.response) for rollout in part])
             found.update((id(rollout), piece) for rollout, piece in zip(part, pieces, strict=True))
-        for _ in range(passes - len(parts)):
-            self._run(policy, pack([_IDLE], self._device), _sum_of_hidden)
         return found
 
-    def _idle_microbatch(self) -> None:
+    def _idle(self, policy: Policy | None = None) -> torch.Tensor:
         """Take part in the collectives of a micro-batch that only other processes have."""
-        loss = self._run(self.models.policy, pack([_IDLE], self._device), _sum_of_hidden)
-        (loss * 0).backward()
+        result: torch.Tensor = self._run(policy or self.models.policy, pack([_IDLE], self._device), _sum_of_hidden)
+        return result
 
     def _run(self, policy: Policy, row: PackedRow, head: Callable[..., Any]) -> Any:
         return policy(row.input_ids, row.position_ids, row.attention, row.select, head)
