@@ -235,6 +235,17 @@ def test_release_kept_frees_them_all() -> None:
     assert engine.counts == Counts(released=1)
 
 
+def test_release_kept_frees_those_named_alone() -> None:
+    engine = make()
+    solved = solutions(engine)
+    engine.release_kept(solved[1:])
+    engine.release_kept(solved[1:])  # have nothing any more
+    assert engine.cache.free_blocks < engine.cache.num_blocks
+    refine(engine, [refinement(s, extends=s) for s in solved[:2]])
+    assert engine.counts == Counts(extended=1, released=1)
+    assert engine.cache.free_blocks == engine.cache.num_blocks
+
+
 def test_a_refinement_left_by_a_closed_generation_still_extends() -> None:
     engine = make()
     solution = solutions(engine, 1)[0]

@@ -51,6 +51,20 @@ def test_answers_that_need_algebra(math: Grader) -> None:
     assert math.timeouts == 0
 
 
+def test_done_tells_when_the_rewards_are_there(math: Grader) -> None:
+    asked = problem("2\\sqrt2")
+    assert math.submit(asked, asked.messages, ["\\boxed{2\\sqrt2}", "no box"]).done()  # no process was asked
+    grading = math.submit(asked, asked.messages, ["no box", "\\boxed{9**9**9}"])
+    assert not grading.done()
+    deadline = time.monotonic() + 30
+    while not grading.done():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    before = time.monotonic()
+    assert grading.result() == [0, 0] and time.monotonic() < before + 1
+    assert grading.done()
+
+
 def test_equal_forms_of_an_answer(math: Grader) -> None:
     assert rewards(math, "0.5", "1/2", "\\frac{1}{2}", "50\\%") == [1, 1, 1]
     assert rewards(math, "50", "50\\%", "50^\\circ", "(50)", "x = 50", "50\\text{ cm}^2") == [1, 1, 1, 1, 1]

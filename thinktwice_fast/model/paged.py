@@ -216,4 +216,6 @@ class PagedKVCache:
 
 def _int64(values: Sequence[int]) -> Tensor:
     # Through an array: a third of the time that torch.tensor takes for a list.
-    return torch.frombuffer(array("q", values), dtype=torch.int64) if values else torch.empty(0, dtype=torch.int64)
+    if not values:
+        return torch.empty(0, dtype=torch.int64, device="cpu")  # also where a model is being built on another device
+    return torch.frombuffer(array("q", values), dtype=torch.int64)

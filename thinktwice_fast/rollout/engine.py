@@ -13,7 +13,7 @@ from thinktwice_fast.errors import UserError
 from thinktwice_fast.model.paged import PagedKVCache
 from thinktwice_fast.rollout.generation import Decode, Generation
 from thinktwice_fast.rollout.kept import Counts, KeptCaches
-from thinktwice_fast.rollout.records import Request
+from thinktwice_fast.rollout.records import Request, Rollout
 from thinktwice_fast.rollout.runner import make_runner
 from thinktwice_fast.rollout.scheduler import Scheduler
 
@@ -96,9 +96,17 @@ class Engine:
         generation.add(requests)
         return generation
 
-    def release_kept(self) -> None:
-        """Give up the caches that requests asked to keep and none extended; they also go when blocks run out."""
-        self._kept.clear()
+    def release_kept(self, rollouts: Iterable[Rollout] | None = None) -> None:
+        """Give up the caches that requests asked to keep and none extended; they also go when blocks run out.
+
+        Args:
+            rollouts: only theirs, where they have any; None = all.
+        """
+        if rollouts is None:
+            self._kept.clear()
+            return
+        for rollout in rollouts:
+            self._kept.release(rollout)
 
 
 def _cache_blocks(

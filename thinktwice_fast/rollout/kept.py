@@ -100,6 +100,12 @@ class KeptCaches:
         self._release(next(iter(self._kept)))
         return True
 
+    def release(self, rollout: Rollout) -> None:
+        """Give up what is kept of a rollout, if anything is."""
+        handle = self.handle(rollout)
+        if handle is not None:
+            self._release(handle)
+
     def clear(self) -> None:
         """Give up all."""
         while self.release_oldest():

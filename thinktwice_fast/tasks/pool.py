@@ -14,6 +14,10 @@ _IMPORT_SECONDS = 300.0  # for a user's file, which may load a model
 class Grading(Protocol):
     """Rewards on their way."""
 
+    def done(self) -> bool:
+        """Whether `result` gives them without waiting (but for samples that have to be graded once more)."""
+        ...
+
     def result(self) -> list[float | None]:
         """Reward of each sample, in order; None leaves a sample out. Waits as long as the time limits allow."""
 
@@ -107,6 +111,9 @@ class _Settled:
     def __init__(self, rewards: Sequence[float | None]) -> None:
         self._rewards = list(rewards)
 
+    def done(self) -> bool:
+        return True
+
     def result(self) -> list[float | None]:
         return self._rewards
 
@@ -124,6 +131,9 @@ class _MathGrading:
             self._answers.append(answer)
             if reward is None and answer not in self._tasks:
                 self._tasks[answer] = workers.submit(grader.timeout, graders.verify_math, answer, gold)
+
+    def done(self) -> bool:
+        return all(task.done() for task in self._tasks.values())
 
     def result(self) -> list[float | None]:
         verdicts = {answer: self._verdict(task) for answer, task in self._tasks.items()}
@@ -158,6 +168,9 @@ class _UserGrading:
         self._prompt = prompt
         self._completions = completions
         self._task = self._call(completions)
+
+    def done(self) -> bool:
+        return self._task.done()
 
     def result(self) -> list[float | None]:
         outcome = self._outcome(self._task, len(self._completions))

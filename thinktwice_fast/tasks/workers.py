@@ -83,6 +83,10 @@ class Task:
             self._function, self._args = _run_with_alarm, (int(seconds) + 1 + _ORPHAN_SECONDS, function, args)
         self._schedule()
 
+    def done(self) -> bool:
+        """Whether `result` has something to give or to try again, without waiting."""
+        return bool(self._future.done()) or not self._pool.active
+
     def result(self) -> Any:
         """What the function returned.
 
