@@ -57,6 +57,9 @@ class DataOptions:
 class ThinkTwiceOptions:
     """The solve/refine pair of ThinkTwice."""
 
+    pairing: Literal["sequential", "joint"] = "sequential"
+    """"sequential" = a solve step, its update, a refine step by the updated policy, its update; "joint" = solve and
+    refine under one policy, then one update on both, all in one step."""
     base_selection: Literal["uniform", "wrong_first"] = "uniform"
     """Which of a problem's solutions becomes the base of its refine group: any one at random, or a wrong one
     where there is one."""
@@ -170,7 +173,8 @@ class UpdateOptions:
     grad_clip: float = 1.0
     """Largest gradient norm; 0 = no clipping."""
     minibatch_sequences: int = 0
-    """Sequences (over all processes) per optimizer step; 0 = the whole phase in one."""
+    """Sequences (over all processes) per optimizer step; 0 = the whole phase in one. Whole groups; with
+    `thinktwice.pairing: joint` whole pairs of groups."""
     microbatch_tokens: int = 16384
     """Most tokens in one forward and backward pass, per process; changes memory and speed, not the result."""
     shared_prefix: bool = True
@@ -216,7 +220,8 @@ class RunOptions:
     """Length of the run and what it writes."""
 
     steps: int = 200
-    """Global steps; a solve step and a refine step count as one each, an SFT batch as one."""
+    """Global steps; a solve step and a refine step count as one each (with `thinktwice.pairing: joint` both as one), an
+    SFT batch as one."""
     checkpoint_every: int = 20
     """Write a checkpoint every so many steps (and at the end); 0 = only at the end."""
     keep_checkpoints: int = 2
@@ -271,6 +276,12 @@ LOSS_BOUNDS: dict[str, tuple[str, ...]] = {
     "sapo": (),
 }
 """Which bounds of `LossOptions` each `policy_loss` has; the default of one it lacks counts as not set."""
+
+
+def samples_per_step(config: Config) -> int:
+    """Samples (over all processes) that a step of reinforcement learning draws and trains on."""
+    groups = 2 if config.thinktwice.pairing == "joint" else 1
+    return groups * config.problems_per_step * config.samples_per_problem
 
 
 def evaluation_sources(config: Config) -> dict[str, str]:

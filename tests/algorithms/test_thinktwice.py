@@ -11,9 +11,10 @@ import torch
 
 from tests.algorithms.stubs import END, INSTRUCTION, Grader, World, problem
 from tests.update.cases import config, padded_logps, updater
+from thinktwice_fast.algorithms.bases import choose_base
 from thinktwice_fast.algorithms.groups import Base, Group
 from thinktwice_fast.algorithms.step import Step
-from thinktwice_fast.algorithms.thinktwice import ThinkTwice, choose_base
+from thinktwice_fast.algorithms.thinktwice import ThinkTwice
 from thinktwice_fast.config import UpdateOptions
 from thinktwice_fast.rollout.engine import Engine
 from thinktwice_fast.rollout.records import Rollout

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.algorithms.joint_world import joint_step
 from tests.algorithms.stubs import bases_and_advantages
 from tests.update.worlds import run_in_two
 
@@ -17,3 +18,8 @@ def test_two_processes_choose_and_count_as_one(tmp_path: Path) -> None:
     assert two["step"]["advantages"] == pytest.approx(one["advantages"])
     assert two["step"]["measures"] == pytest.approx(one["measures"])
     assert any(one["advantages"].values())
+
+    one = joint_step()
+    assert two["joint"]["outcome"] == one["outcome"] and two["joint"]["state"] == one["state"]
+    for found, expected in zip(two["joint"]["measures"], one["measures"], strict=True):
+        assert found == pytest.approx(expected)

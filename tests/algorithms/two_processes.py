@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 
+from tests.algorithms.joint_world import joint_step
 from tests.algorithms.stubs import bases_and_advantages
 from tests.update.worlds import save
 from thinktwice_fast import parallel
@@ -12,4 +13,5 @@ from thinktwice_fast import parallel
 if __name__ == "__main__":
     parallel.start(torch.device("cpu"), 60.0)
     step = bases_and_advantages()
-    save({"step": step, "states": parallel.gather(step["state"])}, Path(sys.argv[1]))
+    states = parallel.gather(step["state"])
+    save({"step": step, "states": states, "joint": joint_step()}, Path(sys.argv[1]))

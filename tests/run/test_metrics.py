@@ -43,7 +43,8 @@ def test_every_declaration_is_complete_and_unambiguous() -> None:
             assert [other.name for other in METRICS if other.pattern.fullmatch(example)] == [metric.name]
             examples.add(example)
     assert {"solve/reward", "refine/reward", "sft/loss", "sft/grad_norm", "eval/held_out/refine_pass@4"} <= examples
-    assert "sft/reward" not in examples
+    assert {"pair/loss", "pair/tokens_per_second"} <= examples
+    assert not {"sft/reward", "pair/reward"} & examples
 
 
 def test_every_metric_of_the_loss_has_a_place() -> None:
@@ -67,7 +68,21 @@ def test_writer_refuses_undeclared_names_and_those_of_another_phase(tmp_path: Pa
             writer.write(1, "solve", {"refine/reward": 1.0})
         with pytest.raises(KeyError, match="phase 'eval'"):
             writer.write(1, "eval", {"sft/loss": 1.0})
+        with pytest.raises(KeyError, match="phase 'pair'"):
+            writer.write(1, "pair", {"sft/loss": 1.0})
+        with pytest.raises(KeyError, match="phase 'refine'"):
+            writer.write(1, "refine", {"pair/loss": 1.0})
     assert not writer.path.exists()
+
+
+def test_a_pair_has_one_record_with_the_keys_of_both_phases(tmp_path: Path) -> None:
+    values = {"solve/reward": 0.25, "refine/reward": 0.5, "pair/loss": 0.1, "generations": 512}
+    with MetricsWriter(tmp_path, None) as writer:
+        writer.write(1, "pair", values)
+        assert read_metrics(writer.path) == [{"step": 1, "phase": "pair", **values}]
+    events = EventAccumulator(str(writer.tensorboard_folder))
+    events.Reload()
+    assert sorted(events.Tags()["scalars"]) == sorted(values)
 
 
 def test_records_come_back_as_written_and_non_finite_values_as_null(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """What people see of a run: picture, summary, transcripts, progress."""
 
 import io
+import re
 import warnings
 from pathlib import Path
 
@@ -238,6 +239,38 @@ def test_slow_steps_get_a_line_each_ten_seconds(time: Clock) -> None:
     steps = [line.split("/")[0] for line in stream.getvalue().splitlines()]
     assert steps == ["step 3", "step 6", "step 9"]
     assert stream.getvalue().splitlines()[-1].endswith("| 0:02:04 left")  # 31 steps of 4 s
+
+
+def joint_pairs(steps: int) -> list[Record]:
+    numbers = {
+        "solve/reward": 0.25,
+        "refine/reward": 0.5,
+        "solve/response_tokens": 27.2,
+        "refine/response_tokens": 31.8,
+    }
+    shared = {"pair/tokens_per_second": 12345.6, "generations": 512, "elapsed_seconds": 1.5}
+    return [{"step": step, "phase": "pair", **numbers, **shared} for step in range(1, steps + 1)]
+
+
+def test_joint_pairs_show_both_phases(monkeypatch: pytest.MonkeyPatch, time: Clock, tmp_path: Path) -> None:
+    stream = io.StringIO()
+    with Progress(2, 0, stream) as shown:
+        for record in joint_pairs(2):
+            time.now += 3
+            shown.update(record)
+    figures = "reward solve 0.250, refine 0.500 | 27, 32 tokens a response | 12,346 tokens/s"
+    assert stream.getvalue() == f"step 1/2 pair | {figures} | 0:00:03 left\nstep 2/2 pair | {figures} | 0:00:00 left\n"
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "120")
+    terminal = Terminal()
+    with Progress(2, 0, terminal) as shown:
+        shown.update(joint_pairs(1)[0])
+        shown.message("[kept]")
+    text = terminal.getvalue()
+    final = text[text.rindex("[kept]") :]
+    assert "0.250" in final and "0.500" in final and re.search(r"pair.*12,346", final)
+    plot_curves(joint_pairs(9), tmp_path / "pairs.png")
+    assert drawn_colours(tmp_path / "pairs.png", "left") >= {"solve", "refine"}
 
 
 def test_supervised_line(time: Clock) -> None:

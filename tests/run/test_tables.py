@@ -92,7 +92,7 @@ def test_every_metric_has_one_row() -> None:
     for metric in METRICS:
         assert table.count(f"| `{metric.name}`") == 1
         assert metric.definition in table
-    assert "| `{phase}/tokens_per_second` \\* | solve, refine | tokens/s |" in table
+    assert "| `{phase}/tokens_per_second` \\* | solve, refine, pair | tokens/s |" in table
     assert "| `{phase}/reward` | solve, refine | reward |" in table
 
 

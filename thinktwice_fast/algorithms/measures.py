@@ -23,7 +23,26 @@ class _Sample:
 
 
 def group_measures(groups: list[Group], times: SamplingTimes) -> dict[str, float]:
-    """Figures of these samples, by metric name without its phase. Collective."""
+    """Figures of these samples and of drawing them, by metric name without its phase. Collective."""
+    return sample_measures(groups) | rollout_measures(groups, times)
+
+
+def rollout_measures(groups: list[Group], times: SamplingTimes) -> dict[str, float]:
+    """Figures of drawing these samples, all in one go. Collective."""
+    everyone = parallel.gather(times)
+    tokens = sum(parallel.gather(sum(len(rollout.response) for group in groups for rollout in group.rollouts)))
+    slowest_rollout = max(other.rollout for other in everyone)
+    return {
+        "tokens_per_second": tokens / slowest_rollout,
+        "seconds_rollout": slowest_rollout,
+        "seconds_grading": max(other.grading for other in everyone),
+        "grading_timeouts": float(sum(other.timeouts for other in everyone)),
+        "preemptions": float(sum(other.preemptions for other in everyone)),
+    }
+
+
+def sample_measures(groups: list[Group]) -> dict[str, float]:
+    """Figures of the samples themselves. Collective."""
     own = [
         _Sample(
             group.slot,
@@ -38,8 +57,6 @@ def group_measures(groups: list[Group], times: SamplingTimes) -> dict[str, float
         for rollout in group.rollouts
     ]
     samples = parallel.gather_flat(own)
-    everyone = parallel.gather(times)
-    slowest_rollout = max(other.rollout for other in everyone)
     count, tokens = len(samples), sum(sample.tokens for sample in samples)
     measures = {
         "response_tokens": tokens / count,
@@ -49,11 +66,6 @@ def group_measures(groups: list[Group], times: SamplingTimes) -> dict[str, float
         "boxed_rate": sum(sample.boxed for sample in samples) / count,
         "entropy": sum(sample.entropy for sample in samples) / tokens,
         "rewards_missing": float(sum(sample.reward is None for sample in samples)),
-        "tokens_per_second": tokens / slowest_rollout,
-        "seconds_rollout": slowest_rollout,
-        "seconds_grading": max(other.grading for other in everyone),
-        "grading_timeouts": float(sum(other.timeouts for other in everyone)),
-        "preemptions": float(sum(other.preemptions for other in everyone)),
     }
     rewards: dict[int, list[float]] = {}
     for sample in samples:

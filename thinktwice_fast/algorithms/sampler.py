@@ -14,7 +14,7 @@ from thinktwice_fast.tasks.pool import Grader, Grading
 from thinktwice_fast.tasks.problem import Problem
 from thinktwice_fast.tasks.prompts import ChatFormat
 
-_Gradings = list[tuple[Group, Grading]]
+Gradings = list[tuple[Group, Grading]]  # complete groups with their rewards on the way
 
 
 @dataclass(frozen=True)
@@ -69,18 +69,18 @@ class Sampler:
             UserError: on every process, when the reward function fails on any. Collective.
         """
         requests = [
-            Request(number, group.prompt, _sample_ids(stream, group.slot, samples), sampling)
+            Request(number, group.prompt, sample_ids(stream, group.slot, samples), sampling)
             for number, group in enumerate(groups)
         ]
 
-        def draw() -> _Gradings:
-            gradings: _Gradings = []
+        def draw() -> Gradings:
+            gradings: Gradings = []
             with closing(self.engine.generate(requests, seed=seed, version=version)) as generation:
                 for rollout in generation:
-                    gradings += self._collect(groups[rollout.group], rollout, samples)
+                    gradings += self.collect(groups[rollout.group], rollout, samples)
             return gradings
 
-        return self._graded(draw)
+        return self.graded(draw)
 
     def fill_pairs(
         self,
@@ -115,36 +115,36 @@ class Sampler:
         """
         refined: list[Group] = []
         requests = [
-            Request(number, group.prompt, _sample_ids(stream, group.slot, samples), sampling, keep=True)
+            Request(number, group.prompt, sample_ids(stream, group.slot, samples), sampling, keep=True)
             for number, group in enumerate(groups)
         ]
 
         def refinement(solution: Rollout) -> Request:
-            slot = solution.sample_id - _sample_ids(stream, 0, 1)[0]
+            slot = solution.sample_id - sample_ids(stream, 0, 1)[0]
             group = self.refine_group(groups[solution.group], as_base(solution), slot)
             refined.append(group)
-            ids = _sample_ids(stream + 1, slot, 1)
+            ids = sample_ids(stream + 1, slot, 1)
             return Request(len(groups) + len(refined) - 1, group.prompt, ids, refine_sampling, extends=solution)
 
-        def draw() -> _Gradings:
-            gradings: _Gradings = []
+        def draw() -> Gradings:
+            gradings: Gradings = []
             with closing(self.engine.generate(requests, seed=seed, version=version)) as generation:
                 for rollout in generation:
                     if rollout.group >= len(groups):
-                        gradings += self._collect(refined[rollout.group - len(groups)], rollout, 1)
+                        gradings += self.collect(refined[rollout.group - len(groups)], rollout, 1)
                     else:
-                        gradings += self._collect(groups[rollout.group], rollout, samples)
+                        gradings += self.collect(groups[rollout.group], rollout, samples)
                         generation.add([refinement(rollout)])
             return gradings
 
         try:
-            self._graded(draw)
+            self.graded(draw)
         finally:
             self.engine.release_kept()
         return sorted(refined, key=_by_slot)
 
-    def _collect(self, group: Group, rollout: Rollout, samples: int) -> _Gradings:
-        """Put a rollout that ended into its group; once that is complete, have it graded."""
+    def collect(self, group: Group, rollout: Rollout, samples: int) -> Gradings:
+        """Put a rollout that ended into its group; once that has ``samples``, have it graded."""
         rollout.text = self.chat.response_text(rollout.response, self.stop_ids)
         if rollout.stop_string is not None:
             rollout.text = rollout.text.partition(rollout.stop_string)[0]
@@ -155,8 +155,15 @@ class Sampler:
         texts = [rollout.text for rollout in group.rollouts]
         return [(group, self.grader.submit(group.problem, group.messages, texts))]
 
-    def _graded(self, draw: Callable[[], _Gradings]) -> SamplingTimes:
-        """Draw, wait for the graders and set the rewards. Collective."""
+    def graded(self, draw: Callable[[], Gradings]) -> SamplingTimes:
+        """Draw, wait for the graders and set the rewards.
+
+        Args:
+            draw: gives what is being graded still.
+
+        Raises:
+            UserError: on every process, when drawing or grading fails on any. Collective.
+        """
         started = time.perf_counter()
         timeouts, preemptions = self.grader.timeouts, self.engine.counts.preemptions
         error: UserError | None = None
@@ -164,8 +171,7 @@ class Sampler:
             gradings = draw()
             sampled = time.perf_counter()
             for group, grading in gradings:
-                for rollout, reward in zip(group.rollouts, grading.result(), strict=True):
-                    rollout.reward = reward
+                set_rewards(group, grading)
         except UserError as caught:
             error, sampled = caught, time.perf_counter()
         parallel.agree(error)
@@ -177,7 +183,14 @@ class Sampler:
         )
 
 
-def _sample_ids(stream: int, slot: int, samples: int) -> tuple[int, ...]:
+def set_rewards(group: Group, grading: Grading) -> None:
+    """Wait for a group's rewards and hand them to its rollouts."""
+    for rollout, reward in zip(group.rollouts, grading.result(), strict=True):
+        rollout.reward = reward
+
+
+def sample_ids(stream: int, slot: int, samples: int) -> tuple[int, ...]:
+    """Ids of a group's samples, in order; no two streams and no two slots share one."""
     first = (stream << 32) + slot * samples
     return tuple(range(first, first + samples))
 

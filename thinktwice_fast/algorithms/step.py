@@ -10,9 +10,10 @@ from thinktwice_fast.algorithms.groups import Group
 class Step:
     """The outcome of one global step."""
 
-    phase: str  # "solve", "refine" or "sft": the prefix of its metrics
+    phase: str  # "solve", "refine", "pair" or "sft": the prefix of its metrics
     measures: dict[str, float]  # without the prefix; the same on every process
-    groups: list[Group]  # this process's samples, for transcripts; empty for SFT
+    groups: list[Group]  # this process's samples, for transcripts; empty for SFT and a pair
+    halves: tuple["Step", ...] = ()  # of a pair: what belongs to its solutions alone, and to its refinements
 
 
 class Algorithm(Protocol):

@@ -1,17 +1,17 @@
 """ThinkTwice (arXiv 2604.01591): solve a batch of problems, update, refine one solution of each, update."""
 
-import random
 from dataclasses import asdict
 from typing import Any, Literal
 
 import torch
 
 from thinktwice_fast import parallel
+from thinktwice_fast.algorithms.bases import choose_base
 from thinktwice_fast.algorithms.groups import Base, Group, as_base, minibatch_slots
 from thinktwice_fast.algorithms.measures import group_measures
 from thinktwice_fast.algorithms.sampler import Sampler
 from thinktwice_fast.algorithms.step import Step
-from thinktwice_fast.config import Config
+from thinktwice_fast.config import Config, RolloutOptions
 from thinktwice_fast.errors import UserError
 from thinktwice_fast.rollout.records import Rollout, Sampling
 from thinktwice_fast.tasks.stream import ProblemStream
@@ -46,24 +46,16 @@ class ThinkTwice:
         phase = "refine" if self._bases else "solve"
         minibatches = [[self._group(slot) for slot in slots] for slots in self._minibatches]
         groups = [group for minibatch in minibatches for group in minibatch]
-        options = self._config.rollout
         times = self._sampler.fill(
             groups,
             samples=self._config.samples_per_problem,
-            sampling=Sampling(
-                options.temperature,
-                options.top_p,
-                options.top_k,
-                options.min_p,
-                options.max_response_tokens,
-                options.stop_strings,
-            ),
+            sampling=training_sampling(self._config.rollout),
             stream=number,
             seed=self._config.seed,
             version=self._updater.version,
         )
         set_advantages(groups, self._config.loss.scale_rewards)
-        update = self._updater.policy_update([_graded(minibatch) for minibatch in minibatches])
+        update = self._updater.policy_update([graded(minibatch) for minibatch in minibatches])
         measures = group_measures(groups, times) | update
         if self._bases:
             self._bases = {}
@@ -107,27 +99,25 @@ class ThinkTwice:
 
     def _choose_bases(self, groups: list[Group], number: int) -> dict[int, Base]:
         selection = self._config.thinktwice.base_selection
-        chosen = [(group.slot, choose_base(group, selection, self._config.seed, number)) for group in groups]
+        chosen = [(group.slot, as_base(choose_base(group, selection, self._config.seed, number))) for group in groups]
         return dict(parallel.gather_flat(chosen))
 
 
-def choose_base(group: Group, selection: str, seed: int, step: int) -> Base:
-    """One of a solve group's rollouts as the base of its refine group, at random by (seed, step, slot).
-
-    Args:
-        selection: ``uniform`` ignores correctness; ``wrong_first`` draws among those with a reward below 1,
-            where there is one.
-    """
-    candidates = group.rollouts
-    if selection == "wrong_first":
-        candidates = [r for r in candidates if r.reward is not None and r.reward < 1] or candidates
-    rollout = random.Random(f"base:{seed}:{step}:{group.slot}").choice(candidates)
-    return as_base(rollout)
+def training_sampling(options: RolloutOptions) -> Sampling:
+    """How training samples are drawn."""
+    return Sampling(
+        options.temperature,
+        options.top_p,
+        options.top_k,
+        options.min_p,
+        options.max_response_tokens,
+        options.stop_strings,
+    )
 
 
 def set_advantages(groups: list[Group], scale_rewards: Literal["none", "group", "batch"]) -> None:
     """Set each graded rollout's group-normalised advantage. Collective: ``batch`` scales over all processes."""
-    own = [(group.slot, rollout) for group in groups for rollout in _graded([group])]
+    own = [(group.slot, rollout) for group in groups for rollout in graded([group])]
     everyone = parallel.gather([(slot, rollout.reward) for slot, rollout in own])
     slots, rewards = zip(*[pair for part in everyone for pair in part], strict=True) if any(everyone) else ((), ())
     advantages = group_advantages(
@@ -138,5 +128,6 @@ def set_advantages(groups: list[Group], scale_rewards: Literal["none", "group", 
         rollout.advantage = advantage
 
 
-def _graded(groups: list[Group]) -> list[Rollout]:
+def graded(groups: list[Group]) -> list[Rollout]:
+    """The groups' rollouts that have a reward, in order."""
     return [rollout for group in groups for rollout in group.rollouts if rollout.reward is not None]

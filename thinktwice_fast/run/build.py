@@ -10,11 +10,12 @@ import torch
 import torch.distributed as dist
 
 from thinktwice_fast import launch, parallel
+from thinktwice_fast.algorithms.joint import JointThinkTwice
 from thinktwice_fast.algorithms.sampler import Sampler
 from thinktwice_fast.algorithms.sft import SFT
 from thinktwice_fast.algorithms.step import Algorithm
 from thinktwice_fast.algorithms.thinktwice import ThinkTwice
-from thinktwice_fast.config import ARITHMETIC, Config, DataOptions, evaluation_sources
+from thinktwice_fast.config import ARITHMETIC, Config, DataOptions, evaluation_sources, samples_per_step
 from thinktwice_fast.errors import UserError
 from thinktwice_fast.model.loading import SHIPPED, LoadedModel, load_model, pick_device, pick_dtype
 from thinktwice_fast.model.sharding import frozen_copy, pair_models
@@ -98,7 +99,8 @@ def build_run(config: Config, resources: ExitStack) -> Run:
     if config.algorithm == "sft":
         algorithm = SFT(config, _examples(config, stream), chat, loaded.tokenizer.eos_token_id, updater)
     else:
-        algorithm = ThinkTwice(config, stream, sampler, updater)
+        kind = JointThinkTwice if config.thinktwice.pairing == "joint" else ThinkTwice
+        algorithm = kind(config, stream, sampler, updater)
     return Run(config, loaded, sampler, updater, algorithm, evaluation_sets, notes)
 
 
@@ -221,9 +223,8 @@ def _training_bytes(policy: torch.nn.Module) -> int:
 
 
 def _optimizer_steps(config: Config) -> int:
-    phase = config.problems_per_step * config.samples_per_problem
     minibatch = config.update.minibatch_sequences
-    return config.run.steps * (phase // minibatch if minibatch and config.algorithm != "sft" else 1)
+    return config.run.steps * (samples_per_step(config) // minibatch if minibatch and config.algorithm != "sft" else 1)
 
 
 def _examples(config: Config, stream: ProblemStream) -> Callable[[int], tuple[Sequence[Message], str]]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from thinktwice_fast import launch
-from thinktwice_fast.config import ARITHMETIC, LOSS_BOUNDS, Config, evaluation_sources
+from thinktwice_fast.config import ARITHMETIC, LOSS_BOUNDS, Config, evaluation_sources, samples_per_step
 from thinktwice_fast.errors import UserError
 from thinktwice_fast.run.metrics import AVERAGE
 from thinktwice_fast.tasks.tables import FILE_LOADERS
@@ -132,7 +132,7 @@ def _check_meanings(config: Config) -> None:
 
 
 def _check_division(config: Config, world: int) -> None:
-    problems, samples = config.problems_per_step, config.samples_per_problem
+    problems, samples = config.problems_per_step, samples_per_step(config) // config.problems_per_step
     if problems < world:
         raise UserError(
             f"{world} processes but only {problems} problems a step: start fewer processes, or raise "
@@ -143,15 +143,16 @@ def _check_division(config: Config, world: int) -> None:
             f"--problems_per_step {problems} does not divide over {world} processes: take a multiple of {world}"
         )
     minibatch = config.update.minibatch_sequences
+    groups = "pairs of groups" if config.thinktwice.pairing == "joint" else "groups"
     if minibatch and config.algorithm == "thinktwice":
         if minibatch % samples or problems % (minibatch // samples or problems + 1):
             raise UserError(
                 f"--update.minibatch_sequences {minibatch} does not divide a phase of {problems} x {samples} samples "
-                f"into whole groups: take a multiple of {samples} that divides {problems * samples}"
+                f"into whole {groups}: take a multiple of {samples} that divides {problems * samples}"
             )
         if minibatch // samples % world:
             raise UserError(
-                f"--update.minibatch_sequences {minibatch} ({minibatch // samples} groups) does not divide over "
+                f"--update.minibatch_sequences {minibatch} ({minibatch // samples} {groups}) does not divide over "
                 f"{world} processes: take a multiple of {samples * world}"
             )
 
@@ -172,12 +173,12 @@ def _check_ignored(config: Config) -> None:
 def _ignored_in_training(config: Config) -> list[_Ignored]:
     sft, kind = config.algorithm == "sft", _kind(config.data.source)
     arithmetic = kind == "arithmetic"
-    phase = config.problems_per_step * config.samples_per_problem
     lacking = [name for name in LOSS_BOUNDS["clip"] if name not in LOSS_BOUNDS[config.loss.policy_loss]]
     file_only = ("data.question_column", "data.answer_column", "data.target_column", "data.instruction")
     return [
-        (sft, ("samples_per_problem", "thinktwice.base_selection", "loss", "rollout.temperature", "rollout.top_p",
-               "rollout.top_k", "rollout.min_p", "rollout.exact", "update.minibatch_sequences", "update.old_logps"),
+        (sft, ("samples_per_problem", "thinktwice.pairing", "thinktwice.base_selection", "loss", "rollout.temperature",
+               "rollout.top_p", "rollout.top_k", "rollout.min_p", "rollout.exact", "update.minibatch_sequences",
+               "update.old_logps"),
          "with --algorithm sft"),
         (sft and not evaluation_sources(config), ("reward", "reward_timeout", "reward_workers", "rollout.max_sequences",
                "rollout.max_batch_tokens", "rollout.cache_tokens", "rollout.decoder", "rollout.group_attention",
@@ -194,7 +195,7 @@ def _ignored_in_training(config: Config) -> list[_Ignored]:
         (config.reward != "math", ("reward_workers",), "unless --reward is math"),
         (True, tuple(f"loss.{name}" for name in lacking), f"with --loss.policy_loss {config.loss.policy_loss}"),
         (config.loss.beta == 0, ("loss.kl_estimator",), "with --loss.beta 0"),
-        (config.update.minibatch_sequences in (0, phase), ("update.old_logps",),
+        (config.update.minibatch_sequences in (0, samples_per_step(config)), ("update.old_logps",),
          f"with a single mini-batch (--update.minibatch_sequences {config.update.minibatch_sequences})"),
         (config.rollout.exact or config.update.old_logps == "rollout", ("loss.rollout_is",),
          "where rollouts' log-probabilities are the old ones (--rollout.exact true, --update.old_logps rollout)"),

@@ -11,7 +11,7 @@ import torch
 
 from thinktwice_fast import parallel
 from thinktwice_fast.algorithms.step import Step
-from thinktwice_fast.config import Config
+from thinktwice_fast.config import Config, samples_per_step
 from thinktwice_fast.errors import UserError
 from thinktwice_fast.model.loading import pick_dtype, save_model
 from thinktwice_fast.model.sharding import full_state
@@ -31,8 +31,6 @@ from thinktwice_fast.run.signals import StopSignals
 from thinktwice_fast.update.updater import NonFiniteLoss
 
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-# A checkpoint is continued by the same recipe in these: they decide what its data position and its bases mean.
-_FIXED_OPTIONS = ("algorithm", "problems_per_step")
 
 
 def run(config: Config, stop: StopSignals) -> None:
@@ -108,9 +106,10 @@ class Trainer:
         else:
             folder = Path(wanted)
             self._refuse_newer(folder)
-        saved = read_state(folder)
-        for name in _FIXED_OPTIONS:
-            if saved[name] != getattr(self._config, name):
+        # What was written before one of these options existed was written under its default.
+        saved = _fixed_options(Config()) | read_state(folder)
+        for name, value in _fixed_options(self._config).items():
+            if saved[name] != value:
                 raise UserError(
                     f"--resume {folder}: a checkpoint of a run with --{name} {saved[name]}: give the same, or another "
                     "--output"
@@ -141,11 +140,12 @@ class Trainer:
             raise UserError(f"step {number}: {error}; {self._keep_progress()}") from error
         self._step = number
         if self._config.algorithm != "sft":
-            self._generations += self._config.problems_per_step * self._config.samples_per_problem
+            self._generations += samples_per_step(self._config)
         self._log_step(step, time.perf_counter() - started)
 
     def _log_step(self, step: Step, seconds: float) -> None:
-        measures = {f"{step.phase}/{name}": value for name, value in step.measures.items()}
+        parts = (*step.halves, step)
+        measures = {f"{part.phase}/{name}": value for part in parts for name, value in part.measures.items()}
         measures |= {
             f"{step.phase}/seconds_step": seconds,
             "elapsed_seconds": self._elapsed_now(),
@@ -155,8 +155,10 @@ class Trainer:
         self._output.record(self._step, step.phase, measures)
         every = self._config.run.transcripts_every
         # A whole pair each time, and the first one, which is what one looks at when trying something new.
-        if every and (self._step <= 2 or _due(self._step, every) or _due(self._step + 1, every)):
-            self._output.transcripts(self._step, step.phase, step.groups)
+        ahead = 0 if step.halves else 1
+        if every and (self._step <= 1 + ahead or _due(self._step, every) or _due(self._step + ahead, every)):
+            for part in parts:
+                self._output.transcripts(self._step, part.phase, part.groups)
 
     def _evaluate_if_due(self) -> None:
         due = self._step in (0, self._config.run.steps) or _due(self._step, self._config.eval.every)
@@ -174,7 +176,7 @@ class Trainer:
     def _checkpoint(self) -> None:
         started = time.perf_counter()
         state: dict[str, Any] = {
-            **{name: getattr(self._config, name) for name in _FIXED_OPTIONS},
+            **_fixed_options(self._config),
             "algorithm_state": self._parts.algorithm.state(),
             "generations": self._generations,
             "elapsed_seconds": self._elapsed_now(),
@@ -216,6 +218,15 @@ class Trainer:
 
     def _elapsed_now(self) -> float:
         return self._elapsed + time.perf_counter() - self._started
+
+
+def _fixed_options(config: Config) -> dict[str, Any]:
+    """Those that a checkpoint is continued with: they decide what its data position and its bases mean."""
+    return {
+        "algorithm": config.algorithm,
+        "problems_per_step": config.problems_per_step,
+        "thinktwice.pairing": config.thinktwice.pairing,
+    }
 
 
 def _due(step: int, every: int) -> bool:

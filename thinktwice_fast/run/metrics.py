@@ -20,7 +20,8 @@ from thinktwice_fast.errors import UserError
 Record = dict[str, Any]  # one line of metrics.jsonl: "step" (int), "phase" (str), then name: number or None
 
 SAMPLED = ("solve", "refine")
-TRAINED = (*SAMPLED, "sft")
+POLICY = (*SAMPLED, "pair")  # with what is drawn and trained on together: one record, with the keys of all three
+TRAINED = (*POLICY, "sft")
 PHASES = (*TRAINED, "eval", "checkpoint")
 
 
@@ -67,11 +68,9 @@ METRICS: tuple[Metric, ...] = (
         "{phase}/grading_timeouts",
         "samples",
         "Samples whose grader was stopped after `reward_timeout` seconds.",
-        SAMPLED,
+        POLICY,
     ),
-    Metric(
-        "{phase}/preemptions", "sequences", "Times a sequence had to leave a full KV cache and start over.", SAMPLED
-    ),
+    Metric("{phase}/preemptions", "sequences", "Times a sequence had to leave a full KV cache and start over.", POLICY),
     Metric("{phase}/prompt_tokens", "tokens", "Mean prompt length, every sample counted.", SAMPLED),
     Metric("{phase}/response_tokens", "tokens", "Mean response length, stop token included.", SAMPLED),
     Metric("{phase}/response_tokens_max", "tokens", "Longest response, stop token included.", SAMPLED),
@@ -92,7 +91,7 @@ METRICS: tuple[Metric, ...] = (
         "{phase}/loss",
         "",
         "The policy loss as `loss.loss_agg_mode` normalises it, mean over the phase's mini-batches.",
-        SAMPLED,
+        POLICY,
     ),
     Metric(
         "sft/loss", "nats", "Negative log-probability of the target tokens, mean over the target tokens of the batch."
@@ -106,55 +105,55 @@ METRICS: tuple[Metric, ...] = (
         "{phase}/tokens",
         "tokens",
         "Response tokens whose sample has a reward: what token means of the loss divide by.",
-        SAMPLED,
+        POLICY,
     ),
     Metric(
         "{phase}/tokens_skipped",
         "tokens",
         "Those whose loss was not computed, because their advantage is 0 and there is no KL and no entropy term.",
-        SAMPLED,
+        POLICY,
     ),
-    Metric("{phase}/tokens_guided", "tokens", "Those that a teacher wrote, of the computed ones.", SAMPLED),
+    Metric("{phase}/tokens_guided", "tokens", "Those that a teacher wrote, of the computed ones.", POLICY),
     Metric(
         "{phase}/tokens_with_gradient",
         "tokens",
         "Those that the gradient comes from: computed and not clipped.",
-        SAMPLED,
+        POLICY,
     ),
     Metric(
         "{phase}/clip_fraction_low",
         "share",
         "Tokens held back by the lower bound (ratio below 1 - `loss.epsilon_low`, negative advantage), of the tokens "
         "the loss was computed on: skipped and guided ones left out.",
-        SAMPLED,
+        POLICY,
     ),
     Metric(
         "{phase}/clip_fraction_high",
         "share",
         "Tokens held back by the upper bound (ratio above 1 + `loss.epsilon_high`, positive advantage), of the tokens "
         "the loss was computed on.",
-        SAMPLED,
+        POLICY,
     ),
     Metric(
         "{phase}/ratio_mean",
         "ratio",
         "New over old probability of a token, mean over the tokens the loss was computed on.",
-        SAMPLED,
+        POLICY,
     ),
-    Metric("{phase}/ratio_max", "ratio", "Largest such ratio of the phase.", SAMPLED),
+    Metric("{phase}/ratio_max", "ratio", "Largest such ratio of the phase.", POLICY),
     Metric(
         "{phase}/approx_kl",
         "nats",
         "k3 estimate of the divergence between the policy that the phase began with and the current one, mean over the "
         "tokens the loss was computed on.",
-        SAMPLED,
+        POLICY,
     ),
     Metric(
         "{phase}/kl_ref",
         "nats",
         "Estimate (`loss.kl_estimator`) of the divergence from the initial policy, mean over the tokens the loss was "
         "computed on; absent where `loss.beta` is 0.",
-        SAMPLED,
+        POLICY,
     ),
     Metric(
         "{phase}/mismatch",
@@ -162,7 +161,7 @@ METRICS: tuple[Metric, ...] = (
         "Absolute difference between a token's log-probability in rollout and in training with the weights that "
         "sampled it, mean over the tokens the loss was computed on; with several mini-batches and `update.old_logps: "
         "rollout` over those of the first.",
-        SAMPLED,
+        POLICY,
     ),
     Metric(
         "{phase}/grad_norm",
@@ -175,25 +174,31 @@ METRICS: tuple[Metric, ...] = (
         "{phase}/tokens_per_second",
         "tokens/s",
         "Sampled tokens of all processes, divided by `seconds_rollout`.",
-        SAMPLED,
+        POLICY,
         timing=True,
     ),
     Metric(
         "{phase}/seconds_rollout",
         "s",
         "From the first prompt handed to the rollout engine to the last sample, on the slowest process.",
-        SAMPLED,
+        POLICY,
         timing=True,
     ),
     Metric(
         "{phase}/seconds_grading",
         "s",
         "Wait for graders after the last sample, on the slowest process; what they do earlier costs nothing.",
-        SAMPLED,
+        POLICY,
         timing=True,
     ),
     Metric("{phase}/seconds_update", "s", "Forward, backward and optimizer.", TRAINED, timing=True),
     Metric("{phase}/seconds_step", "s", "The whole step, without evaluation and checkpoint.", TRAINED, timing=True),
+    Metric(
+        "pair/refine_extended",
+        "share",
+        "Refine groups that went on from their base's KV cache, of all refine groups; the prompts of the others were "
+        "computed anew, because they do not continue the base token for token or the cache had no room.",
+    ),
     Metric("seconds_evaluation", "s", "One evaluation, all sets.", timing=True),
     Metric("seconds_checkpoint", "s", "Writing one checkpoint.", timing=True),
     Metric("elapsed_seconds", "s", "Since the start of training, over all sessions of a resumed run.", timing=True),
@@ -375,7 +380,7 @@ class MetricsWriter:
         record: Record = {"step": step, "phase": phase}
         for name, value in values.items():
             find_metric(name)
-            if "/" in name and name.partition("/")[0] != phase:
+            if "/" in name and name.partition("/")[0] not in (POLICY if phase == "pair" else (phase,)):
                 raise KeyError(f"metric {name!r} does not belong into a record of phase {phase!r}")
             record[name] = value if value is not None and math.isfinite(value) else None
         append_json_lines(self.path, [record])

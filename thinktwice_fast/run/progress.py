@@ -10,7 +10,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from thinktwice_fast.run.metrics import TRAINED, Record
+from thinktwice_fast.run.metrics import SAMPLED, TRAINED, Record
 
 LINE_STEPS = 10
 LINE_SECONDS = 10.0
@@ -103,9 +103,11 @@ class Progress:
             parts.append(f"loss {self._number('sft/loss', '.3f')}")
             parts.append(f"token accuracy {self._number('sft/token_accuracy', '.3f')}")
         else:
-            rewards = [f"{phase} {self._number(f'{phase}/reward', '.3f')}" for phase in ("solve", "refine")]
+            rewards = [f"{phase} {self._number(f'{phase}/reward', '.3f')}" for phase in SAMPLED]
             parts.append(f"reward {', '.join(rewards)}")
-            parts.append(f"{self._number(f'{self._phase}/response_tokens', '.0f')} tokens a response")
+            drawn = SAMPLED if self._phase == "pair" else (self._phase,)
+            lengths = [self._number(f"{phase}/response_tokens", ".0f") for phase in drawn]
+            parts.append(f"{', '.join(lengths)} tokens a response")
             parts.append(f"{self._number(f'{self._phase}/tokens_per_second', ',.0f')} tokens/s")
         parts.append(f"{self._time_left()} left")
         return " | ".join(parts)
@@ -125,7 +127,7 @@ class Progress:
 
     def _reward_table(self) -> Table:
         table = _numbers_table("", "reward", "with signal", "tokens a response", "cut off", "tokens/s")
-        for phase in ("solve", "refine"):
+        for phase in (*SAMPLED, "pair") if self._phase == "pair" else SAMPLED:
             table.add_row(
                 phase,
                 self._number(f"{phase}/reward", ".3f"),

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from thinktwice_fast.errors import UserError
-from thinktwice_fast.run.metrics import AVERAGE, SAMPLED, Record, append_json_lines
+from thinktwice_fast.run.metrics import AVERAGE, POLICY, SAMPLED, Record, append_json_lines
 from thinktwice_fast.run.progress import clock
 
 Curve = tuple[list[int], list[float]]  # steps, values
@@ -103,7 +103,7 @@ def plot_curves(records: Sequence[Record], path: Path) -> None:
     label = f"{shown} of {len(sets) - 1} sets" if shown == AVERAGE else shown
     _draw_evaluation(accuracy_axes, records, f"eval/{shown}/solve_accuracy", "solve", f"{label}: solve accuracy")
     _draw_evaluation(accuracy_axes, records, f"eval/{shown}/refine_accuracy", "refine", f"{label}: after refinement")
-    sampled = any(record["phase"] in SAMPLED for record in records)
+    sampled = any(record["phase"] in POLICY for record in records)
     title = "Training reward and held-out accuracy" if sampled else "Held-out accuracy"
     _finish(accuracy_axes, title, "reward, accuracy" if sampled else "accuracy")
     low, high = accuracy_axes.dataLim.intervaly
