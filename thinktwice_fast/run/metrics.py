@@ -64,12 +64,7 @@ METRICS: tuple[Metric, ...] = (
         "Samples that the reward function left out (None); they enter neither the reward nor the loss.",
         SAMPLED,
     ),
-    Metric(
-        "{phase}/grading_timeouts",
-        "samples",
-        "Samples whose grader was stopped after `reward_timeout` seconds.",
-        POLICY,
-    ),
+    Metric("{phase}/grading_timeouts", "samples", "Samples whose grader was stopped at `reward_timeout`.", POLICY),
     Metric("{phase}/preemptions", "sequences", "Times a sequence had to leave a full KV cache and start over.", POLICY),
     Metric("{phase}/prompt_tokens", "tokens", "Mean prompt length, every sample counted.", SAMPLED),
     Metric("{phase}/response_tokens", "tokens", "Mean response length, stop token included.", SAMPLED),
