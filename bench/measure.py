@@ -61,6 +61,9 @@ class Op:
     # Instead, where there is no one truth, as for what is drawn at random: errors by name, and how large each may be.
     judge: Callable[[Any, Contender], dict[str, float]] | None = None
     limits: Callable[[torch.dtype], Mapping[str, float]] = lambda dtype: {}
+    # Instead of calls in a process of their own, where contenders have one: bytes at the peak of the timed calls.
+    memory: Callable[[Any, Contender], int] | None = None
+    details: Callable[[Any, Contender], dict[str, float]] | None = None  # of the timed calls, to be shown by name
     work: Callable[[Case], float] | None = None  # FLOP, bytes or tokens of one call
     unit: Literal["TFLOP/s", "GB/s", "tokens/s", ""] = ""
     ceiling: Ceiling | None = None
@@ -100,6 +103,7 @@ class Record:
     p20: float | None = None
     p80: float | None = None
     memory: int | None = None  # bytes at the peak beyond the inputs; results and gradients count
+    details: dict[str, float] = field(default_factory=dict)
     rate: float | None = None
     unit: str = ""
     of_ceiling: float | None = None
@@ -119,15 +123,20 @@ def measure_case(op: Op, case: Case, setting: Setting) -> list[Record]:
     if op.ceiling is not None:
         ready[CEILING] = op.ceiling.prepare(batch)
         records[CEILING] = replace(_blank(op, case, CEILING, "ceiling"), reason=op.ceiling.name)
-    for name, times in _rounds(ready, op, setting).items():
+    least, most = setting.rounds
+    for name, times in _rounds(ready, op, setting, (min(least, case.rounds or least), case.rounds or most)).items():
         records[name] = replace(
             records[name], seconds=times, median=median(times), p20=quantile(times, 0.2), p80=quantile(times, 0.8)
         )
     del ready
-    if case.memory:
-        for name in op.contenders:
-            if records[name].status == "ok":
-                records[name] = replace(records[name], memory=peak_memory(op, case, name, batch, setting))
+    for name, contender in op.contenders.items():
+        if records[name].status != "ok":
+            continue
+        if op.details is not None:
+            records[name] = replace(records[name], details=op.details(batch, contender))
+        if case.memory:
+            peak = op.memory(batch, contender) if op.memory else peak_memory(op, case, name, batch, setting)
+            records[name] = replace(records[name], memory=peak)
     return [_compared(record, records, op, case) for record in records.values()]
 
 
@@ -211,14 +220,16 @@ def _bound(contender: Contender, batch: Any) -> Callable[[], Any]:
     return lambda: contender.run(batch)
 
 
-def _rounds(ready: Mapping[str, Callable[[], Any]], op: Op, setting: Setting) -> dict[str, list[float]]:
+def _rounds(
+    ready: Mapping[str, Callable[[], Any]], op: Op, setting: Setting, rounds: tuple[int, int]
+) -> dict[str, list[float]]:
     """Seconds of each round. All contenders are measured in turn, A B C A B C, so that noise meets all of them."""
     repeats = {name: _repeats(call, setting.device) if op.short else 1 for name, call in ready.items()}
     if setting.device.type == "cuda":  # the caching allocator starts empty, and clocks rise
         for name, call in ready.items():
             _sample(call, repeats[name], setting.device)
     times: dict[str, list[float]] = {name: [] for name in ready}
-    least, most = setting.rounds
+    least, most = rounds
     gc.freeze()  # what the libraries made at their import need not be looked through again in each round
     start = time.perf_counter()
     for done in range(most):

@@ -53,17 +53,22 @@ def _main(module: str, op_name: str, size: str, case_name: str, contender_name: 
     cpu = torch.device("cpu")
     contender.run(op.inputs(op.cases("toy")[0], cpu))  # threads and libraries take memory once
     batch = op.inputs(next(case for case in cases if case.name == case_name), cpu)
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew from what is resident now
-    before = _status("VmRSS")
+    start_peak()
+    before = status("VmRSS")
     outputs = contender.run(batch)
-    peak = _status("VmHWM")
+    peak = status("VmHWM")
     del outputs
     return peak - before
 
 
-def _status(name: str) -> int:
+def start_peak() -> None:
+    """The resident memory's peak starts anew from what is in use now."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def status(name: str) -> int:
     """Bytes, from a line like ``VmRSS:   1234 kB``."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(f"{name}:"):

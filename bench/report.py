@@ -41,6 +41,7 @@ def render(document: Mapping[str, Any]) -> str:
         for case, rows in cases.items():
             parts.append(f"{op}, {case}\n" + table([_COLUMNS, *(_cells(row) for row in rows)]))
             parts[-1] += "".join(f"\n  {row['contender']}: {row['status']}: {row['reason']}" for row in _untimed(rows))
+            parts[-1] += "".join(f"\n  {row['contender']}: {_details(row)}" for row in rows if row.get("details"))
     verdicts = [(one.name, one.figure, one.bound, one.words) for one in outcomes(document)]
     parts.append(table([("target", "figure", "bound", ""), *verdicts]))
     return "\n\n".join(parts)
@@ -72,6 +73,10 @@ def table(rows: Sequence[Sequence[str]]) -> str:
         ]
         lines.append("  ".join(cells).rstrip())
     return "\n".join(lines)
+
+
+def _details(row: Row) -> str:
+    return ", ".join(f"{name} {value:.3g}" for name, value in row["details"].items())
 
 
 def _cells(row: Row) -> tuple[str, ...]:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, Qwen3Config
 
-from bench.shapes import DEFAULT, SMALL, Case, Size
+from bench.shapes import DEFAULT, LARGE, MEDIUM, SMALL, Case, Size
 from thinktwice_fast.config import ModelOptions
 from thinktwice_fast.model.attention import NAME
 from thinktwice_fast.model.loading import load_tokenizer, model_folder
@@ -24,11 +24,15 @@ from thinktwice_fast.tasks.prompts import ChatFormat
 FOLDER = Path("build/bench/models")
 _SHAPES: dict[str, dict[str, int]] = {
     SMALL: {"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28, "num_attention_heads": 16},
-    "Qwen3-1.7B shape": {
+    LARGE: {
         "hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 28, "num_attention_heads": 16,
     },
     "Qwen3-4B shape": {
         "hidden_size": 2560, "intermediate_size": 9728, "num_hidden_layers": 36, "num_attention_heads": 32,
+    },
+    MEDIUM: {
+        "hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 12,
+        "vocab_size": 32_000, "head_dim": 64, "num_key_value_heads": 4,
     },
     "6-layer shape": {
         "hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 6, "num_attention_heads": 8,
@@ -92,9 +96,7 @@ class RolloutBatch:
     @cached_property
     def folder(self) -> Path:
         """The model on disk, for a contender that runs in another process."""
-        if self.workload.model == DEFAULT:
-            return Path(model_folder("tiny"))
-        folder = _folder(self.workload.model, self.theirs.dtype)
+        folder = folder_of(self.workload.model, self.theirs.dtype)
         if not (folder / "config.json").exists():
             self.theirs.save_pretrained(folder)
         return folder.resolve()
@@ -124,7 +126,7 @@ def workload_of(case: Case) -> Workload:
 
 def rollout_batch(case: Case, device: torch.device) -> RolloutBatch:
     workload = workload_of(case)
-    theirs = _model(workload.model, case.dtype, device).eval().requires_grad_(False)
+    theirs = model_of(workload.model, case.dtype, device).eval().requires_grad_(False)
     # Whatever would end a sequence or narrow its sampling is for the contenders to ask for.
     theirs.generation_config = GenerationConfig(pad_token_id=0)
     weights = chain(theirs.parameters(), theirs.buffers())
@@ -142,13 +144,16 @@ def _prompts(workload: Workload, vocabulary: int) -> tuple[tuple[int, ...], ...]
     return tuple(tuple(chat.prompt_ids(source.problem(index).messages)) for index in range(workload.prompts))
 
 
-def _folder(name: str, dtype: torch.dtype) -> Path:
+def folder_of(name: str, dtype: torch.dtype) -> Path:
+    """Where the model is on disk, or will be."""
+    if name == DEFAULT:
+        return Path(model_folder("tiny"))
     return FOLDER / f"{name.replace(' ', '_')}-{str(dtype).removeprefix('torch.')}"
 
 
-def _model(name: str, dtype: torch.dtype, device: torch.device) -> Any:
+def model_of(name: str, dtype: torch.dtype, device: torch.device) -> Any:
     """Random weights that are on disk are read again: on a CPU they take long to make."""
-    folder = Path(model_folder("tiny")) if name == DEFAULT else _folder(name, dtype)
+    folder = folder_of(name, dtype)
     if (folder / "config.json").exists():
         saved: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa")
         return saved.to(device)
@@ -186,7 +191,7 @@ _ROLLOUTS: dict[Size, list[Case]] = {
     ],
     "gpu": [
         rollout_case(Workload("Qwen3-4B shape", 16, 16, 64, 512), _BF16),
-        rollout_case(Workload("Qwen3-1.7B shape", 8, 8, 64, 1024), _BF16),
+        rollout_case(Workload(LARGE, 8, 8, 64, 1024), _BF16),
     ],
 }
 _SWITCHES: dict[Size, list[Case]] = {

@@ -12,6 +12,7 @@ Size = Literal["toy", "cpu", "gpu"]
 SIZES: tuple[Size, ...] = ("toy", "cpu", "gpu")
 
 DEFAULT, SMALL = "default model", "Qwen3-0.6B shape"  # models that rollouts have targets for
+MEDIUM, LARGE = "100 M shape", "Qwen3-1.7B shape"  # and training steps
 
 _TYPE_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 
@@ -32,6 +33,7 @@ class Case:
     memory: bool = True  # peak memory is measured too
     length: int = 0  # tokens of a sequence; 0: a thousand and more, but at least four sequences
     counts: bool = True  # towards the targets
+    rounds: int = 0  # of the timing at most, where one takes minutes; 0: as the setting says
 
     @property
     def name(self) -> str:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from bench.measure import CEILING, OURS, PLAIN
-from bench.shapes import DEFAULT, SMALL
+from bench.shapes import DEFAULT, LARGE, MEDIUM, SMALL
 
 Row = Mapping[str, Any]
 
@@ -61,9 +61,23 @@ def _of_ceiling(rows: Mapping[str, Row]) -> float | None:
     return rows[OURS]["of_ceiling"]
 
 
-def _memory_share(rows: Mapping[str, Row]) -> float | None:
-    ours, plain = rows[OURS]["memory"], rows[PLAIN]["memory"]
-    return ours / plain if ours is not None and plain else None
+def _memory_share(of: str) -> Callable[[Mapping[str, Row]], float | None]:
+    def share(rows: Mapping[str, Row]) -> float | None:
+        ours, other = rows[OURS]["memory"], rows[of]["memory"] if of in rows else None
+        return ours / other if ours is not None and other else None
+
+    return share
+
+
+def _time_share(of: str) -> Callable[[Mapping[str, Row]], float | None]:
+    return lambda rows: 1 / rows[of]["to_ours"] if of in rows and rows[of]["to_ours"] else None
+
+
+def _update_mfu(rows: Mapping[str, Row]) -> float | None:
+    ours = rows[OURS]
+    if not ours["details"] or not ours["of_ceiling"]:
+        return None
+    return ours["details"][UPDATE_RATE] * ours["of_ceiling"] / ours["rate"]
 
 
 def _most_tokens(records: Iterable[Row], op: str) -> int:
@@ -74,6 +88,9 @@ LINEAR = "linear_grpo_loss"
 ROLLOUT, SWITCHES, EXTEND = "rollout", "rollout switches", "rollout two turns"
 HF, VLLM_EAGER, VLLM_COMPILED = "transformers generate", "vllm eager", "vllm compiled"
 WITHOUT_GROUPS, WITHOUT_GRAPHS = "without group attention", "without CUDA graphs"
+UPDATE_RATE = "update TFLOP/s"  # among a step's details
+STEP, DEFAULT_JOB, TRL = "step", "step of the default job", "TRL"
+SHARED_PREFIX, WITHOUT_PREFIX = "update, shared prefix", "without shared prefix"
 GPU_TARGETS = [
     Target("share of the rate of the bare products", LINEAR, _of_ceiling, 0.9),
     Target("times as fast as Liger's scaled CE + loss", LINEAR, times_slower("liger scaled CE + loss"), 1.4),
@@ -84,11 +101,21 @@ GPU_TARGETS = [
     Target("share of the copy bandwidth, with backward", "token_logprobs", _of_ceiling, 0.85),
     Target("share of the ceiling", ROLLOUT, _of_ceiling, 0.7),
     Target("times as fast as without group attention", SWITCHES, times_slower(WITHOUT_GROUPS), 1.5),
+    Target("times as fast as TRL", STEP, times_slower(TRL), 4, only=_of(LARGE)),
+    Target("MFU of the update", STEP, _update_mfu, 0.4),
 ]
 ROLLOUT_CPU_TARGETS = [
     Target("times as fast as transformers generate, default model", ROLLOUT, times_slower(HF), 3, only=_of(DEFAULT)),
     Target("times as fast as transformers generate, Qwen3-0.6B", ROLLOUT, times_slower(HF), 2.2, only=_of(SMALL)),
     Target("times as fast as vLLM, Qwen3-0.6B", ROLLOUT, _fastest_vllm, 1, only=_of(SMALL)),
+]
+
+STEP_CPU_TARGETS = [
+    Target("share of TRL's time, default model", STEP, _time_share(TRL), 0.4, at_most=True, only=_of(DEFAULT)),
+    Target("share of TRL's time, graded as they are", DEFAULT_JOB, _time_share(TRL), 0.4, at_most=True),
+    Target("share of TRL's time, 100 M", STEP, _time_share(TRL), 1 / 3, at_most=True, only=_of(MEDIUM)),
+    Target("share of TRL's memory, 100 M", STEP, _memory_share(TRL), 1, at_most=True, only=_of(MEDIUM)),
+    Target("share of the time without", SHARED_PREFIX, _time_share(WITHOUT_PREFIX), 0.5, at_most=True),
 ]
 
 
@@ -101,12 +128,13 @@ def cpu_targets(records: Iterable[Row]) -> list[Target]:
         Target(
             f"share of plain torch's peak memory, T={most}",
             LINEAR,
-            _memory_share,
+            _memory_share(PLAIN),
             0.1,
             at_most=True,
             only=lambda row: row["tokens"] == most and row["memory"] is not None,
         ),
         *ROLLOUT_CPU_TARGETS,
+        *STEP_CPU_TARGETS,
     ]
 
 

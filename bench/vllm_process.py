@@ -1,14 +1,14 @@
 """vLLM as a process of another environment (``vllm_worker.py``), which draws when it is asked to."""
 
-import json
 import os
 import subprocess
-import weakref
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from bench.line_process import LineProcess
 
 _LOGS = Path("build/bench")
 _WORKER = Path(__file__).with_name("vllm_worker.py")
@@ -49,37 +49,13 @@ class VllmProcess:
     """
 
     def __init__(self, **ask: Any):
-        _LOGS.mkdir(parents=True, exist_ok=True)
-        self._log = _LOGS / f"vllm-{'eager' if ask['eager'] else 'compiled'}.log"
-        with self._log.open("w") as log:
-            self._process = subprocess.Popen(
-                [str(VLLM.python), str(_WORKER)],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=log,
-                text=True,
-                env=_environment(),
-            )
-        weakref.finalize(self, _end, self._process)
-        self._answer(ask)
+        log = _LOGS / f"vllm-{'eager' if ask['eager'] else 'compiled'}.log"
+        self._process = LineProcess("vLLM", [str(VLLM.python), str(_WORKER)], log, _environment())
+        self._process.ask(ask)
 
     def draw(self, temperature: float) -> list[list[int]]:
         """Tokens by sample."""
-        return self._answer({"temperature": temperature})["tokens"]
-
-    def _answer(self, question: dict[str, Any]) -> Any:
-        assert self._process.stdin is not None and self._process.stdout is not None
-        answer = ""
-        try:
-            self._process.stdin.write(json.dumps(question) + "\n")
-            self._process.stdin.flush()
-            answer = self._process.stdout.readline()
-        except BrokenPipeError:
-            pass
-        if not answer:
-            last = self._log.read_text(errors="replace").strip().splitlines()[-1:]
-            raise RuntimeError(f"vLLM ended: {''.join(last) or 'without a word'}")
-        return json.loads(answer)
+        return self._process.ask({"temperature": temperature})["tokens"]
 
 
 def _environment() -> dict[str, str]:
@@ -93,11 +69,3 @@ def _environment() -> dict[str, str]:
         "VLLM_NO_USAGE_STATS": "1",
         "HF_HUB_OFFLINE": "1",
     }
-
-
-def _end(process: "subprocess.Popen[str]") -> None:
-    for pipe in (process.stdin, process.stdout):
-        assert pipe is not None
-        pipe.close()
-    process.terminate()
-    process.wait()
