@@ -1,21 +1,28 @@
 #!/usr/bin/env bash
 # Builds, tests and measures the ops on a machine with an NVIDIA GPU, nvcc, Python, torch and Triton; no network.
-# Under nine minutes. Ends with a table (check, figure, target, met or not); status 1 if a result was wrong.
+# Under nine minutes, or half an hour. Ends with a table (check, figure, target, met or not); status 1 if a result was
+# wrong.
 #
-#   [WHEELS=dir] [PYTHON=python3] bench/gpu_check.sh [--cpu] [OUTPUT]
+#   [WHEELS=dir] [PYTHON=python3] bench/gpu_check.sh [--cpu | --steps] [OUTPUT]
 #
 # WHEELS: wheels of what is missing there (pytest-benchmark, and peers such as liger-kernel, trl).
-# --cpu: a dry run with tiny shapes, where there is no GPU. OUTPUT: where everything is written, build/gpu_check.
+# --cpu: a dry run with tiny shapes, where there is no GPU.
+# --steps: updates and whole training steps against TRL in place of the ops, in half an hour; needs the trainer's
+# packages, trl and accelerate.
+# OUTPUT: where everything is written, build/gpu_check.
 set -u
 cd "$(dirname "$0")/.." || exit 2
-CPU=
-if [ "${1:-}" = --cpu ]; then
-  CPU=1
-  shift
-fi
+MODE=ops
+case "${1:-}" in
+  --cpu | --steps)
+    MODE=${1#--}
+    shift
+    ;;
+esac
 OUTPUT=${1:-build/gpu_check}
 PYTHON=${PYTHON:-python3}
 LIMIT=525 # seconds for everything
+[ "$MODE" = steps ] && LIMIT=1800
 SITE=$OUTPUT/site
 mkdir -p "$OUTPUT"
 rm -f "$OUTPUT"/steps.tsv "$OUTPUT"/results.json
@@ -61,13 +68,18 @@ fi
 step environment other 25 bash -c environment
 BENCHMARKS="bench/bench_linear_loss.py bench/bench_token_logprobs.py bench/bench_linear_logprobs.py
   bench/bench_grpo_loss.py bench/bench_advantages.py" # the most important first
-if [ -n "$CPU" ]; then
+if [ "$MODE" = cpu ]; then
   if ! compgen -G 'kernels/thinktwice_kernels/_csrc*.so' >/dev/null; then
     step build correctness 500 "$PYTHON" setup.py build_ext --inplace
   fi
   tests tests-kernels 100 tests/kernels/test_options.py
   BENCHMARKS="bench/bench_linear_loss.py bench/bench_advantages.py"
   SIZE=toy
+elif [ "$MODE" = steps ]; then
+  step build correctness 120 "$PYTHON" setup.py build_ext --inplace
+  tests tests-gpu-trainer 60 -m gpu tests/test_gpu.py tests/rollout
+  BENCHMARKS="bench/bench_update.py bench/bench_step.py"
+  SIZE=gpu
 else
   # Together with what is above they leave 150 seconds for the benchmarks, whatever they take.
   step build correctness 120 "$PYTHON" setup.py build_ext --inplace
