@@ -25,6 +25,12 @@ class ModelOptions:
     CUDA, float32 on the CPU."""
     activation_checkpointing: bool = False
     """Recompute each layer in the backward pass instead of keeping its activations."""
+    lora_rank: int = 0
+    """Rank of LoRA adapters (through peft), which are then trained in place of the model's weights; 0 = no LoRA."""
+    lora_alpha: float = 32.0
+    """What they add to a layer is multiplied by this over their rank."""
+    lora_targets: tuple[str, ...] = ()
+    """Names of the linear layers that get adapters (q_proj, v_proj, ...); none = all but the head."""
 
 
 @dataclass

@@ -129,6 +129,11 @@ MODEL_CASES = [
         lambda folder: ["--rollout.decoder", "fused", "--model.path", gelu_model(folder)],
     ),
     Case(
+        "LoRA on a layer that the model lacks",
+        ("--model.lora_targets ['query']", "Qwen3ForCausalLM has no linear layer 'query'", "down_proj, gate_proj"),
+        options("--model.lora_rank", "4", "--model.lora_targets", "['query']"),
+    ),
+    Case(
         "longer than the model's context",
         ("add up to 564, more than the model's context of 512", "lower one of them"),
         options("--rollout.max_prompt_tokens", "500"),

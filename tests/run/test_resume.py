@@ -96,11 +96,13 @@ def test_a_disk_without_room_for_one_checkpoint_is_refused(monkeypatch: pytest.M
         free: int
 
     layer = torch.nn.Linear(100, 99)  # 9,999 parameters
-    monkeypatch.setattr("shutil.disk_usage", lambda folder: Usage(12 * 9_999))
-    check_room(tmp_path, layer)
-    monkeypatch.setattr("shutil.disk_usage", lambda folder: Usage(12 * 9_999 - 1))
-    with pytest.raises(UserError, match="make room"):
+    for bias_trained, needed in ((True, 12 * 9_999), (False, 12 * 9_900 + 4 * 99)):
+        layer.bias.requires_grad_(bias_trained)
+        monkeypatch.setattr("shutil.disk_usage", lambda folder, needed=needed: Usage(needed))
         check_room(tmp_path, layer)
+        monkeypatch.setattr("shutil.disk_usage", lambda folder, needed=needed: Usage(needed - 1))
+        with pytest.raises(UserError, match="make room"):
+            check_room(tmp_path, layer)
 
 
 def start(*options: str | Path, processes: int) -> subprocess.Popen[str]:

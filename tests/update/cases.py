@@ -12,8 +12,9 @@ from torch.nn.utils.rnn import pad_sequence
 
 from tests.small_models import VOCABULARY, random_model
 from thinktwice_fast import parallel
-from thinktwice_fast.config import Config
+from thinktwice_fast.config import Config, ModelOptions
 from thinktwice_fast.model.attention import NAME
+from thinktwice_fast.model.lora import Adapters, add_adapters, is_adapter
 from thinktwice_fast.model.sharding import frozen_copy, pair_models
 from thinktwice_fast.rollout.records import Rollout
 from thinktwice_fast.update.updater import Updater
@@ -65,18 +66,31 @@ def updater(
     dtype: torch.dtype = torch.float32,
     learning_rate: float = 1.0,
     prepare: Callable[[Any], None] = lambda model: None,
+    adapt: Callable[[Any], Adapters] | None = None,
 ) -> Any:
     """With plain gradient descent, so that weights before - weights after = learning rate * gradient.
 
-    ``prepare`` gets the model before it is sharded.
+    ``prepare`` gets the model before it is sharded; ``adapt`` as in ``pair_models``.
     """
     model = random_model(family, NAME)
     prepare(model)
     reference = frozen_copy(random_model(family, NAME, seed=5), dtype) if made.loss.beta else None
-    models = pair_models(model, dtype)
+    models = pair_models(model, dtype, adapt)
+    models.sync()  # `adapt` may give adapters that are not 0 to begin with
     optimizer = torch.optim.SGD(models.policy.parameters(), lr=learning_rate)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
     return Updater(models, reference, optimizer, schedule, made)
+
+
+def adapt(model: Any, rank: int = 4, targets: tuple[str, ...] = ()) -> Adapters:
+    """Give a model adapters that change what it computes, as after some training."""
+    adapters = add_adapters(model, ModelOptions(lora_rank=rank, lora_alpha=6.0, lora_targets=targets), seed=3)
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if is_adapter(name):
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    return adapters
 
 
 def weights(model: torch.nn.Module) -> torch.Tensor:

@@ -12,6 +12,7 @@ from tests.update import two_processes
 from tests.update.cases import assert_same_step, weights
 from tests.update.worlds import run_in_two
 from thinktwice_fast import parallel
+from thinktwice_fast.model.lora import is_adapter
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +52,22 @@ def test_supervised_update(one: Any, two: Any) -> None:
 def test_activation_checkpointing_changes_nothing(one: Any, two: Any) -> None:
     assert_same_update(one["checkpointed"], one["updates"]["plain"])
     assert_same_update(two["checkpointed"], one["updates"]["plain"])
+
+
+def test_update_of_adapters(one: Any, two: Any) -> None:
+    for got in (two["adapted"]["whole"], two["adapted"]["micro-batches"], two["adapted and checkpointed"]):
+        for name, expected in one["adapted"]["whole"].items():
+            assert_same_step(got[name], expected)
+
+
+def test_adapters_in_bfloat16_are_saved_whole_and_come_back(one: Any, two: Any) -> None:
+    for world in (one, two):
+        got = world["adapters"]
+        assert got["saved"] and all(is_adapter(name) and value.any() for name, value in got["saved"].items())
+        assert all(torch.equal(value, one["adapters"]["saved"][name]) for name, value in got["saved"].items())
+        assert got["merged"].keys() == random_model("llama").state_dict().keys()
+        assert torch.equal(got["loaded"], got["read"])
+        assert torch.equal(got["read"], one["adapters"]["read"])
 
 
 def test_saved_weights_are_whole_and_come_back(one: Any, two: Any) -> None:

@@ -1,17 +1,20 @@
 """What test_two_processes.py runs in one process and in two, to compare."""
 
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from tests.small_models import random_model
-from tests.update.cases import config, rollouts, share, updater, weights
+from tests.update.cases import adapt, config, rollouts, share, updater, weights
 from thinktwice_fast import parallel
+from thinktwice_fast.config import ModelOptions
 from thinktwice_fast.model.attention import NAME
 from thinktwice_fast.model.loading import checkpoint_layers
-from thinktwice_fast.model.sharding import full_state, load_full_state, pair_models
+from thinktwice_fast.model.lora import add_adapters
+from thinktwice_fast.model.sharding import adapter_state, full_state, load_full_state, pair_models
 from thinktwice_fast.rollout.records import Rollout
 from thinktwice_fast.update.batches import Example
 from thinktwice_fast.update.updater import NonFiniteLoss
@@ -38,6 +41,7 @@ def half_ungraded() -> list[list[Rollout]]:
     return [first[:4], []] if parallel.rank() == 0 else [[], second[4:]]
 
 
+RANK_4 = ModelOptions(lora_rank=4, lora_alpha=6.0)
 SMALL = {"update__microbatch_tokens": 45}
 CASES: dict[str, tuple[dict[str, Any], Any]] = {
     "plain": ({}, lambda: share([rollouts(8)])),
@@ -76,6 +80,30 @@ def checkpointed() -> tuple[torch.Tensor, dict[str, float]]:
     before = weights(made.models.policy)
     measures = made.policy_update(share([rollouts(8)]))
     return weights(made.models.policy) - before, measures
+
+
+def adapted(options: dict[str, Any], prepare: Any = lambda model: None) -> dict[str, torch.Tensor]:
+    """The change of the weights that an update of adapters makes, and that of what rollouts read."""
+    made = updater(config(**options), prepare=prepare, adapt=adapt)
+    before, read = weights(made.models.policy), weights(made.models.rollout)
+    made.policy_update(share([uneven(), rollouts(8, 2)]))
+    return {"trained": weights(made.models.policy) - before, "read": weights(made.models.rollout) - read}
+
+
+def adapter_round_trip() -> dict[str, Any]:
+    """Adapters in bfloat16 saved on rank 0 and loaded into other ones; gives what rollouts read before and after."""
+    models = pair_models(random_model("llama", NAME), torch.bfloat16, adapt)
+    models.sync()
+    state = {name: value.clone() for name, value in adapter_state(models.policy).items()}
+    other = pair_models(random_model("llama", NAME), torch.bfloat16, partial(add_adapters, options=RANK_4, seed=7))
+    load_full_state(other.policy, state)
+    other.sync()
+    return {
+        "saved": state,
+        "merged": full_state(models.policy),
+        "read": weights(models.rollout),
+        "loaded": weights(other.rollout),
+    }
 
 
 def state_round_trip() -> dict[str, Any]:
@@ -122,6 +150,9 @@ def everything() -> dict[str, Any]:
         "windowed": update("several mini-batches", "olmo3"),
         "supervised": supervised(),
         "checkpointed": checkpointed(),
+        "adapted": {name: adapted(options) for name, options in (("whole", {}), ("micro-batches", SMALL))},
+        "adapted and checkpointed": adapted({}, checkpoint_layers),
+        "adapters": adapter_round_trip(),
         "state": state_round_trip(),
         "bfloat16": bfloat16_pair(),
         "errors": parallel.gather(bad_loss_on_one()),

@@ -1,6 +1,6 @@
 """Loading a model and its tokenizer from a folder or the hub, and saving them back."""
 
-import os
+import copy
 from dataclasses import dataclass
 from functools import partial
 from importlib import resources
@@ -17,6 +17,7 @@ from transformers.utils import logging as transformers_logging
 from thinktwice_fast.config import ModelOptions
 from thinktwice_fast.errors import UserError
 from thinktwice_fast.model.attention import NAME as ATTENTION_NAME
+from thinktwice_fast.model.files import readable_by_all
 from thinktwice_fast.model.policy import check_head_is_linear, decoder_layers
 
 SHIPPED = "tiny"
@@ -116,17 +117,13 @@ def save_model(
 ) -> None:
     """Write ``state`` as a transformers model folder that ``AutoModelForCausalLM.from_pretrained`` loads."""
     saved = {name: value.to(dtype) for name, value in state.items()}
-    model.config.dtype = dtype
     model.save_pretrained(folder, state_dict=saved)
+    config = copy.deepcopy(model.config)
+    config.dtype = dtype  # save_pretrained writes the model's own
+    config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     for path in folder.glob("*.safetensors"):
-        path.chmod(0o666 & ~_umask())  # safetensors leaves its files to their owner alone
-
-
-def _umask() -> int:
-    mask = os.umask(0o077)
-    os.umask(mask)
-    return mask
+        readable_by_all(path)
 
 
 def _config(folder: str, name: str) -> Any:

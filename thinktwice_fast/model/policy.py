@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from thinktwice_fast.errors import UserError
 from thinktwice_fast.model.attention import Attention, causal_attention
+from thinktwice_fast.model.lora import Adapters
 from thinktwice_kernels import linear_logits
 
 R = TypeVar("R")
@@ -24,6 +25,8 @@ class Policy(nn.Module):
 
     The head's result is computed inside ``forward``: that is where FSDP2 has the head's weight whole.
     """
+
+    adapters: Adapters | None = None  # that the model has been given
 
     def __init__(self, model: PreTrainedModel):
         super().__init__()

@@ -2,11 +2,13 @@
 
 One process computing in float32 trains and samples with the very same tensors. Otherwise the master is
 sharded and computes in the compute type, and rollouts read a whole copy in that type whose addresses never
-move; ``ModelPair.sync`` refreshes it once after each update phase.
+move; ``ModelPair.sync`` refreshes it once after each update phase. With LoRA only the adapters have a float32 master,
+the weights below them stay in the compute type, and the copy has the two merged.
 """
 
 import copy
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import cast
 
 import torch
@@ -17,6 +19,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
+from thinktwice_fast.model.lora import Adapters, is_adapter, merged_weights
 from thinktwice_fast.model.policy import Policy, decoder_layers
 
 _WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -40,21 +43,30 @@ class ModelPair:
         """Copy the trained weights to where rollouts read them. Collective: every process calls it."""
         if self.shared:
             return
-        for trained, read in zip(self.policy.model.parameters(), self.rollout.parameters(), strict=True):
-            value = trained.detach().to(read.dtype)
+        trained = merged_weights(dict(self.policy.model.named_parameters()), self.policy.adapters)
+        for (_, weight), read in zip(trained, self.rollout.parameters(), strict=True):
+            value = weight.detach().to(read.dtype)
             read.copy_(value.full_tensor() if isinstance(value, DTensor) else value)
 
 
-def pair_models(model: PreTrainedModel, dtype: torch.dtype) -> ModelPair:
+def pair_models(
+    model: PreTrainedModel, dtype: torch.dtype, adapt: Callable[[PreTrainedModel], Adapters] | None = None
+) -> ModelPair:
     """Split a freshly loaded model into the trained policy and what rollouts read. Collective.
 
-    The process group must be up; ``dtype`` is the compute type.
+    The process group must be up; ``dtype`` is the compute type. ``adapt`` puts LoRA adapters into the policy's model.
     """
-    if dist.get_world_size() == 1 and dtype == torch.float32:
+    plain = dist.get_world_size() == 1 and dtype == torch.float32
+    if plain and adapt is None:
         cast_parameters(model, torch.float32)
         return ModelPair(Policy(model), model)
     rollout = cast_parameters(copy.deepcopy(model), dtype).requires_grad_(False)
-    return ModelPair(_shard(cast_parameters(model, torch.float32), dtype), rollout)
+    adapters = adapt(model) if adapt is not None else None
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(torch.float32 if parameter.requires_grad else dtype)
+    policy = Policy(model) if plain else _shard(model, dtype)
+    policy.adapters = adapters
+    return ModelPair(policy, rollout)
 
 
 def frozen_copy(model: PreTrainedModel, dtype: torch.dtype) -> Policy:
@@ -71,14 +83,29 @@ def cast_parameters(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedMod
 
 
 def full_state(policy: Policy) -> dict[str, torch.Tensor]:
-    """Whole master weights on the CPU under transformers' names; empty but on rank 0. Collective."""
+    """Whole master weights on the CPU, adapters merged, under transformers' names; empty but on rank 0. Collective."""
     state = cast(dict[str, torch.Tensor], get_model_state_dict(policy, options=_WHOLE))
-    return {name.removeprefix("model."): value for name, value in state.items()}
+    return dict(merged_weights(_without_prefix(state), policy.adapters))
+
+
+def adapter_state(policy: Policy) -> dict[str, torch.Tensor]:
+    """Whole weights of the adapters on the CPU, as the model names them; empty but on rank 0. Collective."""
+    options = replace(_WHOLE, ignore_frozen_params=True)
+    state = cast(dict[str, torch.Tensor], get_model_state_dict(policy, options=options))
+    return {name: value for name, value in _without_prefix(state).items() if is_adapter(name)}
 
 
 def load_full_state(policy: Policy, state: dict[str, torch.Tensor]) -> None:
-    """Set the master weights from rank 0's ``state`` (the others pass an empty one). Collective."""
-    set_model_state_dict(policy, {f"model.{name}": value for name, value in state.items()}, options=_FROM_RANK_0)
+    """Set the master weights from rank 0's ``state`` (the others pass an empty one). Collective.
+
+    Of a policy with adapters these are the adapters', as ``adapter_state`` gives them.
+    """
+    options = replace(_FROM_RANK_0, strict=policy.adapters is None)
+    set_model_state_dict(policy, {f"model.{name}": value for name, value in state.items()}, options=options)
+
+
+def _without_prefix(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name.removeprefix("model."): value for name, value in state.items()}
 
 
 def _shard(model: PreTrainedModel, dtype: torch.dtype) -> Policy:

@@ -18,6 +18,7 @@ from thinktwice_fast.algorithms.thinktwice import ThinkTwice
 from thinktwice_fast.config import ARITHMETIC, Config, DataOptions, evaluation_sources, samples_per_step
 from thinktwice_fast.errors import UserError
 from thinktwice_fast.model.loading import SHIPPED, LoadedModel, load_model, pick_device, pick_dtype
+from thinktwice_fast.model.lora import add_adapters
 from thinktwice_fast.model.sharding import frozen_copy, pair_models
 from thinktwice_fast.rollout.engine import Engine
 from thinktwice_fast.tasks.arithmetic import RECHECK, warm_start_example
@@ -83,7 +84,8 @@ def build_run(config: Config, resources: ExitStack) -> Run:
         _check_answers(grader, name, problems)
 
     reference = frozen_copy(loaded.model, dtype) if config.loss.beta else None
-    models = pair_models(loaded.model, dtype)
+    adapt = partial(add_adapters, options=config.model, seed=config.seed) if config.model.lora_rank else None
+    models = pair_models(loaded.model, dtype, adapt)
     engine = Engine(
         models.rollout,
         loaded.stop_ids,
@@ -219,7 +221,8 @@ def _check_context(loaded: LoadedModel, longest: int) -> None:
 
 def _training_bytes(policy: torch.nn.Module) -> int:
     """What this process will still allocate for training: float32 gradients and AdamW's two moments."""
-    return 12 * sum(parameter.numel() for parameter in policy.parameters()) // parallel.world_size()
+    trained = sum(parameter.numel() for parameter in policy.parameters() if parameter.requires_grad)
+    return 12 * trained // parallel.world_size()
 
 
 def _optimizer_steps(config: Config) -> int:

@@ -3,6 +3,7 @@
 A checkpoint folder ``checkpoints/step-000040`` holds
 
 - ``model/``: the float32 master weights, tokenizer and config in transformers format;
+- ``adapter/``: with LoRA, the adapters in peft's format, which are merged in ``model/`` and continued from here;
 - ``optimizer.pt``: AdamW's state, whole, whatever the number of processes;
 - ``state.json``: step, algorithm state (data position, a half-finished pair), schedule, counters;
 - ``random.pt``: every random state of every process.
@@ -29,7 +30,8 @@ from torch.distributed.checkpoint.state_dict import (
 from thinktwice_fast import parallel
 from thinktwice_fast.errors import UserError
 from thinktwice_fast.model.loading import save_model
-from thinktwice_fast.model.sharding import full_state, load_full_state
+from thinktwice_fast.model.lora import Adapters
+from thinktwice_fast.model.sharding import adapter_state, full_state, load_full_state
 from thinktwice_fast.update.optimizer import continue_schedule
 from thinktwice_fast.update.updater import Updater
 
@@ -37,7 +39,8 @@ FOLDER = "checkpoints"
 _T = TypeVar("_T")
 _PREFIX = "step-"
 _PARTIAL = ".partial-"
-_BYTES_PER_PARAMETER = 12  # float32 weights and AdamW's two moments
+ADAPTER = "adapter"
+_WEIGHT_BYTES, _MOMENTS_BYTES = 4, 8  # of a parameter in float32, and of AdamW's two moments
 _ASKED = ("initial_lr", "betas", "weight_decay")  # of an optimizer's parameter group, what the options say
 
 
@@ -54,7 +57,10 @@ def checkpoints(output: Path) -> list[Path]:
 
 def check_room(output: Path, model: torch.nn.Module) -> None:
     """Raise UserError when the disk can't hold even one checkpoint of the model."""
-    needed = _BYTES_PER_PARAMETER * sum(parameter.numel() for parameter in model.parameters())
+    needed = sum(
+        parameter.numel() * (_WEIGHT_BYTES + (_MOMENTS_BYTES if parameter.requires_grad else 0))
+        for parameter in model.parameters()
+    )
     free = shutil.disk_usage(output).free
     if needed > free:
         raise UserError(
@@ -75,6 +81,7 @@ def save_checkpoint(
         UserError: on every process, when it can't be written; earlier checkpoints stay as they are.
     """
     weights = full_state(updater.models.policy)
+    adapters = adapter_state(updater.models.policy)
     optimizer = get_optimizer_state_dict(
         updater.models.policy, updater.optimizer, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
     )
@@ -84,7 +91,9 @@ def save_checkpoint(
     if parallel.rank() == 0:
         try:
             with _renamed_when_whole(folder) as partial:
-                save_model(updater.models.policy.model, weights, tokenizer, partial / "model", torch.float32)
+                save_model(updater.models.rollout, weights, tokenizer, partial / "model", torch.float32)
+                if updater.models.policy.adapters is not None:
+                    updater.models.policy.adapters.save(adapters, partial / ADAPTER)
                 torch.save(optimizer, partial / "optimizer.pt")
                 torch.save(states, partial / "random.pt")
                 whole = state | {
@@ -110,18 +119,22 @@ def load_checkpoint(folder: Path, updater: Updater) -> dict[str, Any]:
         The ``state`` that ``save_checkpoint`` was given, with ``step``.
 
     Raises:
-        UserError: the folder is no whole checkpoint, or one of another model.
+        UserError: the folder is no whole checkpoint, or one of another model or of other adapters.
     """
     state = read_state(folder)
     weights: dict[str, torch.Tensor] = {}
     optimizer: dict[str, Any] = {}
-    _check_same_model(folder, updater)
+    policy, model = updater.models.policy, updater.models.rollout
+    _check_same_model(folder, model)
+    _check_same_adapters(folder, policy.adapters)
     if parallel.rank() == 0:
-        weights = _read_weights(folder, updater.models.policy.model)
+        adapters = policy.adapters
+        weights = _read_weights(folder, model) if adapters is None else adapters.read(folder / ADAPTER)
         optimizer = torch.load(folder / "optimizer.pt", weights_only=True)
-    policy = updater.models.policy
     load_full_state(policy, weights)
     updater.models.sync()
+    if policy.adapters is not None:
+        _check_same_base(folder, model)
     asked = [{name: group[name] for name in _ASKED} for group in updater.optimizer.param_groups]
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
     set_optimizer_state_dict(policy, updater.optimizer, optimizer, options=options)
@@ -197,8 +210,7 @@ def _step_of(folder: Path) -> int:
     return int(folder.name.removeprefix(_PREFIX))
 
 
-def _check_same_model(folder: Path, updater: Updater) -> None:
-    model = updater.models.policy.model
+def _check_same_model(folder: Path, model: torch.nn.Module) -> None:
     here = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     saved: dict[str, tuple[int, ...]] = {}
     for path in _weight_files(folder):
@@ -213,6 +225,39 @@ def _check_same_model(folder: Path, updater: Updater) -> None:
             f"--resume {folder}: a checkpoint of another model ({name} is {there} there, {now} here): "
             "give the --model.path that the run was started with, or another --output"
         )
+
+
+def _check_same_adapters(folder: Path, adapters: Adapters | None) -> None:
+    if (folder / ADAPTER).is_dir() != (adapters is not None):
+        there, now = ("without LoRA", "with") if adapters else ("with LoRA", "without")
+        raise UserError(
+            f"--resume {folder}: a checkpoint of a run {there}, and this is one {now}: give the same "
+            "--model.lora_rank, or another --output"
+        )
+    if different := adapters.differences(folder / ADAPTER) if adapters is not None else []:
+        raise UserError(
+            f"--resume {folder}: a checkpoint of a run with {', '.join(different)}: give the same, or another --output"
+        )
+
+
+def _check_same_base(folder: Path, merged: torch.nn.Module) -> None:
+    """The weights below the adapters come from where the run had them: merged, they have to be what was saved."""
+    weights = merged.state_dict()
+    for path in _weight_files(folder):
+        with safe_open(path, "pt") as file:
+            changed = [name for name in file.keys() if _differs(weights[name], file.get_tensor(name))]  # noqa: SIM118
+        if changed:
+            raise UserError(
+                f"--resume {folder}: its LoRA adapters were trained on other weights ({changed[0]} differs): give the "
+                "--model.path (and --seed, with --model.random_init) that the run was started with"
+            )
+
+
+def _differs(here: torch.Tensor, saved: torch.Tensor) -> bool:
+    """By more than the rounding of a merge in float32 and of the type of ``here``."""
+    there = saved.to(here.dtype).float()
+    tolerance = 1e-5 * float(there.abs().max())
+    return not torch.allclose(here.float().cpu(), there, rtol=torch.finfo(here.dtype).eps, atol=tolerance)
 
 
 def _read_weights(folder: Path, model: torch.nn.Module) -> dict[str, torch.Tensor]:

@@ -23,6 +23,7 @@ _AT_LEAST: dict[str, float] = {
     "seed": 0,
     "problems_per_step": 1,
     "samples_per_problem": 1,
+    "model.lora_rank": 0,
     "data.limit": 0,
     "rollout.top_k": 0,
     "rollout.max_prompt_tokens": 1,
@@ -104,6 +105,8 @@ def _check_numbers(config: Config) -> None:
     rates = config.sft.draft_error_rates
     if not rates or not all(0 <= rate <= 1 for rate in rates):
         raise UserError(f"--sft.draft_error_rates {list(rates)}: give at least one rate, each from 0 to 1")
+    if not config.model.lora_alpha > 0:
+        raise UserError(f"--model.lora_alpha {config.model.lora_alpha}: must be above 0")
     if not config.rollout.temperature > 0:
         raise UserError("--rollout.temperature must be above 0: training needs samples that differ")
     if config.algorithm == "thinktwice" and config.samples_per_problem < 2:
@@ -115,6 +118,11 @@ def _check_meanings(config: Config) -> None:
     for name in evaluation_sources(config):
         if "/" in name or name == AVERAGE:
             raise UserError(f"--eval.sets: {name!r} can't name a set (no '/', and not {AVERAGE!r}): rename it")
+    if config.rollout.exact and config.model.lora_rank:
+        raise UserError(
+            "--rollout.exact and --model.lora_rank: rollouts read merged weights, whose products round otherwise than "
+            "adapters beside them: leave one of the two out"
+        )
     if "" in config.rollout.stop_strings:
         raise UserError("--rollout.stop_strings: an empty string would end every response at once: leave it out")
     warmup, decay = config.update.warmup_steps, config.update.lr_decay_steps
@@ -191,6 +199,7 @@ def _ignored_in_training(config: Config) -> list[_Ignored]:
         (arithmetic, file_only, "with an arithmetic --data.source"),
         (arithmetic and not config.data.limit, ("data.shuffle",), "with an endless --data.source (no --data.limit)"),
         (kind != "hub", ("data.subset", "data.split"), "unless --data.source is a hub dataset"),
+        (config.model.lora_rank == 0, ("model.lora_alpha", "model.lora_targets"), "without --model.lora_rank"),
         (config.reward in ("exact", "choice"), ("reward_timeout",), f"with --reward {config.reward}"),
         (config.reward != "math", ("reward_workers",), "unless --reward is math"),
         (True, tuple(f"loss.{name}" for name in lacking), f"with --loss.policy_loss {config.loss.policy_loss}"),

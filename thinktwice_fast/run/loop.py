@@ -13,10 +13,11 @@ from thinktwice_fast import parallel
 from thinktwice_fast.algorithms.step import Step
 from thinktwice_fast.config import Config, samples_per_step
 from thinktwice_fast.errors import UserError
-from thinktwice_fast.model.loading import pick_dtype, save_model
-from thinktwice_fast.model.sharding import full_state
+from thinktwice_fast.model.loading import save_model
+from thinktwice_fast.model.sharding import adapter_state, full_state
 from thinktwice_fast.run.build import Run, build_run
 from thinktwice_fast.run.checkpoint import (
+    ADAPTER,
     check_room,
     checkpoints,
     load_checkpoint,
@@ -89,8 +90,7 @@ class Trainer:
                 )
                 return
             self._evaluate_if_due()
-        self._save_model()
-        self._output.close_report({"model": self._folder / "model"}, f"complete: {self._step} of {steps} steps")
+        self._output.close_report(self._save_model(), f"complete: {self._step} of {steps} steps")
 
     def _resume(self) -> bool:
         wanted = self._config.resume
@@ -188,12 +188,20 @@ class Trainer:
         self._saved_step = self._step
         self._output.record(self._step, "checkpoint", {"seconds_checkpoint": time.perf_counter() - started})
 
-    def _save_model(self) -> None:
-        state = full_state(self._parts.updater.models.policy)
+    def _save_model(self) -> dict[str, Path]:
+        """What is saved, and where."""
+        models, adapters = self._parts.updater.models, self._parts.updater.models.policy.adapters
+        state, adapter_weights = full_state(models.policy), adapter_state(models.policy)
+        saved = {"model": self._folder / "model"}
+        if adapters is not None:
+            saved["adapter"] = self._folder / ADAPTER
         if parallel.rank() == 0:
-            model, dtype = self._parts.loaded.model, pick_dtype(self._config.model, self._parts.loaded.model.device)
-            with writing(self._folder / "model") as folder:
-                save_model(model, state, self._parts.loaded.tokenizer, folder, dtype)
+            with writing(saved["model"]) as folder:
+                save_model(models.rollout, state, self._parts.loaded.tokenizer, folder, models.rollout.dtype)
+            if adapters is not None:
+                with writing(saved["adapter"]) as folder:
+                    adapters.save(adapter_weights, folder)
+        return saved
 
     def _keep_progress(self) -> str:
         """A failure before the update: the weights are those of the step before."""
@@ -210,9 +218,9 @@ class Trainer:
         evidence = parallel.gather(error.evidence)
         weights = full_state(self._parts.updater.models.policy)
         if parallel.rank() == 0:
-            loaded = self._parts.loaded
+            model, tokenizer = self._parts.updater.models.rollout, self._parts.loaded.tokenizer
             with writing(folder):
-                save_model(loaded.model, weights, loaded.tokenizer, folder / "model", torch.float32)
+                save_model(model, weights, tokenizer, folder / "model", torch.float32)
                 torch.save(evidence, folder / "batch.pt")
         return f"the batch and the weights that led to it are in {folder}"
 
