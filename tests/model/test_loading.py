@@ -257,10 +257,10 @@ def test_saved_models_load_in_transformers(family: str, compute: torch.dtype, tm
     loaded = load(write_model(tmp_path / "in", family))
     models = pair_models(loaded.model, compute)
     with torch.no_grad():
-        for parameter in models.policy.parameters():
+        for parameter in models.masters.parameters():
             parameter.mul_(1.5)
-    state = full_state(models.policy)
-    save_model(models.policy.model, state, loaded.tokenizer, tmp_path / "out", torch.float32)
+    state = full_state(models.masters)
+    save_model(models.masters.model, state, loaded.tokenizer, tmp_path / "out", torch.float32)
     back = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto").eval()
     original = random_model(family)
     assert back.config.tie_word_embeddings == original.config.tie_word_embeddings
@@ -278,9 +278,9 @@ def test_saved_models_load_in_transformers(family: str, compute: torch.dtype, tm
 def test_saving_in_bfloat16(tmp_path: Path) -> None:
     loaded = load(write_model(tmp_path / "in", "llama"))
     models = pair_models(loaded.model, torch.float32)
-    save_model(models.policy.model, full_state(models.policy), loaded.tokenizer, tmp_path / "out", torch.bfloat16)
+    save_model(models.masters.model, full_state(models.masters), loaded.tokenizer, tmp_path / "out", torch.bfloat16)
     back = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
-    for value, trained in zip(back.parameters(), models.policy.parameters(), strict=True):
+    for value, trained in zip(back.parameters(), models.masters.parameters(), strict=True):
         assert trained.dtype == torch.float32
         assert torch.equal(value, trained.to(torch.bfloat16))
 
@@ -288,12 +288,12 @@ def test_saving_in_bfloat16(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("one_process")
 def test_full_state_comes_back(tmp_path: Path) -> None:
     models = pair_models(load(write_model(tmp_path, "qwen3")).model, torch.float32)
-    state = {name: value.clone() for name, value in full_state(models.policy).items()}
+    state = {name: value.clone() for name, value in full_state(models.masters).items()}
     with torch.no_grad():
-        for parameter in models.policy.parameters():
+        for parameter in models.masters.parameters():
             parameter.zero_()
-    load_full_state(models.policy, state)
-    for value, original in zip(models.policy.parameters(), random_model("qwen3").parameters(), strict=True):
+    load_full_state(models.masters, state)
+    for value, original in zip(models.masters.parameters(), random_model("qwen3").parameters(), strict=True):
         assert torch.equal(value, original)
 
 

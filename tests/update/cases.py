@@ -77,7 +77,7 @@ def updater(
     reference = frozen_copy(random_model(family, NAME, seed=5), dtype) if made.loss.beta else None
     models = pair_models(model, dtype, adapt)
     models.sync()  # `adapt` may give adapters that are not 0 to begin with
-    optimizer = torch.optim.SGD(models.policy.parameters(), lr=learning_rate)
+    optimizer = torch.optim.SGD(models.masters.parameters(), lr=learning_rate)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
     return Updater(models, reference, optimizer, schedule, made)
 

@@ -119,9 +119,9 @@ def state_round_trip() -> dict[str, Any]:
 
 def bfloat16_pair() -> dict[str, torch.Tensor]:
     models = pair_models(random_model("olmo3", NAME), torch.bfloat16)
-    trained = weights(models.policy)
+    trained = weights(models.masters)
     with torch.no_grad():
-        for parameter in models.policy.parameters():
+        for parameter in models.masters.parameters():
             parameter.mul_(1.5)
     stale = weights(models.rollout)
     models.sync()

@@ -1,14 +1,16 @@
 """The trained weights (float32 master, sharded with FSDP2 where that pays) and the weights rollouts read.
 
-One process computing in float32 trains and samples with the very same tensors. Otherwise the master is
-sharded and computes in the compute type, and rollouts read a whole copy in that type whose addresses never
-move; ``ModelPair.sync`` refreshes it once after each update phase. With LoRA only the adapters have a float32 master,
+One process trains and samples with the very same tensors: in float32 they are the masters, in another type these stand
+beside them and each optimizer step is copied over. Of several processes' the masters are sharded and compute in the
+compute type, and rollouts read a whole copy in that type whose addresses never move; ``ModelPair.sync`` refreshes it
+once after each update phase. With LoRA only the adapters have a float32 master,
 the weights below them stay in the compute type, and the copy has the two merged.
 """
 
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import cast
 
 import torch
@@ -28,25 +30,26 @@ _FROM_RANK_0 = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
 
 @dataclass
 class ModelPair:
-    """``policy`` is trained, ``rollout`` is decoded with."""
+    """``policy`` computes losses, ``rollout`` is decoded with, ``masters`` are optimized and saved."""
 
     policy: Policy
     rollout: PreTrainedModel
-
-    @property
-    def shared(self) -> bool:
-        """Both are the same tensors."""
-        return self.rollout is self.policy.model
+    masters: Policy  # the policy itself, unless that computes in another type on its own
 
     @torch.no_grad()
     def sync(self) -> None:
         """Copy the trained weights to where rollouts read them. Collective: every process calls it."""
-        if self.shared:
+        if self.rollout is self.masters.model:
             return
-        trained = merged_weights(dict(self.policy.model.named_parameters()), self.policy.adapters)
+        trained = merged_weights(dict(self.masters.model.named_parameters()), self.masters.adapters)
         for (_, weight), read in zip(trained, self.rollout.parameters(), strict=True):
             value = weight.detach().to(read.dtype)
             read.copy_(value.full_tensor() if isinstance(value, DTensor) else value)
+
+    def stepped(self) -> None:
+        """The masters have moved: the policy is to compute with them."""
+        if self.policy is not self.masters:
+            self.sync()
 
 
 def pair_models(
@@ -56,17 +59,16 @@ def pair_models(
 
     The process group must be up; ``dtype`` is the compute type. ``adapt`` puts LoRA adapters into the policy's model.
     """
-    plain = dist.get_world_size() == 1 and dtype == torch.float32
-    if plain and adapt is None:
-        cast_parameters(model, torch.float32)
-        return ModelPair(Policy(model), model)
+    alone = dist.get_world_size() == 1
+    if alone and adapt is None:
+        return _one_set(model, dtype)
     rollout = cast_parameters(copy.deepcopy(model), dtype).requires_grad_(False)
     adapters = adapt(model) if adapt is not None else None
     for parameter in model.parameters():
         parameter.data = parameter.data.to(torch.float32 if parameter.requires_grad else dtype)
-    policy = Policy(model) if plain else _shard(model, dtype)
+    policy = Policy(model) if alone and dtype == torch.float32 else _shard(model, dtype)
     policy.adapters = adapters
-    return ModelPair(policy, rollout)
+    return ModelPair(policy, rollout, policy)
 
 
 def frozen_copy(model: PreTrainedModel, dtype: torch.dtype) -> Policy:
@@ -90,6 +92,8 @@ def full_state(policy: Policy) -> dict[str, torch.Tensor]:
 
 def adapter_state(policy: Policy) -> dict[str, torch.Tensor]:
     """Whole weights of the adapters on the CPU, as the model names them; empty but on rank 0. Collective."""
+    if policy.adapters is None:
+        return {}
     options = replace(_WHOLE, ignore_frozen_params=True)
     state = cast(dict[str, torch.Tensor], get_model_state_dict(policy, options=options))
     return {name: value for name, value in _without_prefix(state).items() if is_adapter(name)}
@@ -108,11 +112,35 @@ def _without_prefix(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name.removeprefix("model."): value for name, value in state.items()}
 
 
+def _one_set(model: PreTrainedModel, dtype: torch.dtype) -> ModelPair:
+    policy = Policy(model)
+    if dtype == torch.float32:
+        cast_parameters(model, dtype)
+        return ModelPair(policy, model, policy)
+    masters = Policy(cast_parameters(copy.deepcopy(model), torch.float32))
+    cast_parameters(model, dtype)
+    for parameter, master in zip(model.parameters(), masters.model.parameters(), strict=True):
+        parameter.register_post_accumulate_grad_hook(partial(_hand_over_gradient, master))
+    return ModelPair(policy, model, masters)
+
+
+@torch.no_grad()
+def _hand_over_gradient(master: torch.Tensor, parameter: torch.Tensor) -> None:
+    """Micro-batches add up in float32, and no second gradient stays."""
+    assert parameter.grad is not None
+    if master.grad is None:
+        master.grad = parameter.grad.float()
+    else:
+        master.grad += parameter.grad
+    parameter.grad = None
+
+
 def _shard(model: PreTrainedModel, dtype: torch.dtype) -> Policy:
     policy = Policy(model)
     # Said outright: left alone, FSDP2 takes the machine's accelerator also for a model on the CPU.
     mesh = init_device_mesh(model.device.type, (dist.get_world_size(),))
-    precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    # Inputs stay as they are: among them are the rotary tables, which some architectures apply in float32.
+    precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for layer in decoder_layers(model):
         fully_shard(layer, mesh=mesh, mp_policy=precision)
     fully_shard(policy, mesh=mesh, mp_policy=precision)

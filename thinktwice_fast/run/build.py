@@ -91,11 +91,11 @@ def build_run(config: Config, resources: ExitStack) -> Run:
         loaded.stop_ids,
         config.rollout,
         longest,
-        _training_bytes(models.policy),
+        _training_bytes(models.masters),
         decode=partial(chat.response_text, stop_ids=loaded.stop_ids),
     )
     sampler = Sampler(engine, chat, grader, instruction, loaded.stop_ids)
-    optimizer, schedule = build_optimizer(models.policy, config.update, _optimizer_steps(config))
+    optimizer, schedule = build_optimizer(models.masters, config.update, _optimizer_steps(config))
     updater = Updater(models, reference, optimizer, schedule, config)
     algorithm: Algorithm
     if config.algorithm == "sft":

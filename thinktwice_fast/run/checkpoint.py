@@ -80,20 +80,20 @@ def save_checkpoint(
     Raises:
         UserError: on every process, when it can't be written; earlier checkpoints stay as they are.
     """
-    weights = full_state(updater.models.policy)
-    adapters = adapter_state(updater.models.policy)
+    weights = full_state(updater.models.masters)
+    adapters = adapter_state(updater.models.masters)
     optimizer = get_optimizer_state_dict(
-        updater.models.policy, updater.optimizer, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
+        updater.models.masters, updater.optimizer, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
     )
-    states = parallel.gather(_random_state(updater.models.policy.device))
+    states = parallel.gather(_random_state(updater.models.masters.device))
     folder = checkpoint_folder(output, step)
     error: UserError | None = None
     if parallel.rank() == 0:
         try:
             with _renamed_when_whole(folder) as partial:
                 save_model(updater.models.rollout, weights, tokenizer, partial / "model", torch.float32)
-                if updater.models.policy.adapters is not None:
-                    updater.models.policy.adapters.save(adapters, partial / ADAPTER)
+                if updater.models.masters.adapters is not None:
+                    updater.models.masters.adapters.save(adapters, partial / ADAPTER)
                 torch.save(optimizer, partial / "optimizer.pt")
                 torch.save(states, partial / "random.pt")
                 whole = state | {
@@ -124,27 +124,27 @@ def load_checkpoint(folder: Path, updater: Updater) -> dict[str, Any]:
     state = read_state(folder)
     weights: dict[str, torch.Tensor] = {}
     optimizer: dict[str, Any] = {}
-    policy, model = updater.models.policy, updater.models.rollout
+    masters, model = updater.models.masters, updater.models.rollout
     _check_same_model(folder, model)
-    _check_same_adapters(folder, policy.adapters)
+    _check_same_adapters(folder, masters.adapters)
     if parallel.rank() == 0:
-        adapters = policy.adapters
+        adapters = masters.adapters
         weights = _read_weights(folder, model) if adapters is None else adapters.read(folder / ADAPTER)
         optimizer = torch.load(folder / "optimizer.pt", weights_only=True)
-    load_full_state(policy, weights)
+    load_full_state(masters, weights)
     updater.models.sync()
-    if policy.adapters is not None:
+    if masters.adapters is not None:
         _check_same_base(folder, model)
     asked = [{name: group[name] for name in _ASKED} for group in updater.optimizer.param_groups]
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
-    set_optimizer_state_dict(policy, updater.optimizer, optimizer, options=options)
+    set_optimizer_state_dict(masters, updater.optimizer, optimizer, options=options)
     for group, values in zip(updater.optimizer.param_groups, asked, strict=True):
         group.update(values)
     continue_schedule(updater.optimizer, updater.schedule, state["optimizer_steps"])
     updater.version = state["version"]
     states = torch.load(folder / "random.pt", weights_only=False)
     if len(states) == parallel.world_size():
-        _set_random_state(states[parallel.rank()], policy.device)
+        _set_random_state(states[parallel.rank()], masters.device)
     return state
 
 

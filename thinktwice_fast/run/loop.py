@@ -190,8 +190,8 @@ class Trainer:
 
     def _save_model(self) -> dict[str, Path]:
         """What is saved, and where."""
-        models, adapters = self._parts.updater.models, self._parts.updater.models.policy.adapters
-        state, adapter_weights = full_state(models.policy), adapter_state(models.policy)
+        models, adapters = self._parts.updater.models, self._parts.updater.models.masters.adapters
+        state, adapter_weights = full_state(models.masters), adapter_state(models.masters)
         saved = {"model": self._folder / "model"}
         if adapters is not None:
             saved["adapter"] = self._folder / ADAPTER
@@ -216,7 +216,7 @@ class Trainer:
     def _keep_evidence(self, number: int, error: NonFiniteLoss) -> str:
         folder = self._folder / f"not-finite-step-{number:06d}"
         evidence = parallel.gather(error.evidence)
-        weights = full_state(self._parts.updater.models.policy)
+        weights = full_state(self._parts.updater.models.masters)
         if parallel.rank() == 0:
             model, tokenizer = self._parts.updater.models.rollout, self._parts.loaded.tokenizer
             with writing(folder):

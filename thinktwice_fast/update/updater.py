@@ -176,6 +176,7 @@ class Updater:
                 {"sequences": list(chain.from_iterable(microbatches)), "loss": total, "grad_norm": norm},
             )
         self.optimizer.step()
+        self.models.stepped()
         self.schedule.step()
         self.optimizer.zero_grad()
         self.version += 1
@@ -299,7 +300,7 @@ class Updater:
         return policy(row.input_ids, row.position_ids, row.attention, row.select, head)
 
     def _clip(self) -> float:
-        parameters = [p for p in self.models.policy.parameters() if p.grad is not None]
+        parameters = [p for p in self.models.masters.parameters() if p.grad is not None]
         norm = torch.nn.utils.clip_grad_norm_(parameters, self._options.grad_clip or float("inf"))
         return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
 

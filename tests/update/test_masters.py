@@ -1,0 +1,97 @@
+"""One process in bfloat16: one set of weights for rollouts and updates, float32 masters beside it."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.distributed.tensor import DTensor
+
+from tests.small_models import FAMILIES, bpe_tokenizer, random_model
+from tests.update.cases import config, rollouts, updater, weights
+from thinktwice_fast.model.attention import NAME
+from thinktwice_fast.model.sharding import ModelPair, _shard, cast_parameters, full_state, pair_models
+from thinktwice_fast.run.checkpoint import load_checkpoint, save_checkpoint
+from thinktwice_fast.update.optimizer import build_optimizer
+from thinktwice_fast.update.updater import Updater
+
+pytestmark = pytest.mark.usefixtures("one_process")
+BFLOAT16 = torch.bfloat16
+
+
+def sharded(family: str) -> ModelPair:
+    """What several processes have."""
+    model = random_model(family, NAME)
+    rollout = cast_parameters(random_model(family, NAME), BFLOAT16)
+    policy = _shard(model, BFLOAT16)
+    return ModelPair(policy, rollout, policy)
+
+
+def with_adamw(models: ModelPair, **options: Any) -> Updater:
+    made = config(**{"update__learning_rate": 1e-3, "update__warmup_steps": 0} | options)
+    optimizer, schedule = build_optimizer(models.masters, made.update, 10)
+    return Updater(models, None, optimizer, schedule, made)
+
+
+def whole(value: torch.Tensor) -> torch.Tensor:
+    return value.full_tensor() if isinstance(value, DTensor) else value
+
+
+def assert_in_step(models: ModelPair) -> None:
+    assert models.rollout is models.policy.model
+    for master, read in zip(models.masters.model.parameters(), models.rollout.parameters(), strict=True):
+        assert master.dtype == torch.float32 and read.dtype == BFLOAT16
+        assert torch.equal(read, master.bfloat16())
+        assert read.grad is None and master.grad is None
+
+
+def test_one_set_of_weights_follows_its_masters_in_place() -> None:
+    models = pair_models(random_model("qwen3", NAME), BFLOAT16)
+    assert torch.equal(weights(models.masters), weights(random_model("qwen3")))
+    assert_in_step(models)
+    places, before = [parameter.data_ptr() for parameter in models.rollout.parameters()], weights(models.rollout)
+    with_adamw(models).policy_update([rollouts(8, seed) for seed in range(2)])
+    assert_in_step(models)
+    assert [parameter.data_ptr() for parameter in models.rollout.parameters()] == places
+    assert not torch.equal(weights(models.rollout), before)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("budget", [16384, 40])
+def test_updates_are_those_of_sharded_weights(family: str, budget: int) -> None:
+    """Later mini-batches would see it if the weights lagged behind."""
+    changes = []
+    for models in (pair_models(random_model(family, NAME), BFLOAT16), sharded(family)):
+        before = weights(models.masters)
+        optimizer = torch.optim.SGD(models.masters.parameters(), lr=0.5)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+        made = Updater(
+            models, None, optimizer, schedule, config(update__microbatch_tokens=budget, update__grad_clip=1.0)
+        )
+        made.policy_update([rollouts(8, seed) for seed in range(3)])
+        changes.append(weights(models.masters) - before)
+    assert (changes[0] - changes[1]).norm() < 1e-4 * changes[1].norm()
+
+
+def test_gradients_of_micro_batches_add_up_in_float32() -> None:
+    made = updater(config(), dtype=BFLOAT16)
+    parameter, master = next(made.models.policy.parameters()), next(made.models.masters.parameters())
+    for term in (1.0, 2**-12):
+        (parameter * term).sum().backward()
+        assert parameter.grad is None
+    assert bool((master.grad == 1 + 2**-12).all())
+
+
+def test_checkpoints_go_from_one_kind_of_masters_to_the_other(tmp_path: Path) -> None:
+    alone, several = with_adamw(pair_models(random_model("llama", NAME), BFLOAT16)), with_adamw(sharded("llama"))
+    for number, (first, second) in enumerate([(alone, several), (several, alone)]):
+        first.policy_update([rollouts(8, number)])
+        folder = save_checkpoint(tmp_path, number, first, bpe_tokenizer(), {}, 9)
+        load_checkpoint(folder, second)
+        expected, found = full_state(first.models.masters), full_state(second.models.masters)
+        assert all(torch.equal(found[name], value) for name, value in expected.items())
+        assert torch.equal(weights(second.models.rollout), weights(first.models.rollout))
+        states = [list(made.optimizer.state.values()) for made in (first, second)]
+        for here, there in zip(*states, strict=True):
+            for name in ("step", "exp_avg", "exp_avg_sq"):
+                assert torch.equal(whole(here[name]), whole(there[name]))
