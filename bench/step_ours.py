@@ -83,6 +83,9 @@ class _Mixed:
     def __init__(self, grading: Grading):
         self._grading = grading
 
+    def done(self) -> bool:
+        return self._grading.done()
+
     def result(self) -> list[float | None]:
         return [float(number % 2) for number, _ in enumerate(self._grading.result())]
 

@@ -13,7 +13,7 @@ from tests.small_models import FAMILIES, family_config, random_model, write_mode
 from tests.update.cases import adapt, assert_same_step, config, formula, padded_logps, rollouts, updater
 from thinktwice_fast.config import ModelOptions, UpdateOptions
 from thinktwice_fast.errors import UserError
-from thinktwice_fast.model.attention import NAME, PackedAttention
+from thinktwice_fast.model.attention import NAME, causal_attention
 from thinktwice_fast.model.loading import load_model, save_model
 from thinktwice_fast.model.lora import add_adapters, is_adapter
 from thinktwice_fast.model.policy import Policy, linear_head
@@ -38,7 +38,7 @@ def with_biases(attention: str) -> Any:
 def logits(policy: Policy) -> torch.Tensor:  # [T, V]
     ids, positions = torch.arange(12) * 37 % 512, torch.arange(12)
     with torch.no_grad():
-        return policy(ids, positions, PackedAttention.from_lengths([12], ids.device), positions, linear_head)
+        return policy(ids, positions, causal_attention([12], ids.device), positions, linear_head)
 
 
 @pytest.mark.parametrize("make", [*(lambda a, f=f: random_model(f, a) for f in FAMILIES), with_biases])
