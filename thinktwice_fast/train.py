@@ -1,4 +1,4 @@
-"""Entry: ``torchrun thinktwice_fast/train.py [--config FILE] [--section.option value ...]``."""
+"""Entry: ``torchrun thinktwice_fast/train.py [--config FILE] [--section.option value ...] [--dry-run]``."""
 
 import sys
 import time
@@ -14,13 +14,18 @@ def main() -> int:
     try:
         with StopSignals() as stop:
             # Each import comes as late as it may: a misspelt option should not wait seconds for what trains.
-            from thinktwice_fast.run.options import parse_config
+            from thinktwice_fast.run.options import parse_command
 
-            config = parse_config(sys.argv[1:])
+            config, dry_run = parse_command(sys.argv[1:])
             from thinktwice_fast.run.checks import check_config, check_output
 
             check_config(config, launch.env_world_size())
-            check_output(config)
+            check_output(config, write=not dry_run)
+            if dry_run:
+                from thinktwice_fast.run.plan import print_plan
+
+                print_plan(config)
+                return 0
             from thinktwice_fast.run.loop import run
 
             run(config, stop)

@@ -91,11 +91,11 @@ class Decoder:
 
     @staticmethod
     def supports(model: PreTrainedModel) -> bool:
-        """Whether a decoder of this model can be built: on the CPU, of a known architecture and type."""
+        """Whether a decoder of this model can be built: on the CPU (or without memory), of a known kind and type."""
         config = model.config
         base: Any = model.base_model
         return (
-            model.device.type == "cpu"
+            model.device.type in ("cpu", "meta")
             and model.dtype in _TOLERANCE
             and config.model_type in _FAMILIES
             and config.hidden_act == "silu"

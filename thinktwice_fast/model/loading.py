@@ -1,5 +1,6 @@
 """Loading a model and its tokenizer from a folder or the hub, and saving them back."""
 
+import contextlib
 import copy
 from dataclasses import dataclass
 from functools import partial
@@ -11,7 +12,7 @@ import torch
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from safetensors import SafetensorError
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from thinktwice_fast.config import ModelOptions
@@ -71,15 +72,31 @@ def load_model(options: ModelOptions, seed: int, device: torch.device) -> Loaded
     config = _config(folder, options.path)
     tokenizer = load_tokenizer(options)
     model = _random_model(config, options, seed) if options.random_init else _saved_model(folder, config, options)
-    if len(tokenizer) > config.get_text_config().vocab_size:
-        raise UserError(
-            f"--model.path {options.path}: its tokenizer has {len(tokenizer)} tokens but the model only "
-            f"{config.get_text_config().vocab_size}: take both from the same place"
-        )
+    _check_vocabulary(config, tokenizer, options)
     model = model.to(device).eval()
     check_head_is_linear(model)
     if options.activation_checkpointing:
         checkpoint_layers(model)
+    return LoadedModel(model, tokenizer, _stop_ids(model, tokenizer, options.path))
+
+
+def outline_model(options: ModelOptions) -> LoadedModel:
+    """As ``load_model`` gives it, but on the meta device: shapes without memory, from the config alone.
+
+    Raises:
+        UserError: as ``load_model``, but for what only the weights can tell.
+    """
+    transformers_logging.set_verbosity_error()
+    folder = model_folder(options.path)
+    config = _config(folder, options.path)
+    tokenizer = load_tokenizer(options)
+    with torch.device("meta"):
+        model = _random_model(config, options, 0).eval()
+    if not options.random_init:
+        _require_weights(folder, options.path)
+        with contextlib.suppress(OSError):  # has none: the model's own config says what ends a response
+            model.generation_config = GenerationConfig.from_pretrained(folder)
+    _check_vocabulary(model.config, tokenizer, options)
     return LoadedModel(model, tokenizer, _stop_ids(model, tokenizer, options.path))
 
 
@@ -176,6 +193,14 @@ def _no_tokenizer(name: str, reason: str) -> UserError:
         f"--model.path {name}: no tokenizer that loads is in it ({reason}): put tokenizer.json and "
         "tokenizer_config.json beside the weights"
     )
+
+
+def _check_vocabulary(config: Any, tokenizer: Any, options: ModelOptions) -> None:
+    if len(tokenizer) > config.get_text_config().vocab_size:
+        raise UserError(
+            f"--model.path {options.path}: its tokenizer has {len(tokenizer)} tokens but the model only "
+            f"{config.get_text_config().vocab_size}: take both from the same place"
+        )
 
 
 def _require_weights(folder: str, name: str) -> None:

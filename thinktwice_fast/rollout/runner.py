@@ -1,7 +1,7 @@
 """What runs the model for a generation: the C++ decoder on the CPU, CUDA graphs on a GPU, or transformers' modules."""
 
 import logging
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from transformers import PreTrainedModel
@@ -106,40 +106,58 @@ def make_runner(model: PreTrainedModel, cache: PagedKVCache, options: RolloutOpt
     Raises:
         UserError: what the options ask for can't be had for this model, on this device or with this build.
     """
-    if options.cuda_graphs and model.device.type != "cuda":
-        raise UserError(
-            f"--rollout.cuda_graphs true needs a GPU, and the model is on {model.device.type}: leave it out"
-        )
-    if options.exact:
-        return _exact_runner(model, cache)
+    way = planned_runner(model, options, model.device, model.dtype)
+    if way == "exact":
+        make_exact(model)
+        return ModuleRunner(model, cache, exact=True)
     make_plain(model)  # another engine may have made it exact
     if model.device.type == "cuda":
         return _gpu_runner(model, cache, options, max_tokens)
-    # Tiles multiply bfloat16 many times as fast as the decoder's float32: torch's own products use them.
-    on_tiles = model.dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported() and options.decoder == "auto"
-    if options.decoder != "modules" and not on_tiles and Decoder.supports(model):
+    if way == "decoder":
         decoder = Decoder(model, max_tokens, group_attention=options.group_attention)
         if not differs(decoder, model):
             return DecoderRunner(decoder, cache)
         log.warning("the fused decoder does not reproduce %s: rollouts run its modules", type(model).__name__)
-    _refuse_fused(model, options)
+        _refuse_fused(model, options, model.device, model.dtype)
     return ModuleRunner(model, cache)
 
 
-def _exact_runner(model: PreTrainedModel, cache: PagedKVCache) -> Runner:
-    if model.device.type != "cpu" or model.dtype != torch.float32:
-        raise UserError(
-            f"--rollout.exact needs float32 on the CPU, and this is {model.dtype} on {model.device.type}: leave it "
-            "out, or give --model.device cpu --model.compute_dtype float32"
-        )
-    make_exact(model)
-    return ModuleRunner(model, cache, exact=True)
+def planned_runner(
+    model: PreTrainedModel, options: RolloutOptions, device: torch.device, dtype: torch.dtype
+) -> Literal["exact", "decoder", "modules", "gpu"]:
+    """What ``make_runner`` will try first, from the model's shape alone (its tensors may be on the meta device).
+
+    Args:
+        model: to be decoded with.
+        options: which runner is wanted.
+        device, dtype: where and in which type the model will be.
+
+    Raises:
+        UserError: what the options ask for can't be had.
+    """
+    if options.cuda_graphs and device.type != "cuda":
+        raise UserError(f"--rollout.cuda_graphs true needs a GPU, and the model is on {device.type}: leave it out")
+    if options.exact:
+        if device.type != "cpu" or dtype != torch.float32:
+            raise UserError(
+                f"--rollout.exact needs float32 on the CPU, and this is {dtype} on {device.type}: leave it out, or "
+                "give --model.device cpu --model.compute_dtype float32"
+            )
+        return "exact"
+    if device.type == "cuda":
+        return "gpu"
+    # Tiles multiply bfloat16 many times as fast as the decoder's float32: torch's own products use them.
+    on_tiles = dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported() and options.decoder == "auto"
+    if options.decoder != "modules" and not on_tiles and Decoder.supports(model):
+        return "decoder"
+    _refuse_fused(model, options, device, dtype)
+    return "modules"
 
 
 def _gpu_runner(model: PreTrainedModel, cache: PagedKVCache, options: RolloutOptions, max_tokens: int) -> Runner:
     unfuse_attention(model)  # another engine may have fused it
     if options.decoder != "modules" and not fuse_attention(model, max_tokens):
-        _refuse_fused(model, options)
+        _refuse_fused(model, options, model.device, model.dtype)
     in_torch = "paged_attention" in torch_versions  # which waits for the GPU, so that it can't be captured
     if options.cuda_graphs and in_torch:
         raise UserError(
@@ -151,10 +169,10 @@ def _gpu_runner(model: PreTrainedModel, cache: PagedKVCache, options: RolloutOpt
     return GraphRunner(Policy(model), cache, options.max_sequences, max_tokens)
 
 
-def _refuse_fused(model: PreTrainedModel, options: RolloutOptions) -> None:
+def _refuse_fused(model: PreTrainedModel, options: RolloutOptions, device: torch.device, dtype: torch.dtype) -> None:
     """Raise UserError where a fused runner was asked for outright."""
     if options.decoder == "fused":
         raise UserError(
-            f"--rollout.decoder fused does not know {type(model).__name__} in {model.dtype} on {model.device.type}: "
+            f"--rollout.decoder fused does not know {type(model).__name__} in {dtype} on {device.type}: "
             "leave the option out"
         )

@@ -21,6 +21,8 @@ from thinktwice_fast.model.loading import SHIPPED, LoadedModel, load_model, pick
 from thinktwice_fast.model.lora import add_adapters
 from thinktwice_fast.model.sharding import frozen_copy, pair_models
 from thinktwice_fast.rollout.engine import Engine
+from thinktwice_fast.run.memory import held_bytes
+from thinktwice_fast.run.workload import predicted_memory
 from thinktwice_fast.tasks.arithmetic import RECHECK, warm_start_example
 from thinktwice_fast.tasks.pool import Grader
 from thinktwice_fast.tasks.problem import Message, Problem
@@ -29,6 +31,8 @@ from thinktwice_fast.tasks.sources import Source, load_source
 from thinktwice_fast.tasks.stream import ProblemStream
 from thinktwice_fast.update.optimizer import build_optimizer
 from thinktwice_fast.update.updater import Updater
+
+_ENDLESS_SAMPLE = 64  # problems of an endless source that its longest prompt is judged by
 
 
 @dataclass(frozen=True)
@@ -42,10 +46,29 @@ class Run:
     algorithm: Algorithm
     evaluation_sets: Mapping[str, Sequence[Problem]]
     notes: list[str]  # for the user: problems dropped, say
+    predicted_bytes: int  # of memory at the peak, of each process
 
 
-def build_run(config: Config, resources: ExitStack) -> Run:
-    """Load and connect all parts. Starts the process group; ``resources`` ends it and stops the graders.
+@dataclass(frozen=True)
+class Prepared:
+    """What is known, and found right, before anything trains."""
+
+    device: torch.device
+    dtype: torch.dtype  # to compute in
+    loaded: LoadedModel
+    chat: ChatFormat
+    grader: Grader
+    instruction: str  # to refine
+    stream: ProblemStream
+    usable: int | None  # problems; None = endless
+    longest_prompts: dict[str, int]  # tokens, by phase
+    evaluation_sets: Mapping[str, Sequence[Problem]]
+    notes: list[str]
+    held_bytes: int  # before the model was loaded
+
+
+def prepare(config: Config, resources: ExitStack, load: Callable[[torch.device], LoadedModel]) -> Prepared:
+    """Read the problems, load the model by ``load``, and check that they fit together. ``resources`` ends the graders.
 
     Raises:
         UserError: anything wrong with problems, reward or model.
@@ -60,10 +83,8 @@ def build_run(config: Config, resources: ExitStack) -> Run:
         workers = min(8, max(1, (os.cpu_count() or 1) // 2))
     grader = resources.enter_context(Grader(config.reward, config.reward_timeout, workers))
     device = pick_device(config.model, launch.env_local_rank())
-    dtype = pick_dtype(config.model, device)
-    parallel.start(device, config.run.distributed_timeout)
-    resources.callback(dist.destroy_process_group)
-    loaded = load_model(config.model, config.seed, device)
+    before = held_bytes(device)
+    loaded = load(device)
     chat = ChatFormat(loaded.tokenizer)
     longest = config.rollout.max_prompt_tokens + config.rollout.max_response_tokens
     _check_context(loaded, longest)
@@ -73,6 +94,7 @@ def build_run(config: Config, resources: ExitStack) -> Run:
     notes = recipe_notes(config)
     graded = config.algorithm != "sft"  # SFT neither grades nor refines what it learns from
     usable = prompts.usable(train, config.data.source, notes, refined=graded)
+    longest_prompts = prompts.longest if graded else {"sft": prompts.longest["solve"]}
     _check_enough(config, usable)
     if graded:
         _check_answers(grader, config.data.source, (train[i] for i in ((0,) if usable is None else usable)))
@@ -82,7 +104,30 @@ def build_run(config: Config, resources: ExitStack) -> Run:
     }
     for name, problems in evaluation_sets.items():
         _check_answers(grader, name, problems)
+    return Prepared(
+        device, pick_dtype(config.model, device), loaded, chat, grader, instruction, stream,
+        None if usable is None else len(usable), longest_prompts, evaluation_sets, notes, before,
+    )  # fmt: skip
 
+
+def build_run(config: Config, resources: ExitStack) -> Run:
+    """Load and connect all parts. Starts the process group; ``resources`` ends it and stops the graders.
+
+    Raises:
+        UserError: anything wrong with problems, reward or model.
+    """
+
+    def load(device: torch.device) -> LoadedModel:
+        parallel.start(device, config.run.distributed_timeout)
+        resources.callback(dist.destroy_process_group)
+        return load_model(config.model, config.seed, device)
+
+    ready = prepare(config, resources, load)
+    loaded, dtype, chat, stream = ready.loaded, ready.dtype, ready.chat, ready.stream
+    predicted = predicted_memory(
+        config, loaded.model, ready.device, dtype, ready.longest_prompts, ready.evaluation_sets, parallel.world_size(),
+        ready.held_bytes,
+    )  # fmt: skip
     reference = frozen_copy(loaded.model, dtype) if config.loss.beta else None
     adapt = partial(add_adapters, options=config.model, seed=config.seed) if config.model.lora_rank else None
     models = pair_models(loaded.model, dtype, adapt)
@@ -90,11 +135,11 @@ def build_run(config: Config, resources: ExitStack) -> Run:
         models.rollout,
         loaded.stop_ids,
         config.rollout,
-        longest,
+        config.rollout.max_prompt_tokens + config.rollout.max_response_tokens,
         _training_bytes(models.masters),
         decode=partial(chat.response_text, stop_ids=loaded.stop_ids),
     )
-    sampler = Sampler(engine, chat, grader, instruction, loaded.stop_ids)
+    sampler = Sampler(engine, chat, ready.grader, ready.instruction, loaded.stop_ids)
     optimizer, schedule = build_optimizer(models.masters, config.update, _optimizer_steps(config))
     updater = Updater(models, reference, optimizer, schedule, config)
     algorithm: Algorithm
@@ -103,7 +148,7 @@ def build_run(config: Config, resources: ExitStack) -> Run:
     else:
         kind = JointThinkTwice if config.thinktwice.pairing == "joint" else ThinkTwice
         algorithm = kind(config, stream, sampler, updater)
-    return Run(config, loaded, sampler, updater, algorithm, evaluation_sets, notes)
+    return Run(config, loaded, sampler, updater, algorithm, ready.evaluation_sets, ready.notes, predicted.peak)
 
 
 class _PromptLimit:
@@ -119,6 +164,7 @@ class _PromptLimit:
         self._chat = chat
         self._instruction = instruction
         self._stop_ids = stop_ids
+        self.longest: dict[str, int] = {}  # tokens, by phase, of the source asked about last
 
     def usable(self, source: Source, name: str, notes: list[str], *, refined: bool = True) -> list[int] | None:
         """Indices of the problems short enough, with a note of how many are not; None for an endless source.
@@ -131,18 +177,24 @@ class _PromptLimit:
         less = " less a response and the refine instruction" if refined else ""
         if size is None:
             self._require_room(name, len(self._chat.prompt_ids(source[0].messages)), beside)
+            self._note_longest((len(self._chat.prompt_ids(source[i].messages)) for i in range(_ENDLESS_SAMPLE)), beside)
             return None
         lengths = [len(self._chat.prompt_ids(source[index].messages)) for index in range(size)]
         room = self._limit - beside
         kept = [index for index, length in enumerate(lengths) if length <= room]
         if not kept:
             self._require_room(name, min(lengths), beside)
+        self._note_longest((lengths[index] for index in kept), beside)
         if len(kept) < size:
             notes.append(
                 f"{name}: dropped {size - len(kept)} of {size} problems whose prompt is longer than {room} tokens "
                 f"(--rollout.max_prompt_tokens {self._limit}{less})"
             )
         return kept
+
+    def _note_longest(self, lengths: Iterable[int], beside: int) -> None:
+        longest = max(lengths)
+        self.longest = {"solve": longest, "refine": longest + beside}
 
     def _beside_question(self, problem: Problem) -> int:
         prompt = self._chat.prompt_ids(problem.messages)

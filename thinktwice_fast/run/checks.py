@@ -1,6 +1,8 @@
 """What can be wrong with the options alone, found before anything is loaded."""
 
+import errno
 import math
+import os
 from collections.abc import Iterator
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
@@ -62,15 +64,18 @@ def check_config(config: Config, world_size: int) -> None:
     _check_cache(config)
 
 
-def check_output(config: Config) -> None:
-    """Raise UserError when the output folder can't be used: it holds another run, or can't be written."""
+def check_output(config: Config, *, write: bool = True) -> None:
+    """Raise UserError when the output folder can't be used: it holds another run, or can't be written.
+
+    Args:
+        write: make the folder and try it out; False leaves no trace and asks for the permission alone.
+    """
     output = Path(config.output)
     try:
-        output.mkdir(parents=True, exist_ok=True)
-        if launch.env_rank() == 0:  # it alone will write, and two that probe would take each other's file away
-            probe = output / ".writable"
-            probe.touch()
-            probe.unlink()
+        if write:
+            _try_out(output)
+        else:
+            _ask_permission(output)
     except OSError as error:
         raise UserError(f"--output {output}: can't write there ({error.strerror}): choose another folder") from error
     holds_a_run = any((output / name).exists() for name in RUN_FILES)
@@ -81,6 +86,22 @@ def check_output(config: Config) -> None:
         raise UserError(
             f"--output {output} holds another run: continue it with --resume auto, or give another --output"
         )
+
+
+def _try_out(folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    if launch.env_rank() == 0:  # it alone will write, and two that probe would take each other's file away
+        probe = folder / ".writable"
+        probe.touch()
+        probe.unlink()
+
+
+def _ask_permission(folder: Path) -> None:
+    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not nearest.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
 
 def _check_numbers(config: Config) -> None:

@@ -1,7 +1,6 @@
 """The run: steps, evaluations and checkpoints, until the end or a signal."""
 
 import errno
-import resource
 import time
 from contextlib import ExitStack
 from pathlib import Path
@@ -27,6 +26,7 @@ from thinktwice_fast.run.checkpoint import (
     writing,
 )
 from thinktwice_fast.run.evaluation import evaluate
+from thinktwice_fast.run.memory import peak_bytes
 from thinktwice_fast.run.output import Output
 from thinktwice_fast.run.signals import StopSignals
 from thinktwice_fast.update.updater import NonFiniteLoss
@@ -85,12 +85,13 @@ class Trainer:
             if last or stopping or _due(self._step, self._config.run.checkpoint_every):
                 self._checkpoint()
             if stopping and not last:
-                self._output.close_report(
-                    {}, f"stopped by a signal after step {self._step}; continue with --resume auto"
-                )
+                self._close({}, f"stopped by a signal after step {self._step}; continue with --resume auto")
                 return
             self._evaluate_if_due()
-        self._output.close_report(self._save_model(), f"complete: {self._step} of {steps} steps")
+        self._close(self._save_model(), f"complete: {self._step} of {steps} steps")
+
+    def _close(self, written: dict[str, Path], outcome: str) -> None:
+        self._output.close_report(written, outcome, self._parts.predicted_bytes)
 
     def _resume(self) -> bool:
         wanted = self._config.resume
@@ -149,7 +150,7 @@ class Trainer:
         measures |= {
             f"{step.phase}/seconds_step": seconds,
             "elapsed_seconds": self._elapsed_now(),
-            "peak_memory_bytes": float(max(parallel.gather(_peak_memory(self._parts.loaded.model.device)))),
+            "peak_memory_bytes": float(max(parallel.gather(peak_bytes(self._parts.loaded.model.device)))),
             "generations": self._generations,
         }
         self._output.record(self._step, step.phase, measures)
@@ -239,9 +240,3 @@ def _fixed_options(config: Config) -> dict[str, Any]:
 
 def _due(step: int, every: int) -> bool:
     return bool(every) and step % every == 0
-
-
-def _peak_memory(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

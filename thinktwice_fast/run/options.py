@@ -16,6 +16,7 @@ from thinktwice_fast.errors import UserError, one_line
 _DESCRIPTION = """Train a language model by ThinkTwice: solve, update, refine, update.
 
 Options come from their defaults (the "tiny" recipe), then from --config files, then from the command line."""
+_DRY_RUN = "Check everything, print the plan of a step and the memory it will take, and stop; writes nothing."
 
 
 def parse_config(arguments: list[str]) -> Config:
@@ -24,6 +25,11 @@ def parse_config(arguments: list[str]) -> Config:
     Raises:
         UserError: an unknown option, a value of the wrong type, a config file that is missing or malformed.
     """
+    return parse_command(arguments)[0]
+
+
+def parse_command(arguments: list[str]) -> tuple[Config, bool]:
+    """As ``parse_config``, and whether only a plan is wanted (``--dry-run``, which no file can set)."""
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = ArgumentParser(
         prog="train.py",
@@ -33,6 +39,7 @@ def parse_config(arguments: list[str]) -> Config:
         formatter_class=_HelpFormatter,
     )
     parser.add_argument("--config", action="config", help="YAML file of options; may be given several times.")
+    parser.add_argument("--dry-run", action="store_true", help=_DRY_RUN)
     parser.add_class_arguments(Config, nested_key=None, as_positional=False)
     _check_files(arguments)
     try:
@@ -42,7 +49,8 @@ def parse_config(arguments: list[str]) -> Config:
         raise UserError(f"{one_line(error)}: see train.py --help") from error
     values = parser.instantiate(parsed).as_dict()
     values.pop("config")
-    return Config(**values)
+    dry_run = values.pop("dry_run")
+    return Config(**values), dry_run
 
 
 def to_yaml(config: Config) -> str:
@@ -80,6 +88,8 @@ def _check_sections(name: str) -> None:
         raise UserError(f"--config {name}: not readable as YAML ({one_line(error)}): mend the file") from error
     if not isinstance(content, dict):
         raise UserError(f"--config {name}: holds no options: write them as in configs/tiny.yaml")
+    if "dry_run" in content:
+        raise UserError(f"--config {name}: dry_run is no option of a run: give --dry-run on the command line")
     sections = (field.name for field in fields(Config) if is_dataclass(field.default_factory))
     for section in sections:
         if not isinstance(content.get(section, {}), dict):

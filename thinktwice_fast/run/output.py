@@ -81,8 +81,8 @@ class Output:
             ]
             write_transcripts(self._transcripts, step, phase, samples)
 
-    def close_report(self, extra: Mapping[str, Path], outcome: str) -> None:
-        """Draw the curves and print the summary."""
+    def close_report(self, extra: Mapping[str, Path], outcome: str, predicted_bytes: int) -> None:
+        """Draw the curves and print the summary; the prediction is of peak memory."""
         if self._metrics is None:
             return
         records = read_metrics(self._metrics.path)
@@ -96,4 +96,4 @@ class Output:
             **extra,
         }
         self._progress.__exit__()
-        print(f"\n{outcome}\n\n{summary(records, paths)}", flush=True)
+        print(f"\n{outcome}\n\n{summary(records, paths, predicted_bytes)}", flush=True)

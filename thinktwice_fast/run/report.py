@@ -23,6 +23,7 @@ COLOURS = {
     "damage_correct": "#b8344a",
 }
 
+_GIB = 1 << 30
 SUMMARY_ROWS = (
     ("solve_accuracy", "solve accuracy"),
     ("refine_accuracy", "accuracy after refinement"),
@@ -169,14 +170,19 @@ def _finish(axes: Axes, title: str, y_label: str) -> None:
         axes.legend(frameon=False, fontsize=9)
 
 
-def summary(records: Sequence[Record], paths: Mapping[str, Path]) -> str:
+def summary(records: Sequence[Record], paths: Mapping[str, Path], predicted: int | None = None) -> str:
     """The text that ends a run: held-out figures before and after training, cost, and what was written where.
 
     Args:
         records: All records of the run; "before" is its first evaluation, "after" its last.
         paths: What was written, by what it is ("metrics": .../metrics.jsonl).
+        predicted: Bytes of memory that each process was expected to hold at its peak.
     """
-    blocks = [_evaluation_block(records), _cost_block(records), _aligned([(what, str(p)) for what, p in paths.items()])]
+    blocks = [
+        _evaluation_block(records),
+        _cost_block(records, predicted),
+        aligned([(what, str(p)) for what, p in paths.items()]),
+    ]
     return "\n\n".join(block for block in blocks if block)
 
 
@@ -196,7 +202,7 @@ def _evaluation_block(records: Sequence[Record]) -> str:
             values = [record.get(f"eval/{name}/{key}") for record in shown]
             if any(value is not None for value in values):
                 rows.append((f"  {label}", *map(_percent, values), *_change(values)))
-    return _aligned(rows, numbers=True)
+    return aligned(rows, numbers=True)
 
 
 def _largest_pass_at_k(record: Record, name: str) -> list[tuple[str, str]]:
@@ -219,7 +225,7 @@ def _change(values: Sequence[float | None]) -> list[str]:
     return ["" if before is None or after is None else f"{100 * (after - before):+.1f}"]
 
 
-def _cost_block(records: Sequence[Record]) -> str:
+def _cost_block(records: Sequence[Record], predicted: int | None) -> str:
     rows = []
     losses = curve(records, "sft/loss")[1]
     if losses:
@@ -230,10 +236,13 @@ def _cost_block(records: Sequence[Record]) -> str:
     seconds = curve(records, "elapsed_seconds")[1]
     if seconds:
         rows.append(("time", f"{clock(seconds[-1])} (h:mm:ss)"))
-    return _aligned(rows)
+    peaks = curve(records, "peak_memory_bytes")[1]
+    if peaks and predicted is not None:
+        rows.append(("peak memory", f"{max(peaks) / _GIB:.2f} GiB a process ({predicted / _GIB:.2f} predicted)"))
+    return aligned(rows)
 
 
-def _aligned(rows: Sequence[tuple[str, ...]], numbers: bool = False) -> str:
+def aligned(rows: Sequence[tuple[str, ...]], numbers: bool = False) -> str:
     """Rows as text in columns: the first to the left, the others to the right where they are ``numbers``."""
     if not rows:
         return ""

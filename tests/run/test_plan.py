@@ -1,0 +1,207 @@
+"""``--dry-run``: the plan and the memory it predicts, held against runs; what it refuses; that it leaves no trace."""
+
+import re
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, Qwen3Config
+
+from tests.command import train
+from tests.run.refusals import SMALL, refused
+from tests.small_models import FAMILIES, bpe_tokenizer, family_config
+from thinktwice_fast import train as entry
+from thinktwice_fast.config import Config
+from thinktwice_fast.model.attention import NAME, PrefixAttention
+from thinktwice_fast.model.policy import Policy
+from thinktwice_fast.run.memory import Load, Shape, held_bytes, layer_bytes, predict
+from thinktwice_fast.run.metrics import read_metrics
+
+MIB = 1 << 20
+STEP = (
+    *("--problems_per_step", "4", "--samples_per_problem", "4", "--rollout.max_prompt_tokens", "300"),
+    *("--rollout.max_response_tokens", "48", "--eval.sets", "{}", "--reward", "exact", "--run.steps", "2"),
+    *("--model.random_init", "true", "--thinktwice.refine_instruction", "recheck", "--loss.entropy_coef", "0.001"),
+)
+
+
+def write_shape(folder: Path, **shape: Any) -> Path:
+    """Config and tokenizer of a Qwen3 model, without weights."""
+    tokenizer = bpe_tokenizer()
+    tokenizer.save_pretrained(folder)
+    Qwen3Config(
+        **shape, head_dim=64, max_position_embeddings=2048, tie_word_embeddings=True,
+        eos_token_id=tokenizer.eos_token_id, bos_token_id=None, architectures=["Qwen3ForCausalLM"],
+    ).save_pretrained(folder)  # fmt: skip
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of 27 million parameters."""
+    return write_shape(
+        tmp_path_factory.mktemp("model"), vocab_size=16000, hidden_size=512, intermediate_size=1536,
+        num_hidden_layers=6, num_attention_heads=8, num_key_value_heads=4,
+    )  # fmt: skip
+
+
+Table = dict[str, tuple[int, int]]
+
+
+def parsed(text: str) -> Table:
+    """MiB while sampling and updating, by part, of what a dry run prints."""
+    rows = re.findall(r"^  (\w[\w ]*?) +([\d,]+) +([\d,]+)$", text, re.M)
+    return {name: (int(a.replace(",", "")), int(b.replace(",", ""))) for name, a, b in rows}
+
+
+class Command:
+    """``train.py ... --dry-run`` in this process, which has what takes seconds to import."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+        self._patch, self._capsys = monkeypatch, capsys
+
+    def __call__(self, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+        command = ["train.py", *map(str, arguments), "--dry-run"]
+        self._patch.setattr("sys.argv", command)
+        status = entry.main()
+        return subprocess.CompletedProcess(command, status, *self._capsys.readouterr())
+
+
+@pytest.fixture
+def dry_run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
+    return Command(monkeypatch, capsys)
+
+
+@pytest.mark.parametrize("budget", [256, 4096])
+def test_a_run_takes_the_memory_predicted(budget: int, model: Path, tmp_path: Path) -> None:
+    arguments = (*STEP, "--model.path", model, "--update.microbatch_tokens", str(budget), "--output", tmp_path / "run")
+    planned = train(*arguments, "--dry-run")
+    assert planned.returncode == 0, planned.stderr
+    assert not (tmp_path / "run").exists()
+    table = parsed(planned.stdout)
+    done = train(*arguments)
+    assert done.returncode == 0, done.stderr
+    measured = max(record.get("peak_memory_bytes", 0) for record in read_metrics(tmp_path / "run" / "metrics.jsonl"))
+    program = table["program"][1]
+    assert table["total"][1] - program == pytest.approx(measured / MIB - program, rel=0.25)
+    (line,) = (line for line in done.stdout.splitlines() if line.startswith("peak memory"))
+    found = re.search(r"([\d.]+) GiB a process \(([\d.]+) predicted\)", line)
+    assert found is not None, line
+    assert float(found[1]) == pytest.approx(measured / MIB / 1024, abs=0.01)
+    assert float(found[2]) == pytest.approx(table["total"][1] / 1024, rel=0.05)  # the program's part is measured anew
+
+
+def test_the_plan_counts_what_a_step_does(dry_run: Command, model: Path, tmp_path: Path) -> None:
+    minibatches = ("--update.minibatch_sequences", "8", "--update.microbatch_tokens", "512")
+    text = dry_run(*STEP, "--model.path", model, *minibatches, "--output", tmp_path / "run").stdout
+    table = parsed(text)
+    assert "27.1 million parameters (27.1 million trained), float32 on cpu" in text
+    # A group is at most 25 + 4 * 47 tokens, so that two of them fit into one micro-batch.
+    assert re.search(r"solve +per process 4 x 4 = 16 responses.*up to 48; 2 optimizer steps of 1 micro-batch ", text)
+    assert table["master weights"] == (103, 103) and table["optimizer state"] == (207, 207)
+    assert table["gradients"] == (0, 103) and table["packed weights"] == (103, 103)
+    assert text.splitlines()[-1].endswith("it fits")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_large_model_is_planned_without_its_memory(dry_run: Command, tmp_path: Path) -> None:
+    large = write_shape(
+        tmp_path, vocab_size=151936, hidden_size=2560, intermediate_size=9728, num_hidden_layers=36,
+        num_attention_heads=32, num_key_value_heads=8,
+    )  # fmt: skip
+    before = held_bytes(torch.device("cpu"))
+    text = dry_run(*STEP, "--model.path", large, "--output", tmp_path / "run").stdout
+    assert held_bytes(torch.device("cpu")) - before < 500 * MIB
+    assert parsed(text)["total"][1] > 60_000 and "IT DOES NOT FIT: lower --update.microbatch_tokens" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("--data.source", "absent.jsonl"), "absent.jsonl: no such file"),
+        (("--model.random_init", "false"), "no weights (*.safetensors) in it"),
+        (("--rollout.max_prompt_tokens", "70"), "set --rollout.max_prompt_tokens to at least"),
+        (("--rollout.cuda_graphs", "true"), "--rollout.cuda_graphs true needs a GPU"),
+        (("--problems_per_step", "0"), "must be at least 1"),
+    ],
+)
+def test_a_dry_run_refuses_what_a_run_does(
+    dry_run: Command, arguments: tuple[str, str], says: str, model: Path, tmp_path: Path
+) -> None:
+    refused(dry_run(*STEP, "--model.path", model, "--output", tmp_path / "run", *arguments), says)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_dry_run_does_not_touch_another_run(dry_run: Command, tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").touch()
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.parent.iterdir()}
+    refused(dry_run(*SMALL, "--output", tmp_path), "holds another run")
+    refused(dry_run(*SMALL, "--output", tmp_path / "metrics.jsonl" / "run"), "can't write there")
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.parent.iterdir()} == before
+
+
+def test_a_file_can_not_ask_for_a_dry_run(dry_run: Command, tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text("dry_run: true\n")
+    refused(dry_run("--config", tmp_path / "mine.yaml"), "give --dry-run on the command line")
+
+
+def test_rank_0_alone_prints(dry_run: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    arguments = (*SMALL, "--output", tmp_path / "run")
+    assert "each with 1/2 of weights and optimizer" in dry_run(*arguments).stdout
+    monkeypatch.setenv("RANK", "1")
+    assert dry_run(*arguments).stdout == ""
+
+
+def saved_bytes(model: Any, tokens: int) -> int:
+    """Of all tensors but parameters that a forward pass keeps for the backward pass."""
+    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept: dict[int, torch.Tensor] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    attention = PrefixAttention.from_segments([tokens], [-1], torch.device("cpu"))
+    row = torch.arange(tokens)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        Policy(model)(row, row, attention, row, lambda hidden, weight, bias: hidden.sum())
+    return sum(tensor.untyped_storage().nbytes() for place, tensor in kept.items() if place not in own)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_layer_keeps_what_the_formula_says(family: str, dtype: torch.dtype) -> None:
+    found, models = [], []
+    for layers in (1, 2):
+        config: Any = family_config(family)
+        config.num_hidden_layers = layers
+        if family != "llama":
+            config.layer_types = ["full_attention"] * layers
+        torch.manual_seed(0)
+        models.append(AutoModelForCausalLM.from_config(config, attn_implementation=NAME).eval().to(dtype))
+        found.append(saved_bytes(models[-1], 200))
+    # OLMo's norms keep their float32 output as well, 13 % of its layer in bfloat16.
+    assert layer_bytes(Shape.of(models[0]), dtype) == pytest.approx((found[1] - found[0]) / 200, rel=0.15)
+
+
+def test_what_is_sharded_divides_and_what_is_copied_does_not() -> None:
+    model = AutoModelForCausalLM.from_config(family_config("qwen3"))
+    load, cpu = Load(8, 64, 64, 512, 256), torch.device("cpu")
+
+    def parts(world: int, dtype: torch.dtype, **loss: float) -> dict[str, int]:
+        config = Config()
+        config.loss.beta = loss.get("beta", 0.0)
+        config.model.activation_checkpointing = "checkpointing" in loss
+        return {part.name: part.update for part in predict(config, model, cpu, dtype, load, world, 0).parts}
+
+    one, four = parts(1, torch.bfloat16, beta=0.1), parts(4, torch.bfloat16, beta=0.1)
+    for name in ("master weights", "gradients", "optimizer state", "reference weights"):
+        assert four[name] == pytest.approx(one[name] / 4, abs=1), name
+    for name in ("rollout weights", "activations", "loss head", "KV cache"):
+        assert four[name] == one[name], name
+    whole = parts(1, torch.float32)
+    assert "rollout weights" not in whole and "reference weights" not in whole
+    assert parts(1, torch.float32, checkpointing=1)["activations"] < whole["activations"]

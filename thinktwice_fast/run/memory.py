@@ -1,0 +1,225 @@
+"""How much memory a run takes at its peak, part by part, from the model's shape and the options alone.
+
+Letters: n parameters, m of them trained, N processes that share their shards, b bytes of the compute type;
+L layers of l parameters, H hidden size, I inner size of the MLP, Q / K elements of all query / key heads of a token,
+V vocabulary; S sequences that decode at once; T tokens and R response tokens of the largest micro-batch.
+
+    master weights       4 n / N
+    gradients            4 m / N, in updates
+    AdamW                8 m / N; from the first update on
+    reference            b n / N, with a KL term
+    gathered weights     b (rest + 2 l) + (b + 4) max(rest, l), in updates, where FSDP2 gathers them: the rest of the
+                         model (embedding and head) throughout, two layers at a time, and a gradient until it is reduced
+    rollout weights      b n, where they are a copy; b (n - V H, or n where the head is the embedding) for the C++
+                         decoder's packed ones
+    KV cache             2 L K b a token: on the CPU those tokens that are used (memory counts once it is written), on a
+                         GPU all of the cache
+    activations, update  T (4 b I + b H)                       what a layer's backward adds to
+                       + T L (2 (4 + 2 b) H                    two norms: input in float32, normalised, output
+                              + 2 b (Q + K)                    rotated queries and keys, values, attention's output
+                              + (4 + b) (Q + K)                QK-norm where there is one: input, normalised
+                              + 4 b I)                         gate, up, silu(gate), their product
+                         with checkpointing of the L layers all but b T H each for one layer
+    activations, rollout b t (2 H + 3 I) of t tokens in one pass, and 2 * 4 S V for logits
+    loss head            min(budget, 4 R V) of logits (with gradients), 4 V H of the weight's gradient, 2 b R H of
+                         hidden states and theirs
+    allocator            4 m on the CPU: holes that the C library keeps where gradients lay among activations (measured)
+
+Keys and values that shared prefixes gather on a GPU are left out, as is what a GPU's libraries keep for themselves.
+"""
+
+import os
+import resource
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from thinktwice_fast.config import Config
+from thinktwice_fast.model.policy import decoder_layers
+from thinktwice_fast.rollout.engine import BLOCK_SIZE, GPU_SHARE
+from thinktwice_fast.rollout.runner import planned_runner
+from thinktwice_kernels.tiles import DEFAULT_BUDGET
+
+_PAGE = os.sysconf("SC_PAGE_SIZE")
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What the formulas need to know of a model; see the letters above."""
+
+    parameters: int
+    trained: int
+    layers: int
+    layer_parameters: int
+    hidden: int
+    inner: int
+    queries: int
+    keys: int
+    vocabulary: int
+    tied: bool
+    qk_norm: bool
+
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> "Shape":
+        """Of a model that may have no memory yet."""
+        config: Any = model.config.get_text_config()
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        blocks = list(decoder_layers(model))
+        return cls(
+            parameters=sum(p.numel() for p in model.parameters()),
+            trained=sum(p.numel() for p in model.parameters() if p.requires_grad),
+            layers=config.num_hidden_layers,
+            layer_parameters=sum(p.numel() for p in blocks[0].parameters()) if blocks else 0,
+            hidden=config.hidden_size,
+            inner=config.intermediate_size,
+            queries=config.num_attention_heads * head_dim,
+            keys=(getattr(config, "num_key_value_heads", None) or config.num_attention_heads) * head_dim,
+            vocabulary=config.vocab_size,
+            tied=config.tie_word_embeddings,
+            qk_norm=any(name.endswith("q_norm.weight") for name, _ in model.named_parameters()),
+        )
+
+
+@dataclass(frozen=True)
+class Load:
+    """The most that one process has to hold at a time."""
+
+    sequences: int  # decoding at once
+    cached_tokens: int  # of KV cache that they use
+    pass_tokens: int  # of one forward pass while sampling
+    row_tokens: int  # T
+    row_targets: int  # R
+
+
+@dataclass(frozen=True)
+class Part:
+    """Bytes of one process."""
+
+    name: str
+    rollout: int
+    update: int
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The peak of one process, by part and phase."""
+
+    parts: tuple[Part, ...]
+
+    @property
+    def rollout(self) -> int:
+        """Bytes while sampling, once an update has been made."""
+        return sum(part.rollout for part in self.parts)
+
+    @property
+    def update(self) -> int:
+        """Bytes while training."""
+        return sum(part.update for part in self.parts)
+
+    @property
+    def peak(self) -> int:
+        """The larger of the two."""
+        return max(self.rollout, self.update)
+
+
+def predict(
+    config: Config, model: PreTrainedModel, device: torch.device, dtype: torch.dtype, load: Load, world: int, base: int
+) -> Prediction:
+    """The peak of each of ``world`` processes.
+
+    Args:
+        model: may be on the meta device.
+        device, dtype: where it will be, and the compute type.
+        load: of the process that has most.
+        base: bytes that the program holds on ``device`` before it loads the model.
+    """
+    shape = Shape.of(model)
+    parts = [Part("program", base, base), *_weights(config, shape, model, device, dtype, world)]
+    parts += _working(config, shape, device, dtype, load)
+    cache = _cache_bytes(config, shape, device, dtype, load, sum(max(part.rollout, part.update) for part in parts))
+    return Prediction((*(part for part in parts if part.rollout or part.update), Part("KV cache", cache, cache)))
+
+
+def _weights(
+    config: Config, shape: Shape, model: PreTrainedModel, device: torch.device, dtype: torch.dtype, world: int
+) -> Iterator[Part]:
+    b, n, m = dtype.itemsize, shape.parameters, shape.trained
+    one = world == 1 and dtype == torch.float32  # as pair_models has it: nothing is sharded, nothing copied
+    rest = n - shape.layers * shape.layer_parameters
+    moments = 8 * m // world
+    yield Part("master weights", 4 * n // world, 4 * n // world)
+    yield Part("gradients", 0, 4 * m // world)
+    yield Part("optimizer state", moments, moments)
+    if config.loss.beta:
+        yield Part("reference weights", b * n // world, b * n // world)
+    if not one:
+        largest = max(rest, shape.layer_parameters)
+        yield Part("gathered weights", 0, b * (rest + 2 * shape.layer_parameters) + (b + 4) * largest)
+        yield Part("rollout weights", b * n, b * n)
+    if planned_runner(model, config.rollout, device, dtype) == "decoder":
+        packed = b * (n if shape.tied else n - shape.vocabulary * shape.hidden)
+        yield Part("packed weights", packed, packed)
+
+
+def _working(config: Config, shape: Shape, device: torch.device, dtype: torch.dtype, load: Load) -> Iterator[Part]:
+    b, tokens, targets = dtype.itemsize, load.row_tokens, load.row_targets
+    sampling = b * load.pass_tokens * (2 * shape.hidden + 3 * shape.inner)
+    sampling += 2 * 4 * load.sequences * shape.vocabulary
+    layer = tokens * layer_bytes(shape, dtype)
+    kept = layer * shape.layers
+    if config.model.activation_checkpointing:
+        kept = layer + b * tokens * shape.hidden * shape.layers
+    yield Part("activations", sampling, kept + b * tokens * (4 * shape.inner + shape.hidden))
+    logits = min(DEFAULT_BUDGET[device.type], 4 * targets * shape.vocabulary)
+    gradient = 4 * shape.vocabulary * shape.hidden
+    yield Part("loss head", 0, logits + gradient + 2 * b * targets * shape.hidden)
+    if device.type == "cpu":
+        yield Part("allocator", 4 * shape.trained, 4 * shape.trained)
+
+
+def layer_bytes(shape: Shape, dtype: torch.dtype) -> int:
+    """What one layer keeps of one token for the backward pass."""
+    b, heads = dtype.itemsize, shape.queries + shape.keys
+    normed = (4 + b) * heads if shape.qk_norm else 0
+    return 2 * (4 + 2 * b) * shape.hidden + 2 * b * heads + normed + 4 * b * shape.inner
+
+
+def _cache_bytes(
+    config: Config, shape: Shape, device: torch.device, dtype: torch.dtype, load: Load, others: int
+) -> int:
+    options = config.rollout
+    token_bytes = 2 * shape.layers * shape.keys * dtype.itemsize
+    longest = options.max_prompt_tokens + options.max_response_tokens
+    whole = options.cache_tokens or options.max_sequences * -(-longest // BLOCK_SIZE) * BLOCK_SIZE
+    if device.type == "cpu":
+        return token_bytes * min(whole, load.cached_tokens)
+    free = max(0, device_bytes(device, 1) - others)
+    return token_bytes * whole if options.cache_tokens else min(token_bytes * whole, int(GPU_SHARE * free))
+
+
+def held_bytes(device: torch.device) -> int:
+    """What this process holds of the device's memory now."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    return int(Path("/proc/self/statm").read_text().split()[1]) * _PAGE
+
+
+def peak_bytes(device: torch.device) -> int:
+    """The most that it has held since it started."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def device_bytes(device: torch.device, processes: int) -> int:
+    """What each of ``processes`` on this machine may have: a GPU of its own, or its part of the main memory."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[1]
+    limit = Path("/sys/fs/cgroup/memory.max")
+    granted = limit.read_text().strip() if limit.is_file() else ""
+    memory = os.sysconf("SC_PHYS_PAGES") * _PAGE
+    return min(memory, int(granted) if granted.isdecimal() else memory) // processes

@@ -1,0 +1,113 @@
+"""``--dry-run``: everything checked that can be without weights, the plan of a step, and the memory it will take."""
+
+from collections.abc import Iterator
+from contextlib import ExitStack
+
+from thinktwice_fast import launch
+from thinktwice_fast.config import Config
+from thinktwice_fast.model.flops import Flops
+from thinktwice_fast.model.loading import outline_model
+from thinktwice_fast.rollout.runner import planned_runner
+from thinktwice_fast.run.build import Prepared, prepare
+from thinktwice_fast.run.memory import Prediction, Shape, device_bytes
+from thinktwice_fast.run.report import aligned
+from thinktwice_fast.run.workload import Phase, phases, predicted_memory
+
+_RUNNERS = {
+    "exact": "transformers' modules with exact products",
+    "decoder": "the decoder in C++",
+    "modules": "transformers' modules",
+    "gpu": "fused attention modules where they reproduce the model, else transformers' modules",
+}
+_MIB = 1 << 20
+
+
+def print_plan(config: Config) -> None:
+    """Print the plan of a run whose options are checked already; every process checks, rank 0 prints. Writes nothing.
+
+    Raises:
+        UserError: problems, reward, tokenizer or model config that a run would refuse.
+    """
+    world = launch.env_world_size()
+    with ExitStack() as resources:
+        ready = prepare(config, resources, lambda device: outline_model(config.model))
+    planned = phases(config, Flops.of(ready.loaded.model), ready.longest_prompts, world)
+    memory = predicted_memory(
+        config, ready.loaded.model, ready.device, ready.dtype, ready.longest_prompts, ready.evaluation_sets, world,
+        ready.held_bytes,
+    )  # fmt: skip
+    rows = [*_run_rows(config, ready, world), *((p.name, _phase_text(config, p)) for p in planned)]
+    text = [
+        "dry run: nothing was computed or written; what only the weights can tell is not checked",
+        *ready.notes,
+        aligned(rows),
+        memory_table(memory),
+        _verdict(memory, device_bytes(ready.device, launch.env_local_world_size()), ready.device.type),
+    ]
+    if launch.env_rank() == 0:
+        print("\n\n".join(text), flush=True)
+
+
+def memory_table(memory: Prediction) -> str:
+    """The parts of a prediction in MiB, by phase, and their sums."""
+    rows: list[tuple[str, ...]] = [("memory per process, MiB", "rollout", "update")]
+    rows += [(f"  {part.name}", _mib(part.rollout), _mib(part.update)) for part in memory.parts]
+    rows.append(("  total", _mib(memory.rollout), _mib(memory.update)))
+    return aligned(rows, numbers=True)
+
+
+def _run_rows(config: Config, ready: Prepared, world: int) -> Iterator[tuple[str, str]]:
+    model = ready.loaded.model
+    shape = Shape.of(model)
+    kind = str(ready.dtype).removeprefix("torch.")
+    yield (
+        "model",
+        f"{type(model).__name__}, {_count(shape.parameters)} parameters ({_count(shape.trained)} trained), "
+        f"{kind} on {ready.device.type}",
+    )
+    yield "processes", f"{world}, each with 1/{world} of weights and optimizer" if world > 1 else "1"
+    many = "endless" if ready.usable is None else f"{ready.usable:,} usable problems"
+    yield "problems", f"{config.data.source}: {many}"
+    for name, problems in ready.evaluation_sets.items():
+        yield "evaluation", f"{name}: {len(problems):,} problems x {config.eval.samples}"
+    if config.algorithm != "sft" or ready.evaluation_sets:
+        runner = planned_runner(model, config.rollout, ready.device, ready.dtype)
+        yield "rollouts", f"{_RUNNERS[runner]}; at most {config.rollout.max_sequences:,} sequences at once"
+
+
+def _phase_text(config: Config, phase: Phase) -> str:
+    sequences = phase.prompts * phase.samples
+    largest = max(tokens for tokens, _ in phase.rows)
+    drawn = f"{sequences} examples"
+    if phase.name != "sft":
+        drawn = f"{phase.prompts} x {phase.samples} = {sequences} responses"
+    recomputed = ", layers recomputed" if config.model.activation_checkpointing else ""
+    return (
+        f"per process {drawn}, prompts of up to {phase.prompt_tokens} tokens, responses of up to "
+        f"{phase.response_tokens}; {_many(phase.optimizer_steps, 'optimizer step')} of "
+        f"{_many(len(phase.rows), 'micro-batch', 'es')} (largest {largest:,} tokens){recomputed}"
+    )
+
+
+def _verdict(memory: Prediction, room: int, device: str) -> str:
+    phase = "update" if memory.update >= memory.rollout else "rollout"
+    where = "the GPU has" if device == "cuda" else "a process may have"
+    text = f"predicted peak {_mib(memory.peak)} MiB, in the {phase} phase; {where} {_mib(room)} MiB: "
+    if memory.peak <= room:
+        return text + "it fits"
+    return text + (
+        "IT DOES NOT FIT: lower --update.microbatch_tokens or --rollout.cache_tokens, set "
+        "--model.activation_checkpointing true, or use more processes or a smaller model"
+    )
+
+
+def _many(count: int, what: str, ending: str = "s") -> str:
+    return f"{count} {what}{ending if count != 1 else ''}"
+
+
+def _count(number: int) -> str:
+    return f"{number / 1e9:.2f} billion" if number >= 1e9 else f"{number / 1e6:.1f} million"
+
+
+def _mib(size: int) -> str:
+    return f"{size / _MIB:,.0f}"
