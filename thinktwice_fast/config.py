@@ -183,6 +183,9 @@ class UpdateOptions:
     `thinktwice.pairing: joint` whole pairs of groups."""
     microbatch_tokens: int = 16384
     """Most tokens in one forward and backward pass, per process; changes memory and speed, not the result."""
+    shard_processes: int = 0
+    """Shard weights, gradients and optimizer over each so many neighbouring processes (those of a node, say) and keep
+    equal copies between the groups; 0 = over all processes."""
     shared_prefix: bool = True
     """Compute a prompt once for all responses to it; off, every response brings its own copy."""
     old_logps: Literal["recompute", "rollout"] = "recompute"

@@ -299,6 +299,7 @@ def test_evaluation_sets_follow_the_training_data() -> None:
         ("--algorithm sft --data.source mine.jsonl --sft.refine_fraction 0", 1, "set --data.target_column"),
         ("--algorithm sft --data.source a.jsonl --data.target_column b", 1, "--sft.refine_fraction 0"),
         ("--loss.dual_clip 0.9", 1, "dual_clip is 0.9: choose a number above 1"),
+        ("--update.shard_processes 3", 2, "does not divide 2 processes: take a divisor of 2, or 0"),
         ('--eval.sets {"average":"a.jsonl"}', 1, "rename it"),
         ('--eval.sets {"a/b":"a.jsonl"}', 1, "rename it"),
     ],

@@ -74,8 +74,9 @@ def updater(
     """
     model = random_model(family, NAME)
     prepare(model)
-    reference = frozen_copy(random_model(family, NAME, seed=5), dtype) if made.loss.beta else None
-    models = pair_models(model, dtype, adapt)
+    shards = made.update.shard_processes
+    reference = frozen_copy(random_model(family, NAME, seed=5), dtype, shards) if made.loss.beta else None
+    models = pair_models(model, dtype, adapt, shards)
     models.sync()  # `adapt` may give adapters that are not 0 to begin with
     optimizer = torch.optim.SGD(models.masters.parameters(), lr=learning_rate)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)

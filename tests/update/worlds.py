@@ -24,9 +24,10 @@ def one_process() -> Iterator[None]:
     dist.destroy_process_group()
 
 
-def run_in_two(module: str, folder: Path) -> Any:
-    """Run ``module`` in two processes with ``folder`` as its argument; gives what rank 0 saved with `save`."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", module]
+def run_in_two(module: str, folder: Path, processes: int = 2) -> Any:
+    """Run ``module`` in two (or so many) processes with ``folder`` as its argument; what rank 0 saved with `save`."""
+    count = ["--nproc-per-node", str(processes)]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", *count, "-m", module]
     done = subprocess.run(
         [*command, str(folder)],
         env=environment(),

@@ -1,22 +1,24 @@
 """The trained weights (float32 master, sharded with FSDP2 where that pays) and the weights rollouts read.
 
 One process trains and samples with the very same tensors: in float32 they are the masters, in another type these stand
-beside them and each optimizer step is copied over. Of several processes' the masters are sharded and compute in the
-compute type, and rollouts read a whole copy in that type whose addresses never move; ``ModelPair.sync`` refreshes it
-once after each update phase. With LoRA only the adapters have a float32 master,
-the weights below them stay in the compute type, and the copy has the two merged.
+beside them and each optimizer step is copied over. Of several processes' the masters are sharded (over all, or over
+those of a node and replicated over the nodes, which keeps the gathering inside a node) and compute in the compute type,
+and rollouts read a whole copy in that type whose addresses never move; ``ModelPair.sync`` refreshes it once after each
+update phase. With LoRA only the adapters have a float32 master, the weights below them stay in the compute type, and
+the copy has the two merged.
 """
 
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import pairwise
 from typing import cast
 
 import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
@@ -53,11 +55,16 @@ class ModelPair:
 
 
 def pair_models(
-    model: PreTrainedModel, dtype: torch.dtype, adapt: Callable[[PreTrainedModel], Adapters] | None = None
+    model: PreTrainedModel,
+    dtype: torch.dtype,
+    adapt: Callable[[PreTrainedModel], Adapters] | None = None,
+    shard_processes: int = 0,
 ) -> ModelPair:
     """Split a freshly loaded model into the trained policy and what rollouts read. Collective.
 
     The process group must be up; ``dtype`` is the compute type. ``adapt`` puts LoRA adapters into the policy's model.
+    Each ``shard_processes`` neighbouring processes (of a node, say) share one sharded master, and the groups have equal
+    ones; 0 = all processes share one.
     """
     alone = dist.get_world_size() == 1
     if alone and adapt is None:
@@ -66,15 +73,15 @@ def pair_models(
     adapters = adapt(model) if adapt is not None else None
     for parameter in model.parameters():
         parameter.data = parameter.data.to(torch.float32 if parameter.requires_grad else dtype)
-    policy = Policy(model) if alone and dtype == torch.float32 else _shard(model, dtype)
+    policy = Policy(model) if alone and dtype == torch.float32 else _shard(model, dtype, shard_processes)
     policy.adapters = adapters
     return ModelPair(policy, rollout, policy)
 
 
-def frozen_copy(model: PreTrainedModel, dtype: torch.dtype) -> Policy:
+def frozen_copy(model: PreTrainedModel, dtype: torch.dtype, shard_processes: int = 0) -> Policy:
     """A copy of a freshly loaded model that is never trained (the reference of a KL term). Collective."""
     frozen = cast_parameters(copy.deepcopy(model), dtype).requires_grad_(False)
-    return Policy(frozen) if dist.get_world_size() == 1 else _shard(frozen, dtype)
+    return Policy(frozen) if dist.get_world_size() == 1 else _shard(frozen, dtype, shard_processes)
 
 
 def cast_parameters(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
@@ -135,13 +142,28 @@ def _hand_over_gradient(master: torch.Tensor, parameter: torch.Tensor) -> None:
     parameter.grad = None
 
 
-def _shard(model: PreTrainedModel, dtype: torch.dtype) -> Policy:
+def _shard(model: PreTrainedModel, dtype: torch.dtype, shard_processes: int) -> Policy:
+    """Embedding and head stay gathered from forward to backward, every layer is gathered one ahead of its turn."""
     policy = Policy(model)
-    # Said outright: left alone, FSDP2 takes the machine's accelerator also for a model on the CPU.
-    mesh = init_device_mesh(model.device.type, (dist.get_world_size(),))
+    mesh = _mesh(model.device.type, shard_processes)
     # Inputs stay as they are: among them are the rotary tables, which some architectures apply in float32.
     precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    for layer in decoder_layers(model):
-        fully_shard(layer, mesh=mesh, mp_policy=precision)
+    layers = [fully_shard(layer, mesh=mesh, mp_policy=precision) for layer in decoder_layers(model)]
     fully_shard(policy, mesh=mesh, mp_policy=precision)
+    # Left alone, FSDP2 gathers a layer when it is called: the GPU has work queued till then, so that the wait is short.
+    # Backward already gathers the layer before, in the reverse of the order that forward took.
+    for layer, following in pairwise(layers):
+        layer.set_modules_to_forward_prefetch([following])
     return policy
+
+
+def _mesh(device_type: str, shard_processes: int) -> DeviceMesh:
+    """All processes in a row, or groups (replicas) by processes in a group (shards).
+
+    The device is said outright: left alone, FSDP2 takes the machine's accelerator also for a model on the CPU.
+    """
+    world = dist.get_world_size()
+    if shard_processes in (0, world):
+        return init_device_mesh(device_type, (world,))
+    shape = (world // shard_processes, shard_processes)
+    return init_device_mesh(device_type, shape, mesh_dim_names=("replicate", "shard"))

@@ -128,15 +128,16 @@ def build_run(config: Config, resources: ExitStack) -> Run:
         config, loaded.model, ready.device, dtype, ready.longest_prompts, ready.evaluation_sets, parallel.world_size(),
         ready.held_bytes,
     )  # fmt: skip
-    reference = frozen_copy(loaded.model, dtype) if config.loss.beta else None
+    shards = config.update.shard_processes
+    reference = frozen_copy(loaded.model, dtype, shards) if config.loss.beta else None
     adapt = partial(add_adapters, options=config.model, seed=config.seed) if config.model.lora_rank else None
-    models = pair_models(loaded.model, dtype, adapt)
+    models = pair_models(loaded.model, dtype, adapt, shards)
     engine = Engine(
         models.rollout,
         loaded.stop_ids,
         config.rollout,
         config.rollout.max_prompt_tokens + config.rollout.max_response_tokens,
-        _training_bytes(models.masters),
+        _training_bytes(models.masters, shards or parallel.world_size()),
         decode=partial(chat.response_text, stop_ids=loaded.stop_ids),
     )
     sampler = Sampler(engine, chat, ready.grader, ready.instruction, loaded.stop_ids)
@@ -271,10 +272,10 @@ def _check_context(loaded: LoadedModel, longest: int) -> None:
         )
 
 
-def _training_bytes(policy: torch.nn.Module) -> int:
+def _training_bytes(policy: torch.nn.Module, shards: int) -> int:
     """What this process will still allocate for training: float32 gradients and AdamW's two moments."""
     trained = sum(parameter.numel() for parameter in policy.parameters() if parameter.requires_grad)
-    return 12 * trained // parallel.world_size()
+    return 12 * trained // shards
 
 
 def _optimizer_steps(config: Config) -> int:

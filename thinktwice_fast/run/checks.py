@@ -41,6 +41,7 @@ _AT_LEAST: dict[str, float] = {
     "update.grad_clip": 0,
     "update.minibatch_sequences": 0,
     "update.microbatch_tokens": 1,
+    "update.shard_processes": 0,
     "eval.limit": 0,
     "eval.every": 0,
     "eval.samples": 1,
@@ -170,6 +171,12 @@ def _check_division(config: Config, world: int) -> None:
     if problems % world:
         raise UserError(
             f"--problems_per_step {problems} does not divide over {world} processes: take a multiple of {world}"
+        )
+    shards = config.update.shard_processes
+    if shards and world % shards:
+        raise UserError(
+            f"--update.shard_processes {shards} does not divide {world} processes: take a divisor of {world}, or 0 for "
+            "all of them"
         )
     minibatch = config.update.minibatch_sequences
     groups = "pairs of groups" if config.thinktwice.pairing == "joint" else "groups"

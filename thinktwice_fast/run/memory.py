@@ -148,14 +148,15 @@ def _weights(
     config: Config, shape: Shape, model: PreTrainedModel, device: torch.device, dtype: torch.dtype, world: int
 ) -> Iterator[Part]:
     b, n, m = dtype.itemsize, shape.parameters, shape.trained
+    shards = config.update.shard_processes or world
     one = world == 1 and dtype == torch.float32  # as pair_models has it: nothing is sharded, nothing copied
     rest = n - shape.layers * shape.layer_parameters
-    moments = 8 * m // world
-    yield Part("master weights", 4 * n // world, 4 * n // world)
-    yield Part("gradients", 0, 4 * m // world)
+    moments = 8 * m // shards
+    yield Part("master weights", 4 * n // shards, 4 * n // shards)
+    yield Part("gradients", 0, 4 * m // shards)
     yield Part("optimizer state", moments, moments)
     if config.loss.beta:
-        yield Part("reference weights", b * n // world, b * n // world)
+        yield Part("reference weights", b * n // shards, b * n // shards)
     if not one:
         largest = max(rest, shape.layer_parameters)
         yield Part("gathered weights", 0, b * (rest + 2 * shape.layer_parameters) + (b + 4) * largest)

@@ -65,7 +65,8 @@ def _run_rows(config: Config, ready: Prepared, world: int) -> Iterator[tuple[str
         f"{type(model).__name__}, {_count(shape.parameters)} parameters ({_count(shape.trained)} trained), "
         f"{kind} on {ready.device.type}",
     )
-    yield "processes", f"{world}, each with 1/{world} of weights and optimizer" if world > 1 else "1"
+    shards = config.update.shard_processes or world
+    yield "processes", f"{world}, each with 1/{shards} of weights and optimizer" if world > 1 else "1"
     many = "endless" if ready.usable is None else f"{ready.usable:,} usable problems"
     yield "problems", f"{config.data.source}: {many}"
     for name, problems in ready.evaluation_sets.items():
