@@ -164,6 +164,9 @@ class LossOptions:
 class UpdateOptions:
     """Optimizer and batches."""
 
+    optimizer: Literal["adamw", "adamw8bit"] = "adamw"
+    """AdamW with moments in float32 (8 bytes a parameter), or in 8 bits (2 bytes; by bitsandbytes, for weights that are
+    not sharded)."""
     learning_rate: float = 5e-5
     """Peak learning rate of AdamW."""
     warmup_steps: int = 5

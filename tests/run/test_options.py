@@ -100,9 +100,9 @@ def test_help_explains_every_option_with_its_default(name: str, default: Any, he
 
 
 def test_help_names_only_what_exists(help_text: str) -> None:
-    known = {name for name, _ in leaves()} | {"config", "help", "print_config"}
+    known = {name for name, _ in leaves()} | {"config", "dry-run", "help", "print_config"}
     sections = {field.name for field in fields(Config) if is_dataclass(field.default_factory)}
-    named = {name.rstrip(".") for name in re.findall(r"--([a-z_.]+)", help_text)}
+    named = {name.rstrip(".") for name in re.findall(r"--([a-z_.-]+)", help_text)}
     assert named - sections <= known
 
 

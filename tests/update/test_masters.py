@@ -23,7 +23,7 @@ def sharded(family: str) -> ModelPair:
     """What several processes have."""
     model = random_model(family, NAME)
     rollout = cast_parameters(random_model(family, NAME), BFLOAT16)
-    policy = _shard(model, BFLOAT16)
+    policy = _shard(model, BFLOAT16, 0)
     return ModelPair(policy, rollout, policy)
 
 

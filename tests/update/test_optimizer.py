@@ -4,8 +4,17 @@ from typing import Any
 
 import pytest
 import torch
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import distribute_tensor
 
 from thinktwice_fast.config import UpdateOptions
+from thinktwice_fast.errors import UserError
+from thinktwice_fast.update import optimizer as module_under_test
 from thinktwice_fast.update.optimizer import build_optimizer
 
 
@@ -44,3 +53,59 @@ def test_options_reach_adamw_and_frozen_weights_stay_out() -> None:
     assert (group["lr"], group["betas"], group["weight_decay"]) == (3e-4, (0.8, 0.95), 0.01)
     assert [id(parameter) for parameter in group["params"]] == [id(module.weight)]
     assert isinstance(optimizer, torch.optim.AdamW)
+
+
+EIGHT_BIT = UpdateOptions(optimizer="adamw8bit", warmup_steps=0, learning_rate=1e-2)
+
+
+def stepped(options: UpdateOptions, steps: int = 3) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+    """A layer of two blocks of 8-bit moments and a bias that has too few elements for them, after some steps."""
+    torch.manual_seed(0)
+    module = torch.nn.Linear(64, 128)
+    optimizer, _ = build_optimizer(module, options, 10)
+    for _ in range(steps):
+        module(torch.randn(8, 64)).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return module, optimizer
+
+
+def test_eight_bit_moments_follow_adamw_at_a_quarter_of_its_memory() -> None:
+    pytest.importorskip("bitsandbytes")
+    module, optimizer = stepped(EIGHT_BIT)
+    exact, _ = stepped(UpdateOptions(warmup_steps=0, learning_rate=1e-2))
+    start, _ = stepped(EIGHT_BIT, 0)
+    moved = exact.weight - start.weight
+    # Each moment is rounded to one of 256 steps of its block's largest.
+    assert (module.weight - exact.weight).norm() < 0.05 * moved.norm()
+    state = [v for v in optimizer.state[module.weight].values() if isinstance(v, torch.Tensor) and v.dim() == 2]
+    assert sum(tensor.nbytes for tensor in state) == 2 * module.weight.numel()
+
+
+def test_eight_bit_moments_come_back_from_a_checkpoint(one_process: None, tmp_path: Any) -> None:
+    pytest.importorskip("bitsandbytes")
+    module, optimizer = stepped(EIGHT_BIT)
+    whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    torch.save(get_optimizer_state_dict(module, optimizer, options=whole), tmp_path / "optimizer.pt")
+    other, fresh = stepped(EIGHT_BIT, 0)
+    saved = torch.load(tmp_path / "optimizer.pt", weights_only=True)
+    from_rank_0 = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    set_optimizer_state_dict(other, fresh, saved, options=from_rank_0)
+    other.load_state_dict(module.state_dict())
+    for trained in (module, other):
+        for parameter in trained.parameters():
+            parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    fresh.step()
+    assert torch.equal(module.weight, other.weight) and torch.equal(module.bias, other.bias)
+
+
+def test_eight_bits_need_their_library_and_whole_weights(one_process: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = torch.nn.Linear(2, 2)
+    monkeypatch.setattr(module_under_test, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="needs bitsandbytes: install it"):
+        build_optimizer(module, EIGHT_BIT, 10)
+    monkeypatch.setattr(module_under_test, "find_spec", lambda name: name)
+    module.weight = torch.nn.Parameter(distribute_tensor(module.weight.detach(), init_device_mesh("cpu", (1,))))
+    with pytest.raises(UserError, match="can't take sharded weights: start one process"):
+        build_optimizer(module, EIGHT_BIT, 10)

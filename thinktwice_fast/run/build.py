@@ -29,7 +29,7 @@ from thinktwice_fast.tasks.problem import Message, Problem
 from thinktwice_fast.tasks.prompts import ChatFormat
 from thinktwice_fast.tasks.sources import Source, load_source
 from thinktwice_fast.tasks.stream import ProblemStream
-from thinktwice_fast.update.optimizer import build_optimizer
+from thinktwice_fast.update.optimizer import build_optimizer, check_library
 from thinktwice_fast.update.updater import Updater
 
 _ENDLESS_SAMPLE = 64  # problems of an endless source that its longest prompt is judged by
@@ -73,6 +73,7 @@ def prepare(config: Config, resources: ExitStack, load: Callable[[torch.device],
     Raises:
         UserError: anything wrong with problems, reward or model.
     """
+    check_library(config.update)
     train = load_source(config.data)
     sets = {
         name: load_source(_evaluation_data(config, source), held_out=True, prefix="eval")

@@ -3,6 +3,7 @@
 import errno
 import time
 from contextlib import ExitStack
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,9 @@ from thinktwice_fast.run.signals import StopSignals
 from thinktwice_fast.update.updater import NonFiniteLoss
 
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# A checkpoint is continued by the same recipe in these: they decide what its data position, its bases and its
+# optimizer's state mean.
+_FIXED_OPTIONS = ("algorithm", "problems_per_step", "thinktwice.pairing", "update.optimizer")
 
 
 def run(config: Config, stop: StopSignals) -> None:
@@ -230,12 +234,7 @@ class Trainer:
 
 
 def _fixed_options(config: Config) -> dict[str, Any]:
-    """Those that a checkpoint is continued with: they decide what its data position and its bases mean."""
-    return {
-        "algorithm": config.algorithm,
-        "problems_per_step": config.problems_per_step,
-        "thinktwice.pairing": config.thinktwice.pairing,
-    }
+    return {name: attrgetter(name)(config) for name in _FIXED_OPTIONS}
 
 
 def _due(step: int, every: int) -> bool:

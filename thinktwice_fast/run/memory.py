@@ -6,7 +6,7 @@ V vocabulary; S sequences that decode at once; T tokens and R response tokens of
 
     master weights       4 n / N
     gradients            4 m / N, in updates
-    AdamW                8 m / N; from the first update on
+    AdamW                8 m / N, with 8-bit moments 2 m; from the first update on
     reference            b n / N, with a KL term
     gathered weights     b (rest + 2 l) + (b + 4) max(rest, l), in updates, where FSDP2 gathers them: the rest of the
                          model (embedding and head) throughout, two layers at a time, and a gradient until it is reduced
@@ -151,7 +151,7 @@ def _weights(
     shards = config.update.shard_processes or world
     one = world == 1 and dtype == torch.float32  # as pair_models has it: nothing is sharded, nothing copied
     rest = n - shape.layers * shape.layer_parameters
-    moments = 8 * m // shards
+    moments = (2 if config.update.optimizer == "adamw8bit" else 8) * m // shards
     yield Part("master weights", 4 * n // shards, 4 * n // shards)
     yield Part("gradients", 0, 4 * m // shards)
     yield Part("optimizer state", moments, moments)

@@ -2,28 +2,36 @@
 
 import math
 from collections.abc import Callable
+from functools import partial
+from importlib import import_module
+from importlib.util import find_spec
 
 import torch
+from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from thinktwice_fast.config import UpdateOptions
+from thinktwice_fast.errors import UserError
 
 
 def build_optimizer(
     module: torch.nn.Module, options: UpdateOptions, total_steps: int
 ) -> tuple[torch.optim.Optimizer, LambdaLR]:
-    """Fused AdamW over the module's trainable parameters, and the schedule of its learning rate.
+    """AdamW over the module's trainable parameters, and the schedule of its learning rate.
+
+    "adamw" is torch's fused one, "adamw8bit" that of bitsandbytes: both moments in 8 bits, block by block (Dettmers et
+    al. 2022, arXiv 2110.02861), but in float32 for parameters below 4096 elements.
 
     Args:
         total_steps: optimizer steps until a decaying schedule reaches 0, where the options leave that open.
+
+    Raises:
+        UserError: 8 bits without bitsandbytes, or for sharded parameters.
     """
-    optimizer = torch.optim.AdamW(
-        [parameter for parameter in module.parameters() if parameter.requires_grad],
-        lr=options.learning_rate,
-        betas=options.adam_betas,
-        weight_decay=options.weight_decay,
-        fused=True,
-    )
+    check_library(options)
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    make = _eight_bit(trained) if options.optimizer == "adamw8bit" else partial(torch.optim.AdamW, fused=True)
+    optimizer = make(trained, lr=options.learning_rate, betas=options.adam_betas, weight_decay=options.weight_decay)
     return optimizer, LambdaLR(optimizer, _shape(options, options.lr_decay_steps or total_steps))
 
 
@@ -33,6 +41,23 @@ def continue_schedule(optimizer: torch.optim.Optimizer, schedule: LRScheduler, s
     schedule.last_epoch = steps
     for group, peak, share in zip(optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True):
         group["lr"] = peak * share(steps)
+
+
+def check_library(options: UpdateOptions) -> None:
+    """Raise UserError where the optimizer's library is missing."""
+    if options.optimizer == "adamw8bit" and find_spec("bitsandbytes") is None:
+        raise UserError(
+            "--update.optimizer adamw8bit needs bitsandbytes: install it (pip install bitsandbytes), or leave it out"
+        )
+
+
+def _eight_bit(parameters: list[torch.nn.Parameter]) -> Callable[..., torch.optim.Optimizer]:
+    if any(isinstance(parameter, DTensor) for parameter in parameters):
+        raise UserError(
+            "--update.optimizer adamw8bit can't take sharded weights: start one process with --model.compute_dtype "
+            "float32, or leave it out"
+        )
+    return import_module("bitsandbytes.optim").AdamW8bit
 
 
 def _shape(options: UpdateOptions, decay_steps: int) -> Callable[[int], float]:
