@@ -11,13 +11,16 @@ from transformers import AutoModelForCausalLM, Qwen3Config
 
 from tests.command import train
 from tests.run.refusals import SMALL, refused
-from tests.small_models import FAMILIES, bpe_tokenizer, family_config
+from tests.small_models import FAMILIES, bpe_tokenizer, family_config, random_model
 from thinktwice_fast import train as entry
-from thinktwice_fast.config import Config
+from thinktwice_fast.config import Config, ModelOptions
 from thinktwice_fast.model.attention import NAME, PrefixAttention
+from thinktwice_fast.model.flops import Flops
+from thinktwice_fast.model.lora import add_adapters
 from thinktwice_fast.model.policy import Policy
 from thinktwice_fast.run.memory import Load, Shape, held_bytes, layer_bytes, predict
 from thinktwice_fast.run.metrics import read_metrics
+from thinktwice_fast.run.workload import phases
 
 MIB = 1 << 20
 STEP = (
@@ -184,7 +187,9 @@ def test_a_layer_keeps_what_the_formula_says(family: str, dtype: torch.dtype) ->
         models.append(AutoModelForCausalLM.from_config(config, attn_implementation=NAME).eval().to(dtype))
         found.append(saved_bytes(models[-1], 200))
     # OLMo's norms keep their float32 output as well, 13 % of its layer in bfloat16.
-    assert layer_bytes(Shape.of(models[0]), dtype) == pytest.approx((found[1] - found[0]) / 200, rel=0.15)
+    assert layer_bytes(Shape.of(models[0], ModelOptions()), dtype) == pytest.approx(
+        (found[1] - found[0]) / 200, rel=0.15
+    )
 
 
 def test_what_is_sharded_divides_and_what_is_copied_does_not() -> None:
@@ -193,6 +198,7 @@ def test_what_is_sharded_divides_and_what_is_copied_does_not() -> None:
 
     def parts(world: int, dtype: torch.dtype, **loss: float) -> dict[str, int]:
         config = Config()
+        config.model.lora_rank = int(loss.get("rank", 0))
         config.loss.beta = loss.get("beta", 0.0)
         config.model.activation_checkpointing = "checkpointing" in loss
         return {part.name: part.update for part in predict(config, model, cpu, dtype, load, world, 0).parts}
@@ -200,8 +206,24 @@ def test_what_is_sharded_divides_and_what_is_copied_does_not() -> None:
     one, four = parts(1, torch.bfloat16, beta=0.1), parts(4, torch.bfloat16, beta=0.1)
     for name in ("master weights", "gradients", "optimizer state", "reference weights"):
         assert four[name] == pytest.approx(one[name] / 4, abs=1), name
-    for name in ("rollout weights", "activations", "loss head", "KV cache"):
+    for name in ("compute weights", "activations", "loss head", "KV cache"):
         assert four[name] == one[name], name
     whole = parts(1, torch.float32)
-    assert "rollout weights" not in whole and "reference weights" not in whole
+    assert "compute weights" not in whole and "reference weights" not in whole
     assert parts(1, torch.float32, checkpointing=1)["activations"] < whole["activations"]
+    adapters = random_model("qwen3")
+    add_adapters(adapters, ModelOptions(lora_rank=8), 0)
+    trained = sum(parameter.numel() for parameter in adapters.parameters() if parameter.requires_grad)
+    assert parts(1, torch.float32, rank=8)["gradients"] == 4 * trained
+    assert parts(1, torch.float32, rank=8)["compute weights"] == 4 * model.num_parameters()
+
+
+def test_a_joint_pair_is_one_phase_of_both_prompts() -> None:
+    config = Config()
+    config.thinktwice.pairing = "joint"
+    config.update.minibatch_sequences = 256
+    (pair,) = phases(config, Flops(100, 10, {0: 1}), {"solve": 20, "refine": 90}, 1)
+    assert (pair.name, pair.prompts, pair.prompt_tokens, pair.optimizer_steps) == ("pair", 64, 90, 2)
+    responses = 256 * (config.rollout.max_response_tokens - 1)
+    assert sum(tokens for tokens, _ in pair.rows) >= 16 * (20 + 90) + responses
+    assert sum(targets for _, targets in pair.rows) == 256 * config.rollout.max_response_tokens

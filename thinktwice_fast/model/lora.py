@@ -90,6 +90,18 @@ def add_adapters(model: PreTrainedModel, options: ModelOptions, seed: int) -> Ad
     return Adapters(config)
 
 
+def adapter_parameters(model: PreTrainedModel, options: ModelOptions) -> int:
+    """How many parameters ``add_adapters`` would put into a model, which may have no memory yet."""
+    targets = _targets(model, options.lora_targets)
+    base: Any = model.base_model
+    adapted = (
+        module
+        for name, module in base.named_modules()
+        if isinstance(module, nn.Linear) and any(f".{name}".endswith(f".{target}") for target in targets)
+    )
+    return sum(options.lora_rank * (module.in_features + module.out_features) for module in adapted)
+
+
 def merged_weights(weights: Mapping[str, Tensor], adapters: Adapters | None) -> Iterator[tuple[str, Tensor]]:
     """Name and value of each weight of the model without adapters, in the order of ``weights``. Collective if sharded.
 

@@ -4,14 +4,14 @@ Letters: n parameters, m of them trained, N processes that share their shards, b
 L layers of l parameters, H hidden size, I inner size of the MLP, Q / K elements of all query / key heads of a token,
 V vocabulary; S sequences that decode at once; T tokens and R response tokens of the largest micro-batch.
 
-    master weights       4 n / N
+    master weights       4 n / N; with LoRA b n / N for the weights below the adapters, and 4 m / N
     gradients            4 m / N, in updates
     AdamW                8 m / N, with 8-bit moments 2 m; from the first update on
     reference            b n / N, with a KL term
     gathered weights     b (rest + 2 l) + (b + 4) max(rest, l), in updates, where FSDP2 gathers them: the rest of the
                          model (embedding and head) throughout, two layers at a time, and a gradient until it is reduced
-    rollout weights      b n, where they are a copy; b (n - V H, or n where the head is the embedding) for the C++
-                         decoder's packed ones
+    compute weights      b n, where rollouts (and one process's updates) do not read the masters
+    packed weights       b (n - V H, or n where the head is the embedding), for the C++ decoder
     KV cache             2 L K b a token: on the CPU those tokens that are used (memory counts once it is written), on a
                          GPU all of the cache
     activations, update  T (4 b I + b H)                       what a layer's backward adds to
@@ -38,7 +38,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from thinktwice_fast.config import Config
+from thinktwice_fast.config import Config, ModelOptions
+from thinktwice_fast.model.lora import adapter_parameters
 from thinktwice_fast.model.policy import decoder_layers
 from thinktwice_fast.rollout.engine import BLOCK_SIZE, GPU_SHARE
 from thinktwice_fast.rollout.runner import planned_runner
@@ -64,14 +65,15 @@ class Shape:
     qk_norm: bool
 
     @classmethod
-    def of(cls, model: PreTrainedModel) -> "Shape":
-        """Of a model that may have no memory yet."""
+    def of(cls, model: PreTrainedModel, options: ModelOptions) -> "Shape":
+        """Of a model that may have no memory yet, before it gets the adapters that ``options`` may ask for."""
         config: Any = model.config.get_text_config()
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         blocks = list(decoder_layers(model))
+        parameters = sum(p.numel() for p in model.parameters())
         return cls(
-            parameters=sum(p.numel() for p in model.parameters()),
-            trained=sum(p.numel() for p in model.parameters() if p.requires_grad),
+            parameters=parameters,
+            trained=adapter_parameters(model, options) if options.lora_rank else parameters,
             layers=config.num_hidden_layers,
             layer_parameters=sum(p.numel() for p in blocks[0].parameters()) if blocks else 0,
             hidden=config.hidden_size,
@@ -137,7 +139,7 @@ def predict(
         load: of the process that has most.
         base: bytes that the program holds on ``device`` before it loads the model.
     """
-    shape = Shape.of(model)
+    shape = Shape.of(model, config.model)
     parts = [Part("program", base, base), *_weights(config, shape, model, device, dtype, world)]
     parts += _working(config, shape, device, dtype, load)
     cache = _cache_bytes(config, shape, device, dtype, load, sum(max(part.rollout, part.update) for part in parts))
@@ -149,18 +151,21 @@ def _weights(
 ) -> Iterator[Part]:
     b, n, m = dtype.itemsize, shape.parameters, shape.trained
     shards = config.update.shard_processes or world
-    one = world == 1 and dtype == torch.float32  # as pair_models has it: nothing is sharded, nothing copied
+    lora = bool(config.model.lora_rank)
+    own = b * n + 4 * m if lora else 4 * n
     rest = n - shape.layers * shape.layer_parameters
     moments = (2 if config.update.optimizer == "adamw8bit" else 8) * m // shards
-    yield Part("master weights", 4 * n // shards, 4 * n // shards)
+    yield Part("master weights", own // shards, own // shards)
     yield Part("gradients", 0, 4 * m // shards)
     yield Part("optimizer state", moments, moments)
     if config.loss.beta:
         yield Part("reference weights", b * n // shards, b * n // shards)
-    if not one:
+    # As in pair_models.
+    if world > 1 or (lora and dtype != torch.float32):
         largest = max(rest, shape.layer_parameters)
         yield Part("gathered weights", 0, b * (rest + 2 * shape.layer_parameters) + (b + 4) * largest)
-        yield Part("rollout weights", b * n, b * n)
+    if world > 1 or lora or dtype != torch.float32:
+        yield Part("compute weights", b * n, b * n)
     if planned_runner(model, config.rollout, device, dtype) == "decoder":
         packed = b * (n if shape.tied else n - shape.vocabulary * shape.hidden)
         yield Part("packed weights", packed, packed)

@@ -58,7 +58,7 @@ def memory_table(memory: Prediction) -> str:
 
 def _run_rows(config: Config, ready: Prepared, world: int) -> Iterator[tuple[str, str]]:
     model = ready.loaded.model
-    shape = Shape.of(model)
+    shape = Shape.of(model, config.model)
     kind = str(ready.dtype).removeprefix("torch.")
     yield (
         "model",

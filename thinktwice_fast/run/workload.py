@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
-from thinktwice_fast.config import Config
+from thinktwice_fast.config import Config, samples_per_step
 from thinktwice_fast.model.flops import Flops
 from thinktwice_fast.run.memory import Load, Prediction, predict
 from thinktwice_fast.tasks.problem import Problem
@@ -18,7 +18,7 @@ from thinktwice_fast.update.microbatches import plan_microbatches
 class Phase:
     """A phase's samples on one process, and how its update cuts them up."""
 
-    name: str  # solve, refine or sft
+    name: str  # solve, refine, pair or sft
     prompts: int
     samples: int  # of each prompt
     prompt_tokens: int  # longest
@@ -29,22 +29,22 @@ class Phase:
 
 def phases(config: Config, flops: Flops, longest_prompts: Mapping[str, int], world: int) -> list[Phase]:
     """The phases of a pair of steps (SFT: the one of a step), on each of ``world`` processes."""
-    samples = 1 if config.algorithm == "sft" else config.samples_per_problem
-    whole = config.problems_per_step * samples
-    minibatch = whole if config.algorithm == "sft" else config.update.minibatch_sequences or whole
-    steps = whole // minibatch
-    problems, response = config.problems_per_step, config.rollout.max_response_tokens
+    sft, joint = config.algorithm == "sft", config.thinktwice.pairing == "joint"
+    samples = 1 if sft else config.samples_per_problem
+    drawn = config.problems_per_step if sft else samples_per_step(config)
+    steps = 1 if sft else drawn // (config.update.minibatch_sequences or drawn)
+    together = {"pair": [*longest_prompts.values()]} if joint else {name: [n] for name, n in longest_prompts.items()}
     return [
         Phase(
             name,
-            problems // world,
+            len(prompts) * config.problems_per_step // world,
             samples,
-            longest,
-            response,
+            max(prompts),
+            config.rollout.max_response_tokens,
             steps,
-            _rows(config, flops, world, (problems // steps, samples, longest, response)),
+            _rows(config, flops, world, prompts * (config.problems_per_step // steps)),
         )
-        for name, longest in longest_prompts.items()
+        for name, prompts in together.items()
     ]
 
 
@@ -79,17 +79,21 @@ def predicted_memory(
     return predict(config, model, device, dtype, load, world, base)
 
 
-def _rows(config: Config, flops: Flops, world: int, phase: tuple[int, int, int, int]) -> tuple[tuple[int, int], ...]:
-    """Tokens and response tokens of each micro-batch of the process with the largest one."""
-    prompts, samples, prompt, response = phase
-    shared, responses = config.update.shared_prefix, [0] * response
+def _rows(config: Config, flops: Flops, world: int, prompts: list[int]) -> tuple[tuple[int, int], ...]:
+    """Tokens and response tokens of each micro-batch of the process with the largest one.
+
+    Args:
+        prompts: tokens of each prompt of an optimizer step.
+    """
+    samples = 1 if config.algorithm == "sft" else config.samples_per_problem
+    shared, response = config.update.shared_prefix, config.rollout.max_response_tokens
     examples = [
-        Example(ids, responses) for ids in ((number,) * prompt for number in range(prompts)) for _ in range(samples)
+        Example((number,) * prompt, [0] * response) for number, prompt in enumerate(prompts) for _ in range(samples)
     ]
     plan = plan_microbatches(examples, config.update.microbatch_tokens, world, flops, shared_prefix=shared)
 
     def row(part: list[int]) -> tuple[int, int]:
-        copies = len({index // samples for index in part}) if shared else len(part)
-        return copies * prompt + len(part) * (response - 1), len(part) * response
+        copies = {index // samples for index in part} if shared else [index // samples for index in part]
+        return sum(prompts[copy] for copy in copies) + len(part) * (response - 1), len(part) * response
 
     return max((tuple(map(row, parts)) for parts in plan), key=max)
