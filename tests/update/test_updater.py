@@ -30,9 +30,9 @@ pytestmark = pytest.mark.usefixtures("one_process")
 
 def change(made: Any, minibatches: list[list[Rollout]]) -> tuple[torch.Tensor, dict[str, float]]:
     """What ``policy_update`` adds to the weights, and its measures."""
-    before = weights(made.models.policy)
+    before = weights(made.models.masters)
     measures = made.policy_update(minibatches)
-    return weights(made.models.policy) - before, measures
+    return weights(made.models.masters) - before, measures
 
 
 def plain_change(
@@ -338,14 +338,13 @@ def test_supervised_training_learns() -> None:
 @pytest.mark.filterwarnings("ignore:FSDP")
 def test_bfloat16_compute_trains_float32_weights_and_refreshes_the_read_ones() -> None:
     made = updater(config(), dtype=torch.bfloat16)
-    assert not made.models.shared
     addresses = [parameter.data_ptr() for parameter in made.models.rollout.parameters()]
     exact = plain_change(random_model("qwen3"), [rollouts(8)], 1.0)
     got, measures = change(made, [rollouts(8)])
     # bfloat16 rounds each activation to 8 bits.
     assert (got - exact).norm() < 0.05 * exact.norm()
     assert math.isfinite(measures["loss"])
-    trained = weights(made.models.policy)
+    trained = weights(made.models.masters)
     read = [parameter.flatten() for parameter in made.models.rollout.parameters()]
     assert torch.equal(torch.cat(read), trained.bfloat16())
     assert [parameter.data_ptr() for parameter in made.models.rollout.parameters()] == addresses
@@ -353,7 +352,7 @@ def test_bfloat16_compute_trains_float32_weights_and_refreshes_the_read_ones() -
 
 def test_in_one_float32_process_rollouts_read_the_trained_weights() -> None:
     made = updater(config())
-    assert made.models.shared
+    assert made.models.rollout is made.models.policy.model is made.models.masters.model
     before = copy.deepcopy(weights(made.models.rollout))
     made.policy_update([rollouts(4)])
     assert not torch.equal(weights(made.models.rollout), before)
