@@ -58,7 +58,7 @@ def test_options_reach_adamw_and_frozen_weights_stay_out() -> None:
 EIGHT_BIT = UpdateOptions(optimizer="adamw8bit", warmup_steps=0, learning_rate=1e-2)
 
 
-def stepped(options: UpdateOptions, steps: int = 3) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+def stepped(options: UpdateOptions, steps: int = 3) -> tuple[torch.nn.Linear, torch.optim.Optimizer]:
     """A layer of two blocks of 8-bit moments and a bias that has too few elements for them, after some steps."""
     torch.manual_seed(0)
     module = torch.nn.Linear(64, 128)
