@@ -45,7 +45,13 @@ STABLE_TORCH_LIBRARY(thinktwice, m) {
 
   m.def("pack_weight(Tensor weight, Tensor(a!) packed, int first) -> ()");
   m.def("packed_linear(Tensor x, Tensor packed, int outputs) -> Tensor");
-  m.def("silu(Tensor x) -> Tensor");  // flattened
+
+  // Between a layer's products; all results flattened.
+  m.def("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor");
+  m.def("rms_norm_backward(Tensor grad, Tensor x, Tensor weight, float eps) -> (Tensor, Tensor)");
+  m.def("silu(Tensor x) -> Tensor");
+  m.def("swiglu(Tensor gate, Tensor up) -> Tensor");
+  m.def("swiglu_backward(Tensor grad, Tensor gate, Tensor up) -> (Tensor, Tensor)");
 
   // A whole decoder (cpu/decode.cpp).
   m.def(

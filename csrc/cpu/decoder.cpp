@@ -24,7 +24,6 @@ constexpr int64_t kCacheBytes = 16 << 20;   // weights of this size stay in a pr
 constexpr int64_t kSmallBlock = 64;         // rows that one thread takes through all layers
 constexpr int64_t kLargeBlock = 512;        // rows that all threads take through a layer together
 constexpr int64_t kLogitBytes = 256 << 20;  // of logits that a thread makes room for at once
-constexpr int64_t kSiluPart = 8192;         // elements that a task takes
 constexpr int64_t kSharedKeys = 64;         // keys that sequences must share to be read together
 
 #define THINKTWICE_KERNELS "cpu/decoder_kernels.inc"
@@ -377,20 +376,6 @@ class Pass {
   bool parallel_ = true;
 };
 
-Tensor silu(Tensor x) {
-  check(x.is_cpu() && x.is_contiguous() && x.scalar_type() == ScalarType::Float,
-        "silu: x must be a contiguous float32 CPU tensor");
-  const int64_t n = x.numel();
-  Tensor out = new_tensor({n}, ScalarType::Float);
-  const std::vector<float> ones(kSiluPart, 1.0f);
-  auto* const to = out.mutable_data_ptr<float>();
-  parallel_tasks((n + kSiluPart - 1) / kSiluPart, 1, [&](int64_t part) {
-    const int64_t first = part * kSiluPart;
-    ISA_DISPATCH(gate_row)(floats(x) + first, ones.data(), std::min(kSiluPart, n - first), to + first);
-  });
-  return out;
-}
-
 }  // namespace
 
 bool Decoder::fits_caches() const {
@@ -420,5 +405,3 @@ void run(const Decoder& decoder, const Step& step, const std::vector<int64_t>& s
 }
 
 }  // namespace thinktwice
-
-STABLE_TORCH_LIBRARY_IMPL(thinktwice, CPU, m) { m.impl("silu", TORCH_BOX(&thinktwice::silu)); }

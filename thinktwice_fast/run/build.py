@@ -21,7 +21,7 @@ from thinktwice_fast.model.loading import SHIPPED, LoadedModel, load_model, pick
 from thinktwice_fast.model.lora import add_adapters
 from thinktwice_fast.model.sharding import frozen_copy, pair_models
 from thinktwice_fast.rollout.engine import Engine
-from thinktwice_fast.run.memory import held_bytes
+from thinktwice_fast.run.memory import held_bytes, keep_freed_memory
 from thinktwice_fast.run.workload import predicted_memory
 from thinktwice_fast.tasks.arithmetic import RECHECK, warm_start_example
 from thinktwice_fast.tasks.pool import Grader
@@ -124,6 +124,8 @@ def build_run(config: Config, resources: ExitStack) -> Run:
         return load_model(config.model, config.seed, device)
 
     ready = prepare(config, resources, load)
+    if ready.device.type == "cpu":
+        keep_freed_memory()
     loaded, dtype, chat, stream = ready.loaded, ready.dtype, ready.chat, ready.stream
     predicted = predicted_memory(
         config, loaded.model, ready.device, dtype, ready.longest_prompts, ready.evaluation_sets, parallel.world_size(),

@@ -28,6 +28,7 @@ V vocabulary; S sequences that decode at once; T tokens and R response tokens of
 Keys and values that shared prefixes gather on a GPU are left out, as is what a GPU's libraries keep for themselves.
 """
 
+import ctypes
 import os
 import resource
 from collections.abc import Iterator
@@ -46,6 +47,8 @@ from thinktwice_fast.rollout.runner import planned_runner
 from thinktwice_kernels.tiles import DEFAULT_BUDGET
 
 _PAGE = os.sysconf("SC_PAGE_SIZE")
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
+_KEPT_SIZE = 1 << 30  # largest piece of memory that is kept
 
 
 @dataclass(frozen=True)
@@ -205,6 +208,18 @@ def _cache_bytes(
         return token_bytes * min(whole, load.cached_tokens)
     free = max(0, device_bytes(device, 1) - others)
     return token_bytes * whole if options.cache_tokens else min(token_bytes * whole, int(GPU_SHARE * free))
+
+
+def keep_freed_memory() -> None:
+    """Have the C library keep what is freed for the next tensor, where it is glibc.
+
+    It would hand tensors' memory back to the system after each use; every new one then costs a page fault per 4 KiB,
+    which takes longer than most element-wise operations.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_MMAP_THRESHOLD, _KEPT_SIZE)
+        mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def held_bytes(device: torch.device) -> int:

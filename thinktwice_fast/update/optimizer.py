@@ -54,8 +54,8 @@ def check_library(options: UpdateOptions) -> None:
 def _eight_bit(parameters: list[torch.nn.Parameter]) -> Callable[..., torch.optim.Optimizer]:
     if any(isinstance(parameter, DTensor) for parameter in parameters):
         raise UserError(
-            "--update.optimizer adamw8bit can't take sharded weights: start one process with --model.compute_dtype "
-            "float32, or leave it out"
+            "--update.optimizer adamw8bit can't take sharded weights: start one process (LoRA: in float32), or "
+            "leave it out"
         )
     return import_module("bitsandbytes.optim").AdamW8bit
 

@@ -16,6 +16,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from thinktwice_fast import parallel
 from thinktwice_fast.config import LOSS_BOUNDS, Config, LossOptions
 from thinktwice_fast.errors import UserError
+from thinktwice_fast.model.elementwise import fuse_elementwise
 from thinktwice_fast.model.exact import WithValue, exact_logprobs, make_exact
 from thinktwice_fast.model.flops import Flops
 from thinktwice_fast.model.policy import Policy
@@ -74,6 +75,10 @@ class Updater:
         self._exact = config.rollout.exact
         if self._exact:
             make_exact(models.policy.model)
+        else:
+            fuse_elementwise(models.policy.model)
+            if reference is not None:
+                fuse_elementwise(reference.model)
         # In place of recomputed ones.
         self._takes_rollout_logps = self._exact or config.update.old_logps == "rollout"
 
