@@ -4,7 +4,6 @@ Which blocks a sequence holds is kept by the C++ extension (``csrc/block_manager
 """
 
 import weakref
-from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -19,6 +18,7 @@ from thinktwice_fast.model.csrc import (
     rotary_write_kv,
     write_kv,
 )
+from thinktwice_fast.model.lists import int64
 from thinktwice_fast.model.rotary import Rotation
 
 # Keys that decoding sequences must share to be read together: whole chunks of the CPU's attention, whole splits of
@@ -122,7 +122,7 @@ class PagedKVCache:
             RuntimeError: a sequence was written by another policy version and ``allow_stale`` is off.
         """
         missing, *plan = _extend(
-            self.id, _int64(handles), _int64(counts), self.policy_version, allow_stale, self._shared_keys
+            self.id, int64(handles), int64(counts), self.policy_version, allow_stale, self._shared_keys
         )
         if missing:
             return None
@@ -147,7 +147,7 @@ class PagedKVCache:
 
     def release(self, handles: Sequence[int]) -> None:
         """Give sequences back; blocks that no other sequence holds become free."""
-        _release(self.id, _int64(handles))
+        _release(self.id, int64(handles))
 
     def length(self, handle: int) -> int:
         """Tokens reserved in a sequence."""
@@ -212,10 +212,3 @@ class PagedKVCache:
         self._close()
         self._layers.clear()
         del self.k_cache, self.v_cache
-
-
-def _int64(values: Sequence[int]) -> Tensor:
-    # Through an array: a third of the time that torch.tensor takes for a list.
-    if not values:
-        return torch.empty(0, dtype=torch.int64, device="cpu")  # also where a model is being built on another device
-    return torch.frombuffer(array("q", values), dtype=torch.int64)

@@ -11,6 +11,7 @@ from typing import Protocol
 import torch
 
 from thinktwice_fast.model.attention import Attention, PrefixAttention, causal_attention
+from thinktwice_fast.model.lists import int64
 
 
 class Trainable(Protocol):
@@ -108,11 +109,11 @@ class _Row:
     ) -> PackedRow:
         ends = accumulate((len(sequence.response) for sequence in sequences), initial=0)
         return PackedRow(
-            torch.tensor(self._tokens, device=device),
-            torch.tensor(self._positions, device=device),
+            int64(self._tokens).to(device),
+            int64(self._positions).to(device),
             attention,
-            torch.tensor(select, device=device),
-            torch.tensor([token for sequence in sequences for token in sequence.response], device=device),
+            int64(select).to(device),
+            int64([token for sequence in sequences for token in sequence.response]).to(device),
             torch.tensor(list(ends), dtype=torch.int32, device=device),
         )
 

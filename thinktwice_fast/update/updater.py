@@ -19,6 +19,7 @@ from thinktwice_fast.errors import UserError
 from thinktwice_fast.model.elementwise import fuse_elementwise
 from thinktwice_fast.model.exact import WithValue, exact_logprobs, make_exact
 from thinktwice_fast.model.flops import Flops
+from thinktwice_fast.model.lists import float32
 from thinktwice_fast.model.policy import Policy
 from thinktwice_fast.model.sharding import ModelPair
 from thinktwice_fast.rollout.records import Rollout
@@ -357,7 +358,7 @@ def _hits(
 
 
 def _noted(part: list[Rollout], device: torch.device) -> torch.Tensor:  # float32 [N]
-    return torch.tensor([logp for rollout in part for logp in rollout.logps], device=device)
+    return float32([logp for rollout in part for logp in rollout.logps]).to(device)
 
 
 def _gathered(part: list[Rollout], logps: dict[int, torch.Tensor]) -> torch.Tensor | None:
