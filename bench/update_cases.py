@@ -215,7 +215,7 @@ _TOY = UpdateWorkload("toy", 2, 4, 18, 12)
 _PREFIX: dict[Size, list[Case]] = {
     "toy": [update_case(_TOY)],
     "cpu": [
-        update_case(UpdateWorkload(DEFAULT, 32, 8, 48, 32)),
+        update_case(UpdateWorkload(DEFAULT, 16, 8, 96, 64)),
         update_case(UpdateWorkload(MEDIUM, 1, 8, 96, 64)),
     ],
     "gpu": [update_case(UpdateWorkload(LARGE, 4, 8, 1536, 1024, checkpointing=True), _BF16)],
