@@ -114,7 +114,7 @@ STEP_CPU_TARGETS = [
     Target("share of TRL's time, graded as they are", DEFAULT_JOB, _time_share(TRL), 0.4, at_most=True),
     Target("share of TRL's time, 100 M", STEP, _time_share(TRL), 1 / 3, at_most=True, only=_of(MEDIUM)),
     Target("share of TRL's memory, 100 M", STEP, _memory_share(TRL), 1, at_most=True, only=_of(MEDIUM)),
-    # At the 100 M shape a quarter of the work is the head's, which response tokens alone go through.
+    # At the 100 M shape a quarter of the weights are the head's, which response tokens alone go through.
     Target(
         "share of the time without", SHARED_PREFIX, _time_share(WITHOUT_PREFIX), 0.5, at_most=True, only=_of(DEFAULT)
     ),
