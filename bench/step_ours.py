@@ -130,7 +130,7 @@ class _Trainer:
         return self._run.algorithm.step(self._number)
 
     def _weights(self) -> dict[str, torch.Tensor]:
-        state = full_state(self._run.updater.models.policy)
+        state = full_state(self._run.updater.models.masters)
         return {name: value.clone() for name, value in state.items()}
 
 

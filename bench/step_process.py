@@ -165,10 +165,12 @@ def details(batch: StepBatch, contender: Contender) -> dict[str, float]:
     answers = _timed(batch, contender)
     seconds = {name: median([answer[name] for answer in answers]) for name in PARTS}
     whole = median([sum(answer[name] for name in PARTS) for answer in answers])
+    # What is skipped, and longer prompts, are not in its count.
+    counted = batch.workload.reward == "mixed" and trainer_of(contender).phase == "solve"
     return {
         **{f"{name} s": value for name, value in seconds.items()},
         "generations/s": batch.workload.sequences / whole,
-        UPDATE_RATE: batch.flop.update / seconds["update"] / 1e12,
+        **({UPDATE_RATE: batch.flop.update / seconds["update"] / 1e12} if counted else {}),
         "MiB above imports": (memory(batch, contender) - answers[-1]["imports"]) / 2**20,
     }
 

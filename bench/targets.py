@@ -111,6 +111,7 @@ ROLLOUT_CPU_TARGETS = [
 ]
 
 STEP_CPU_TARGETS = [
+    Target("share of TRL's time, default model", STEP, _time_share(TRL), 0.4, at_most=True, only=_of(DEFAULT)),
     Target("share of TRL's time, graded as they are", DEFAULT_JOB, _time_share(TRL), 0.4, at_most=True),
     Target("share of TRL's time, 100 M", STEP, _time_share(TRL), 1 / 3, at_most=True, only=_of(MEDIUM)),
     Target("share of TRL's memory, 100 M", STEP, _memory_share(TRL), 1, at_most=True, only=_of(MEDIUM)),

@@ -141,7 +141,7 @@ class Updated:
                 owner, _, option = name.rpartition(".")
                 assert hasattr(getattr(config, owner), option), name
                 setattr(getattr(config, owner), option, value)
-            optimizer, schedule = build_optimizer(batch.models.policy, config.update, total_steps=1)
+            optimizer, schedule = build_optimizer(batch.models.masters, config.update, total_steps=1)
             batch.kept[self] = Updater(batch.models, None, optimizer, schedule, config)
         return batch.kept[self]
 
@@ -154,7 +154,7 @@ def judge(batch: UpdateBatch, contender: Contender) -> dict[str, float]:
     gradients: list[Tensor] = []
 
     def note(*arguments: Any) -> None:
-        gradients.append(_flat(p.grad for p in batch.models.policy.parameters()))
+        gradients.append(_flat(p.grad for p in batch.models.masters.parameters()))
 
     handle = optimizer.register_step_pre_hook(note)
     try:

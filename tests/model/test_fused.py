@@ -66,11 +66,15 @@ def test_the_numbers_are_those_of_the_modules(
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-5 * expected.abs().max().item())
 
 
+@pytest.mark.parametrize("frozen", [True, False], ids=["frozen", "trained"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_bfloat16_is_no_further_from_the_truth(family: str) -> None:
-    model = small_model(family, dtype=torch.bfloat16).requires_grad_(False)
+def test_bfloat16_is_no_further_from_the_truth(family: str, frozen: bool) -> None:
+    """Trained weights of this type have their masters elsewhere, and are put side by side as well."""
+    model = small_model(family, dtype=torch.bfloat16).requires_grad_(not frozen)
     exact, theirs = paged_logits(copy.deepcopy(model).float()), paged_logits(model)
     assert fuse_attention(model, 64)
+    attention = model.base_model.layers[0].self_attn
+    assert attention.k_proj.weight.data_ptr() == attention.q_proj.weight.data_ptr() + attention.q_proj.weight.nbytes
     ours = paged_logits(model)
     assert (ours - exact).square().mean() <= 1.2 * (theirs - exact).square().mean()
 

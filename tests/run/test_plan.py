@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, Qwen3Config
+from transformers import AutoModelForCausalLM, GPT2Config, Qwen3Config
 
 from tests.command import train
 from tests.run.refusals import SMALL, refused
@@ -15,6 +15,7 @@ from tests.small_models import FAMILIES, bpe_tokenizer, family_config, random_mo
 from thinktwice_fast import train as entry
 from thinktwice_fast.config import Config, ModelOptions
 from thinktwice_fast.model.attention import NAME, PrefixAttention
+from thinktwice_fast.model.elementwise import fuse_elementwise, fuses
 from thinktwice_fast.model.flops import Flops
 from thinktwice_fast.model.lora import add_adapters
 from thinktwice_fast.model.policy import Policy
@@ -128,6 +129,7 @@ def test_a_large_model_is_planned_without_its_memory(dry_run: Command, tmp_path:
         (("--rollout.max_prompt_tokens", "70"), "set --rollout.max_prompt_tokens to at least"),
         (("--rollout.cuda_graphs", "true"), "--rollout.cuda_graphs true needs a GPU"),
         (("--problems_per_step", "0"), "must be at least 1"),
+        (("--resume", "nowhere"), "not a checkpoint"),
     ],
 )
 def test_a_dry_run_refuses_what_a_run_does(
@@ -174,9 +176,9 @@ def saved_bytes(model: Any, tokens: int) -> int:
     return sum(tensor.untyped_storage().nbytes() for place, tensor in kept.items() if place not in own)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("dtype", "fused"), [(torch.float32, True), (torch.float32, False), (torch.bfloat16, False)])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_layer_keeps_what_the_formula_says(family: str, dtype: torch.dtype) -> None:
+def test_a_layer_keeps_what_the_formula_says(family: str, dtype: torch.dtype, fused: bool) -> None:
     found, models = [], []
     for layers in (1, 2):
         config: Any = family_config(family)
@@ -185,9 +187,12 @@ def test_a_layer_keeps_what_the_formula_says(family: str, dtype: torch.dtype) ->
             config.layer_types = ["full_attention"] * layers
         torch.manual_seed(0)
         models.append(AutoModelForCausalLM.from_config(config, attn_implementation=NAME).eval().to(dtype))
+        assert fuses(models[-1])
+        if fused:
+            fuse_elementwise(models[-1])
         found.append(saved_bytes(models[-1], 200))
     # OLMo's norms keep their float32 output as well, 13 % of its layer in bfloat16.
-    assert layer_bytes(Shape.of(models[0], ModelOptions()), dtype) == pytest.approx(
+    assert layer_bytes(Shape.of(models[0], ModelOptions()), dtype, fused=fused) == pytest.approx(
         (found[1] - found[0]) / 200, rel=0.15
     )
 
@@ -227,3 +232,9 @@ def test_a_joint_pair_is_one_phase_of_both_prompts() -> None:
     responses = 256 * (config.rollout.max_response_tokens - 1)
     assert sum(tokens for tokens, _ in pair.rows) >= 16 * (20 + 90) + responses
     assert sum(targets for _, targets in pair.rows) == 256 * config.rollout.max_response_tokens
+
+
+def test_a_model_whose_config_has_other_names() -> None:
+    config = GPT2Config(n_embd=32, n_head=2, n_layer=2, vocab_size=64, bos_token_id=0, eos_token_id=0)
+    shape = Shape.of(AutoModelForCausalLM.from_config(config), ModelOptions())
+    assert (shape.inner, shape.queries, shape.keys, shape.layers) == (128, 32, 32, 2)

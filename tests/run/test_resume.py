@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from tests.command import LIMIT, ROOT, TRAIN, environment, train
+from thinktwice_fast.config import UpdateOptions
 from thinktwice_fast.errors import UserError
 from thinktwice_fast.run.checkpoint import check_room, checkpoints
 from thinktwice_fast.run.metrics import read_metrics
@@ -99,10 +100,10 @@ def test_a_disk_without_room_for_one_checkpoint_is_refused(monkeypatch: pytest.M
     for bias_trained, needed in ((True, 12 * 9_999), (False, 12 * 9_900 + 4 * 99)):
         layer.bias.requires_grad_(bias_trained)
         monkeypatch.setattr("shutil.disk_usage", lambda folder, needed=needed: Usage(needed))
-        check_room(tmp_path, layer)
+        check_room(tmp_path, layer, UpdateOptions())
         monkeypatch.setattr("shutil.disk_usage", lambda folder, needed=needed: Usage(needed - 1))
         with pytest.raises(UserError, match="make room"):
-            check_room(tmp_path, layer)
+            check_room(tmp_path, layer, UpdateOptions())
 
 
 def start(*options: str | Path, processes: int) -> subprocess.Popen[str]:

@@ -29,6 +29,11 @@ def fuse_elementwise(model: nn.Module) -> None:
         module.__class__ = (_NORMS | _MLPS).get(type(module), type(module))
 
 
+def fuses(model: nn.Module) -> bool:
+    """Whether ``fuse_elementwise`` knows the model's norms and MLPs."""
+    return any(type(module) in _NORMS | _MLPS for module in model.modules())
+
+
 def rms_norm(
     x: Tensor,  # float32 [..., H]
     weight: Tensor,  # float32 [H]

@@ -48,8 +48,8 @@ _FAMILIES: dict[type[nn.Module], _Family] = {
 def fuse_attention(model: PreTrainedModel, positions: int) -> bool:
     """Give the model's attention modules their short way over a paged cache.
 
-    Query, key and value weights that are not trained are put side by side in memory, where they stay; their contents
-    may change. A model whose logits then differ from those of its own modules is left as it was.
+    Query, key and value weights are put side by side in memory, where they stay, unless they are trained in float32;
+    their contents may change. A model whose logits then differ from those of its own modules is left as it was.
 
     Args:
         model: of float32, bfloat16 or float16, built with the attention ``thinktwice``; on any device.
@@ -113,7 +113,9 @@ class _Projection:
         self._modules: tuple[Any, ...] = modules
         self._widths: list[int] = []
         linears = [module for module in modules if type(module) is nn.Linear]
-        if len(linears) < len(modules) or any(part.requires_grad for module in linears for part in module.parameters()):
+        # Trained float32 weights may be the optimizer's own; those of another type have their masters elsewhere.
+        moved = (part for module in linears for part in module.parameters())
+        if len(linears) < len(modules) or any(part.requires_grad and part.dtype == torch.float32 for part in moved):
             return
         self._widths = [module.out_features for module in linears]
         self._weight = _side_by_side([module.weight for module in linears])

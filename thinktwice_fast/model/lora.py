@@ -11,6 +11,7 @@ Letters: I inputs, O outputs, R rank.
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -64,18 +65,23 @@ class Adapters:
         return [f"--model.{name} {saved}, not {asked}" for name, (saved, asked) in pairs.items() if saved != asked]
 
 
+def check_library(options: ModelOptions) -> None:
+    """Raise UserError where adapters are asked for and peft is missing."""
+    if options.lora_rank and find_spec("peft") is None:
+        raise UserError(
+            f"--model.lora_rank {options.lora_rank} needs peft, which is not installed: pip install 'peft>=0.21'"
+        )
+
+
 def add_adapters(model: PreTrainedModel, options: ModelOptions, seed: int) -> Adapters:
     """Put adapters on the linear layers that ``lora_targets`` names; of all parameters they alone are trained now.
 
     Raises:
         UserError: peft is not installed, or the decoder has no linear layer of such a name.
     """
-    try:
-        from peft import LoraConfig, inject_adapter_in_model
-    except ModuleNotFoundError as error:
-        raise UserError(
-            f"--model.lora_rank {options.lora_rank} needs peft, which is not installed: pip install 'peft>=0.21'"
-        ) from error
+    check_library(options)
+    from peft import LoraConfig, inject_adapter_in_model
+
     alpha: Any = options.lora_alpha  # peft says int, and takes any number
     config = LoraConfig(
         task_type="CAUSAL_LM",

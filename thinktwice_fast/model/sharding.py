@@ -54,6 +54,11 @@ class ModelPair:
             self.sync()
 
 
+def shards_weights(world: int, dtype: torch.dtype, *, lora: bool) -> bool:
+    """Whether ``pair_models`` has FSDP2 shard the trained weights, for ``world`` processes."""
+    return world > 1 or (lora and dtype != torch.float32)
+
+
 def pair_models(
     model: PreTrainedModel,
     dtype: torch.dtype,
@@ -73,7 +78,8 @@ def pair_models(
     adapters = adapt(model) if adapt is not None else None
     for parameter in model.parameters():
         parameter.data = parameter.data.to(torch.float32 if parameter.requires_grad else dtype)
-    policy = Policy(model) if alone and dtype == torch.float32 else _shard(model, dtype, shard_processes)
+    sharded = shards_weights(dist.get_world_size(), dtype, lora=adapt is not None)
+    policy = _shard(model, dtype, shard_processes) if sharded else Policy(model)
     policy.adapters = adapters
     return ModelPair(policy, rollout, policy)
 
@@ -149,7 +155,9 @@ def _shard(model: PreTrainedModel, dtype: torch.dtype, shard_processes: int) -> 
     # Inputs stay as they are: among them are the rotary tables, which some architectures apply in float32.
     precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     layers = [fully_shard(layer, mesh=mesh, mp_policy=precision) for layer in decoder_layers(model)]
-    fully_shard(policy, mesh=mesh, mp_policy=precision)
+    # A frozen model's is never needed again: there is no backward pass that would let it go.
+    frozen = not any(parameter.requires_grad for parameter in model.parameters())
+    fully_shard(policy, mesh=mesh, mp_policy=precision, reshard_after_forward=frozen)
     # Left alone, FSDP2 gathers a layer when it is called: the GPU has work queued till then, so that the wait is short.
     # Backward already gathers the layer before, in the reverse of the order that forward took.
     for layer, following in pairwise(layers):

@@ -15,11 +15,18 @@ from thinktwice_fast.algorithms.sampler import Sampler
 from thinktwice_fast.algorithms.sft import SFT
 from thinktwice_fast.algorithms.step import Algorithm
 from thinktwice_fast.algorithms.thinktwice import ThinkTwice
-from thinktwice_fast.config import ARITHMETIC, Config, DataOptions, evaluation_sources, samples_per_step
+from thinktwice_fast.config import (
+    ARITHMETIC,
+    Config,
+    DataOptions,
+    UpdateOptions,
+    evaluation_sources,
+    samples_per_step,
+)
 from thinktwice_fast.errors import UserError
 from thinktwice_fast.model.loading import SHIPPED, LoadedModel, load_model, pick_device, pick_dtype
-from thinktwice_fast.model.lora import add_adapters
-from thinktwice_fast.model.sharding import frozen_copy, pair_models
+from thinktwice_fast.model.lora import add_adapters, check_library
+from thinktwice_fast.model.sharding import frozen_copy, pair_models, shards_weights
 from thinktwice_fast.rollout.engine import Engine
 from thinktwice_fast.run.memory import held_bytes, keep_freed_memory
 from thinktwice_fast.run.workload import predicted_memory
@@ -29,7 +36,7 @@ from thinktwice_fast.tasks.problem import Message, Problem
 from thinktwice_fast.tasks.prompts import ChatFormat
 from thinktwice_fast.tasks.sources import Source, load_source
 from thinktwice_fast.tasks.stream import ProblemStream
-from thinktwice_fast.update.optimizer import build_optimizer, check_library
+from thinktwice_fast.update.optimizer import MOMENT_BYTES, build_optimizer, check_optimizer
 from thinktwice_fast.update.updater import Updater
 
 _ENDLESS_SAMPLE = 64  # problems of an endless source that its longest prompt is judged by
@@ -73,7 +80,7 @@ def prepare(config: Config, resources: ExitStack, load: Callable[[torch.device],
     Raises:
         UserError: anything wrong with problems, reward or model.
     """
-    check_library(config.update)
+    check_library(config.model)
     train = load_source(config.data)
     sets = {
         name: load_source(_evaluation_data(config, source), held_out=True, prefix="eval")
@@ -84,6 +91,9 @@ def prepare(config: Config, resources: ExitStack, load: Callable[[torch.device],
         workers = min(8, max(1, (os.cpu_count() or 1) // 2))
     grader = resources.enter_context(Grader(config.reward, config.reward_timeout, workers))
     device = pick_device(config.model, launch.env_local_rank())
+    dtype = pick_dtype(config.model, device)
+    sharded = shards_weights(launch.env_world_size(), dtype, lora=bool(config.model.lora_rank))
+    check_optimizer(config.update, sharded=sharded)
     before = held_bytes(device)
     loaded = load(device)
     chat = ChatFormat(loaded.tokenizer)
@@ -106,7 +116,7 @@ def prepare(config: Config, resources: ExitStack, load: Callable[[torch.device],
     for name, problems in evaluation_sets.items():
         _check_answers(grader, name, problems)
     return Prepared(
-        device, pick_dtype(config.model, device), loaded, chat, grader, instruction, stream,
+        device, dtype, loaded, chat, grader, instruction, stream,
         None if usable is None else len(usable), longest_prompts, evaluation_sets, notes, before,
     )  # fmt: skip
 
@@ -140,7 +150,7 @@ def build_run(config: Config, resources: ExitStack) -> Run:
         loaded.stop_ids,
         config.rollout,
         config.rollout.max_prompt_tokens + config.rollout.max_response_tokens,
-        _training_bytes(models.masters, shards or parallel.world_size()),
+        _training_bytes(models.masters, config.update, shards or parallel.world_size()),
         decode=partial(chat.response_text, stop_ids=loaded.stop_ids),
     )
     sampler = Sampler(engine, chat, ready.grader, ready.instruction, loaded.stop_ids)
@@ -275,10 +285,10 @@ def _check_context(loaded: LoadedModel, longest: int) -> None:
         )
 
 
-def _training_bytes(policy: torch.nn.Module, shards: int) -> int:
+def _training_bytes(policy: torch.nn.Module, options: UpdateOptions, shards: int) -> int:
     """What this process will still allocate for training: float32 gradients and AdamW's two moments."""
     trained = sum(parameter.numel() for parameter in policy.parameters() if parameter.requires_grad)
-    return 12 * trained // shards
+    return (4 + MOMENT_BYTES[options.optimizer]) * trained // shards
 
 
 def _optimizer_steps(config: Config) -> int:

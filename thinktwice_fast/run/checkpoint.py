@@ -28,11 +28,12 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from thinktwice_fast import parallel
+from thinktwice_fast.config import UpdateOptions
 from thinktwice_fast.errors import UserError
 from thinktwice_fast.model.loading import save_model
 from thinktwice_fast.model.lora import Adapters
 from thinktwice_fast.model.sharding import adapter_state, full_state, load_full_state
-from thinktwice_fast.update.optimizer import continue_schedule
+from thinktwice_fast.update.optimizer import MOMENT_BYTES, continue_schedule
 from thinktwice_fast.update.updater import Updater
 
 FOLDER = "checkpoints"
@@ -40,7 +41,7 @@ _T = TypeVar("_T")
 _PREFIX = "step-"
 _PARTIAL = ".partial-"
 ADAPTER = "adapter"
-_WEIGHT_BYTES, _MOMENTS_BYTES = 4, 8  # of a parameter in float32, and of AdamW's two moments
+_WEIGHT_BYTES = 4  # of a parameter in float32
 _ASKED = ("initial_lr", "betas", "weight_decay")  # of an optimizer's parameter group, what the options say
 
 
@@ -55,10 +56,11 @@ def checkpoints(output: Path) -> list[Path]:
     return sorted((folder for folder in folders if folder.name.removeprefix(_PREFIX).isdecimal()), key=_step_of)
 
 
-def check_room(output: Path, model: torch.nn.Module) -> None:
+def check_room(output: Path, model: torch.nn.Module, options: UpdateOptions) -> None:
     """Raise UserError when the disk can't hold even one checkpoint of the model."""
+    moments = MOMENT_BYTES[options.optimizer]
     needed = sum(
-        parameter.numel() * (_WEIGHT_BYTES + (_MOMENTS_BYTES if parameter.requires_grad else 0))
+        parameter.numel() * (_WEIGHT_BYTES + (moments if parameter.requires_grad else 0))
         for parameter in model.parameters()
     )
     free = shutil.disk_usage(output).free

@@ -69,7 +69,7 @@ class Trainer:
         self._saved_step = 0  # of the newest checkpoint
         self._generations = 0
         self._elapsed = 0.0  # seconds of training before this session
-        check_room(self._folder, parts.loaded.model)
+        check_room(self._folder, parts.loaded.model, self._config.update)
         resumed = self._resume()
         self._started = time.perf_counter()
         self._output = resources.enter_context(Output(self._config, self._step, resumed))

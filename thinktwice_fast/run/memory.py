@@ -19,7 +19,8 @@ V vocabulary; S sequences that decode at once; T tokens and R response tokens of
                               + 2 b (Q + K)                    rotated queries and keys, values, attention's output
                               + (4 + b) (Q + K)                QK-norm where there is one: input, normalised
                               + 4 b I)                         gate, up, silu(gate), their product
-                         with checkpointing of the L layers all but b T H each for one layer
+                         with checkpointing of the L layers all but b T H each for one layer; in float32 on the CPU
+                         norms keep input and output alone, and silu(gate) is not kept (``fuse_elementwise``)
     activations, rollout b t (2 H + 3 I) of t tokens in one pass, and 2 * 4 S V for logits
     loss head            min(budget, 4 R V) of logits (with gradients), 4 V H of the weight's gradient, 2 b R H of
                          hidden states and theirs
@@ -40,10 +41,13 @@ import torch
 from transformers import PreTrainedModel
 
 from thinktwice_fast.config import Config, ModelOptions
+from thinktwice_fast.model.elementwise import fuses
 from thinktwice_fast.model.lora import adapter_parameters
 from thinktwice_fast.model.policy import decoder_layers
+from thinktwice_fast.model.sharding import shards_weights
 from thinktwice_fast.rollout.engine import BLOCK_SIZE, GPU_SHARE
 from thinktwice_fast.rollout.runner import planned_runner
+from thinktwice_fast.update.optimizer import MOMENT_BYTES
 from thinktwice_kernels.tiles import DEFAULT_BUDGET
 
 _PAGE = os.sysconf("SC_PAGE_SIZE")
@@ -80,7 +84,7 @@ class Shape:
             layers=config.num_hidden_layers,
             layer_parameters=sum(p.numel() for p in blocks[0].parameters()) if blocks else 0,
             hidden=config.hidden_size,
-            inner=config.intermediate_size,
+            inner=max((max(p.shape) for p in blocks[0].parameters() if p.dim() > 1), default=0),
             queries=config.num_attention_heads * head_dim,
             keys=(getattr(config, "num_key_value_heads", None) or config.num_attention_heads) * head_dim,
             vocabulary=config.vocab_size,
@@ -144,7 +148,7 @@ def predict(
     """
     shape = Shape.of(model, config.model)
     parts = [Part("program", base, base), *_weights(config, shape, model, device, dtype, world)]
-    parts += _working(config, shape, device, dtype, load)
+    parts += _working(config, shape, model, device, dtype, load)
     cache = _cache_bytes(config, shape, device, dtype, load, sum(max(part.rollout, part.update) for part in parts))
     return Prediction((*(part for part in parts if part.rollout or part.update), Part("KV cache", cache, cache)))
 
@@ -157,14 +161,13 @@ def _weights(
     lora = bool(config.model.lora_rank)
     own = b * n + 4 * m if lora else 4 * n
     rest = n - shape.layers * shape.layer_parameters
-    moments = (2 if config.update.optimizer == "adamw8bit" else 8) * m // shards
+    moments = MOMENT_BYTES[config.update.optimizer] * m // shards
     yield Part("master weights", own // shards, own // shards)
     yield Part("gradients", 0, 4 * m // shards)
     yield Part("optimizer state", moments, moments)
     if config.loss.beta:
         yield Part("reference weights", b * n // shards, b * n // shards)
-    # As in pair_models.
-    if world > 1 or (lora and dtype != torch.float32):
+    if shards_weights(world, dtype, lora=lora):
         largest = max(rest, shape.layer_parameters)
         yield Part("gathered weights", 0, b * (rest + 2 * shape.layer_parameters) + (b + 4) * largest)
     if world > 1 or lora or dtype != torch.float32:
@@ -174,11 +177,14 @@ def _weights(
         yield Part("packed weights", packed, packed)
 
 
-def _working(config: Config, shape: Shape, device: torch.device, dtype: torch.dtype, load: Load) -> Iterator[Part]:
+def _working(
+    config: Config, shape: Shape, model: PreTrainedModel, device: torch.device, dtype: torch.dtype, load: Load
+) -> Iterator[Part]:
     b, tokens, targets = dtype.itemsize, load.row_tokens, load.row_targets
     sampling = b * load.pass_tokens * (2 * shape.hidden + 3 * shape.inner)
     sampling += 2 * 4 * load.sequences * shape.vocabulary
-    layer = tokens * layer_bytes(shape, dtype)
+    fused = device.type == "cpu" and dtype == torch.float32 and not config.rollout.exact and fuses(model)
+    layer = tokens * layer_bytes(shape, dtype, fused=fused)
     kept = layer * shape.layers
     if config.model.activation_checkpointing:
         kept = layer + b * tokens * shape.hidden * shape.layers
@@ -190,11 +196,16 @@ def _working(config: Config, shape: Shape, device: torch.device, dtype: torch.dt
         yield Part("allocator", 4 * shape.trained, 4 * shape.trained)
 
 
-def layer_bytes(shape: Shape, dtype: torch.dtype) -> int:
-    """What one layer keeps of one token for the backward pass."""
+def layer_bytes(shape: Shape, dtype: torch.dtype, *, fused: bool) -> int:
+    """What one layer keeps of one token for the backward pass.
+
+    Args:
+        fused: its norms and gate are those of ``fuse_elementwise``.
+    """
     b, heads = dtype.itemsize, shape.queries + shape.keys
-    normed = (4 + b) * heads if shape.qk_norm else 0
-    return 2 * (4 + 2 * b) * shape.hidden + 2 * b * heads + normed + 4 * b * shape.inner
+    normed = (b if fused else 4 + b) * heads if shape.qk_norm else 0
+    norm, gate = (2 * b, 3 * b) if fused else (4 + 2 * b, 4 * b)
+    return 2 * norm * shape.hidden + 2 * b * heads + normed + gate * shape.inner
 
 
 def _cache_bytes(
@@ -217,8 +228,10 @@ def keep_freed_memory() -> None:
     which takes longer than most element-wise operations.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(_M_MMAP_THRESHOLD, _KEPT_SIZE)
+    if mallopt is None:
+        return
+    # Older ones refuse more than 32 MiB. To set either ends the C library's own adjustment of both.
+    if mallopt(_M_MMAP_THRESHOLD, _KEPT_SIZE) or mallopt(_M_MMAP_THRESHOLD, 32 << 20):
         mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import ExitStack
+from pathlib import Path
 
 from thinktwice_fast import launch
 from thinktwice_fast.config import Config
@@ -9,6 +10,7 @@ from thinktwice_fast.model.flops import Flops
 from thinktwice_fast.model.loading import outline_model
 from thinktwice_fast.rollout.runner import planned_runner
 from thinktwice_fast.run.build import Prepared, prepare
+from thinktwice_fast.run.checkpoint import read_state
 from thinktwice_fast.run.memory import Prediction, Shape, device_bytes
 from thinktwice_fast.run.report import aligned
 from thinktwice_fast.run.workload import Phase, phases, predicted_memory
@@ -29,6 +31,8 @@ def print_plan(config: Config) -> None:
         UserError: problems, reward, tokenizer or model config that a run would refuse.
     """
     world = launch.env_world_size()
+    if config.resume not in (None, "auto"):
+        read_state(Path(config.resume))
     with ExitStack() as resources:
         ready = prepare(config, resources, lambda device: outline_model(config.model))
     planned = phases(config, Flops.of(ready.loaded.model), ready.longest_prompts, world)

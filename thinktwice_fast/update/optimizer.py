@@ -13,6 +13,9 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from thinktwice_fast.config import UpdateOptions
 from thinktwice_fast.errors import UserError
 
+MOMENT_BYTES = {"adamw": 8, "adamw8bit": 2}
+"""Of both moments of a parameter, by `update.optimizer`."""
+
 
 def build_optimizer(
     module: torch.nn.Module, options: UpdateOptions, total_steps: int
@@ -28,9 +31,11 @@ def build_optimizer(
     Raises:
         UserError: 8 bits without bitsandbytes, or for sharded parameters.
     """
-    check_library(options)
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    make = _eight_bit(trained) if options.optimizer == "adamw8bit" else partial(torch.optim.AdamW, fused=True)
+    check_optimizer(options, sharded=any(isinstance(parameter, DTensor) for parameter in trained))
+    make: Callable[..., torch.optim.Optimizer] = partial(torch.optim.AdamW, fused=True)
+    if options.optimizer == "adamw8bit":
+        make = import_module("bitsandbytes.optim").AdamW8bit
     optimizer = make(trained, lr=options.learning_rate, betas=options.adam_betas, weight_decay=options.weight_decay)
     return optimizer, LambdaLR(optimizer, _shape(options, options.lr_decay_steps or total_steps))
 
@@ -43,21 +48,19 @@ def continue_schedule(optimizer: torch.optim.Optimizer, schedule: LRScheduler, s
         group["lr"] = peak * share(steps)
 
 
-def check_library(options: UpdateOptions) -> None:
-    """Raise UserError where the optimizer's library is missing."""
-    if options.optimizer == "adamw8bit" and find_spec("bitsandbytes") is None:
+def check_optimizer(options: UpdateOptions, *, sharded: bool) -> None:
+    """Raise UserError where the optimizer's library is missing, or does not take ``sharded`` weights."""
+    if options.optimizer != "adamw8bit":
+        return
+    if find_spec("bitsandbytes") is None:
         raise UserError(
             "--update.optimizer adamw8bit needs bitsandbytes: install it (pip install bitsandbytes), or leave it out"
         )
-
-
-def _eight_bit(parameters: list[torch.nn.Parameter]) -> Callable[..., torch.optim.Optimizer]:
-    if any(isinstance(parameter, DTensor) for parameter in parameters):
+    if sharded:
         raise UserError(
             "--update.optimizer adamw8bit can't take sharded weights: start one process (LoRA: in float32), or "
             "leave it out"
         )
-    return import_module("bitsandbytes.optim").AdamW8bit
 
 
 def _shape(options: UpdateOptions, decay_steps: int) -> Callable[[int], float]:
