@@ -73,11 +73,13 @@ if [ "$MODE" = cpu ]; then
     step build correctness 500 "$PYTHON" setup.py build_ext --inplace
   fi
   tests tests-kernels 100 tests/kernels/test_options.py
+  step pair correctness 120 "$PYTHON" -m bench.pair toy "$OUTPUT/pair"
   BENCHMARKS="bench/bench_linear_loss.py bench/bench_advantages.py"
   SIZE=toy
 elif [ "$MODE" = steps ]; then
   step build correctness 120 "$PYTHON" setup.py build_ext --inplace
   tests tests-gpu-trainer 60 -m gpu tests/test_gpu.py tests/rollout
+  step pair correctness 60 "$PYTHON" -m bench.pair "Qwen3-0.6B shape" "$OUTPUT/pair"
   BENCHMARKS="bench/bench_update.py bench/bench_step.py"
   SIZE=gpu
 else
@@ -87,6 +89,7 @@ else
   if "$PYTHON" -c 'import datasets, jsonargparse, math_verify, pebble' 2>/dev/null; then
     BENCHMARKS="$BENCHMARKS bench/bench_rollout.py" # needs the trainer's packages too
     tests tests-gpu-trainer 60 -m gpu tests/test_gpu.py tests/csrc tests/rollout
+    step pair correctness 45 "$PYTHON" -m bench.pair "Qwen3-0.6B shape" "$OUTPUT/pair"
     if command -v compute-sanitizer >/dev/null; then
       step compute-sanitizer correctness 30 compute-sanitizer --error-exitcode 9 \
         "$PYTHON" -m pytest -q -p no:cacheprovider -m gpu tests/csrc/test_cuda_ops.py -k "write_kv or copy_blocks"

@@ -157,11 +157,15 @@ def model_of(name: str, dtype: torch.dtype, device: torch.device) -> Any:
     if (folder / "config.json").exists():
         saved: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa")
         return saved.to(device)
-    shape = {"vocab_size": 151_936, "head_dim": 128, "num_key_value_heads": 8} | _SHAPES[name]
-    config = Qwen3Config(**shape, tie_word_embeddings=True, max_position_embeddings=8192)  # type: ignore[arg-type]
     with torch.random.fork_rng(), device:
         torch.manual_seed(0)
-        return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
+        return AutoModelForCausalLM.from_config(shape_config(name), dtype=dtype, attn_implementation="sdpa")
+
+
+def shape_config(name: str) -> Qwen3Config:
+    """Of a shape that gets random weights."""
+    shape = {"vocab_size": 151_936, "head_dim": 128, "num_key_value_heads": 8} | _SHAPES[name]
+    return Qwen3Config(**shape, tie_word_embeddings=True, max_position_embeddings=8192)  # type: ignore[arg-type]
 
 
 def rollout_cases(size: Size) -> list[Case]:
