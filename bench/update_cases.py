@@ -25,6 +25,7 @@ from thinktwice_fast.model.attention import NAME
 from thinktwice_fast.model.loading import checkpoint_layers
 from thinktwice_fast.model.sharding import ModelPair, cast_parameters, pair_models
 from thinktwice_fast.rollout.records import Rollout
+from thinktwice_fast.run.memory import keep_freed_memory
 from thinktwice_fast.update.optimizer import build_optimizer
 from thinktwice_fast.update.updater import Updater
 from thinktwice_kernels.reference.loss import grpo_loss
@@ -74,11 +75,11 @@ class UpdateBatch:
         return tuple(replace(rollout, advantage=rollout.advantage or 0.5) for rollout in self.rollouts)
 
 
-def update_case(workload: UpdateWorkload, dtype: torch.dtype = torch.float32) -> Case:
+def update_case(workload: UpdateWorkload, dtype: torch.dtype = torch.float32, **options: Any) -> Case:
     """A case by the workload's name, under which ``workload_of`` finds it again."""
     _WORKLOADS[workload.name] = workload
     tokens = workload.sequences * workload.new_tokens
-    return Case(workload.name, 0, 0, tokens, dtype, memory=dtype == torch.bfloat16)
+    return Case(workload.name, 0, 0, tokens, dtype, memory=dtype == torch.bfloat16, **options)
 
 
 _WORKLOADS: dict[str, UpdateWorkload] = {}
@@ -91,6 +92,8 @@ def workload_of(case: Case) -> UpdateWorkload:
 def update_batch(case: Case, device: torch.device) -> UpdateBatch:
     if not dist.is_initialized():
         parallel.start(device, _TIMEOUT)
+    if device.type == "cpu":
+        keep_freed_memory()  # as every run does
     workload = workload_of(case)
     theirs = cast_parameters(model_of(workload.model, case.dtype, device).eval(), torch.float32)
     weights = chain(theirs.parameters(), theirs.buffers())
@@ -215,7 +218,7 @@ _TOY = UpdateWorkload("toy", 2, 4, 18, 12)
 _PREFIX: dict[Size, list[Case]] = {
     "toy": [update_case(_TOY)],
     "cpu": [
-        update_case(UpdateWorkload(DEFAULT, 16, 8, 96, 64)),
+        update_case(UpdateWorkload(DEFAULT, 16, 8, 96, 64), rounds=25),
         update_case(UpdateWorkload(MEDIUM, 1, 8, 96, 64)),
     ],
     "gpu": [update_case(UpdateWorkload(LARGE, 4, 8, 1536, 1024, checkpointing=True), _BF16)],
