@@ -49,6 +49,13 @@ def test_program(title: str, printed: str, tmp_path: Path) -> None:
 
 
 def test_fsdp2_program(tmp_path: Path) -> None:
-    printed = run("With FSDP2", tmp_path, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    try:
+        printed = run("With FSDP2", tmp_path, *launcher)
+    except AssertionError as error:
+        # Once in dozens of runs on busy cores a thread of gloo's outlives its process group and aborts a rank at its end.
+        if "terminate called without an active exception" not in str(error):
+            raise
+        printed = run("With FSDP2", tmp_path, *launcher)
     losses = {line.split("global loss")[1] for line in printed.splitlines() if "global loss" in line}
     assert printed.count("global loss") == 2 and len(losses) == 1
