@@ -53,7 +53,7 @@ def test_fsdp2_program(tmp_path: Path) -> None:
     try:
         printed = run("With FSDP2", tmp_path, *launcher)
     except AssertionError as error:
-        # Once in dozens of runs on busy cores a thread of gloo's outlives its process group and aborts a rank at its end.
+        # Once in dozens of runs, on busy cores, a thread outlives gloo's process group and aborts a rank at its end.
         if "terminate called without an active exception" not in str(error):
             raise
         printed = run("With FSDP2", tmp_path, *launcher)
