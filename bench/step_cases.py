@@ -5,6 +5,7 @@ Letters: P prompts, G samples of each, L weights of the layers, V vocabulary, H 
 
 import json
 import random
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -15,7 +16,7 @@ from transformers import AutoConfig
 
 from bench.rollout_cases import FOLDER, folder_of, model_of
 from bench.shapes import DEFAULT, LARGE, MEDIUM, SMALL, Case, Size
-from thinktwice_fast.config import ModelOptions
+from thinktwice_fast.config import Config, ModelOptions
 from thinktwice_fast.model.loading import load_tokenizer
 from thinktwice_fast.tasks.arithmetic import ArithmeticSource
 from thinktwice_fast.tasks.prompts import ChatFormat
@@ -151,6 +152,14 @@ def _rows(workload: StepWorkload, count: int) -> list[dict[str, str]]:
         for row in rows:
             row["question"] = "".join(numbers.choices("0123456789+-", k=workload.prompt_tokens - around))
     return rows
+
+
+def set_options(config: Config, options: Mapping[str, Any]) -> None:
+    """Set options of the configuration by dotted name."""
+    for name, value in options.items():
+        owner, _, option = name.rpartition(".")
+        assert hasattr(getattr(config, owner), option), name
+        setattr(getattr(config, owner), option, value)
 
 
 def step_cases(size: Size) -> list[Case]:

@@ -10,6 +10,7 @@ from unittest import mock
 import torch
 
 from bench import step_truth
+from bench.step_cases import set_options
 from bench.step_process import BETAS, CLIP, LEARNING_RATE, Ask
 from bench.step_worker import Desk
 from thinktwice_fast import launch, parallel
@@ -54,10 +55,7 @@ def config_of(ask: Ask) -> Config:
     update = config.update
     update.learning_rate, update.adam_betas, update.grad_clip, update.warmup_steps = LEARNING_RATE, BETAS, CLIP, 0
     update.microbatch_tokens = ask.tokens
-    for name, value in ask.options.items():
-        owner, _, field = name.rpartition(".")
-        assert hasattr(getattr(config, owner), field), name
-        setattr(getattr(config, owner), field, value)
+    set_options(config, ask.options)
     return config
 
 

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from bench.measure import Contender, Outputs, errors_of
 from bench.rollout_cases import model_of
 from bench.shapes import DEFAULT, LARGE, MEDIUM, Case, Size
+from bench.step_cases import set_options
 from thinktwice_fast import parallel
 from thinktwice_fast.config import Config
 from thinktwice_fast.model.attention import NAME
@@ -140,10 +141,7 @@ class Updated:
         if self not in batch.kept:
             config = Config()
             config.update.learning_rate = config.update.grad_clip = 0.0
-            for name, value in self.options:
-                owner, _, option = name.rpartition(".")
-                assert hasattr(getattr(config, owner), option), name
-                setattr(getattr(config, owner), option, value)
+            set_options(config, dict(self.options))
             optimizer, schedule = build_optimizer(batch.models.masters, config.update, total_steps=1)
             batch.kept[self] = Updater(batch.models, None, optimizer, schedule, config)
         return batch.kept[self]

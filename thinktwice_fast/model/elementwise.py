@@ -26,12 +26,12 @@ def fuse_elementwise(model: nn.Module) -> None:
     for module in model.modules():
         if type(module) in _MLPS and not isinstance(module.act_fn, SiLUActivation):
             continue
-        module.__class__ = (_NORMS | _MLPS).get(type(module), type(module))
+        module.__class__ = _FUSED.get(type(module), type(module))
 
 
 def fuses(model: nn.Module) -> bool:
     """Whether ``fuse_elementwise`` knows the model's norms and MLPs."""
-    return any(type(module) in _NORMS | _MLPS for module in model.modules())
+    return any(type(module) in _FUSED for module in model.modules())
 
 
 def rms_norm(
@@ -121,3 +121,4 @@ def _before(fused: type[nn.Module], *kinds: type[nn.Module]) -> dict[type[nn.Mod
 
 _NORMS = _before(_FusedNorm, LlamaRMSNorm, Olmo3RMSNorm, Qwen3RMSNorm)
 _MLPS = _before(_FusedMLP, LlamaMLP, Olmo3MLP, Qwen3MLP)
+_FUSED = _NORMS | _MLPS

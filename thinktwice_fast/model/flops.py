@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedModel
 
-from thinktwice_fast.model.policy import decoder_layers
+from thinktwice_fast.model.policy import attention_heads, decoder_layers
 
 
 @dataclass(frozen=True)
@@ -24,13 +24,12 @@ class Flops:
         """Of a decoder; its experts, where it has several, all count."""
         config = model.config.get_text_config()
         matrices = (p for layer in decoder_layers(model) for p in layer.parameters() if p.dim() > 1)
-        heads = config.num_attention_heads
-        width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
+        heads, _, head_dim = attention_heads(model)
         layers = Counter(_windows(config))
         return cls(
             token=2 * sum(matrix.numel() for matrix in matrices),
             target=2 * config.hidden_size * config.vocab_size,
-            key={window: 4 * width * count for window, count in layers.items()},
+            key={window: 4 * heads * head_dim * count for window, count in layers.items()},
         )
 
     def segment(self, tokens: int, before: int, targets: int) -> int:

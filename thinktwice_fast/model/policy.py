@@ -67,6 +67,14 @@ def decoder_layers(model: PreTrainedModel) -> Iterator[nn.Module]:
     return (module for module in model.modules() if type(module).__name__ in names)
 
 
+def attention_heads(model: PreTrainedModel) -> tuple[int, int, int]:
+    """Query heads, key-value heads and the size of each, by the model's config."""
+    config: Any = model.config.get_text_config()
+    heads: int = config.num_attention_heads
+    size: int = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return heads, getattr(config, "num_key_value_heads", None) or heads, size
+
+
 @torch.no_grad()
 def check_head_is_linear(model: PreTrainedModel) -> None:
     """Raise UserError for an architecture whose logits are more than ``hidden @ weight.T + bias``.

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from thinktwice_fast.config import RolloutOptions
 from thinktwice_fast.errors import UserError
 from thinktwice_fast.model.paged import PagedKVCache
+from thinktwice_fast.model.policy import attention_heads
 from thinktwice_fast.rollout.generation import Decode, Generation
 from thinktwice_fast.rollout.kept import Counts, KeptCaches
 from thinktwice_fast.rollout.records import Request, Rollout
@@ -52,10 +53,8 @@ class Engine:
         self._stop_ids = stop_ids
         self._options = options
         self._decode = decode
-        config = model.config.get_text_config()
-        heads: int = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        head_dim: int = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        layers: int = config.num_hidden_layers
+        _, heads, head_dim = attention_heads(model)
+        layers: int = model.config.get_text_config().num_hidden_layers
         token_bytes = 2 * layers * heads * head_dim * model.dtype.itemsize
         self.cache = PagedKVCache(
             layers,

@@ -43,7 +43,7 @@ from transformers import PreTrainedModel
 from thinktwice_fast.config import Config, ModelOptions
 from thinktwice_fast.model.elementwise import fuses
 from thinktwice_fast.model.lora import adapter_parameters
-from thinktwice_fast.model.policy import decoder_layers
+from thinktwice_fast.model.policy import attention_heads, decoder_layers
 from thinktwice_fast.model.sharding import shards_weights
 from thinktwice_fast.rollout.engine import BLOCK_SIZE, GPU_SHARE
 from thinktwice_fast.rollout.runner import planned_runner
@@ -75,7 +75,7 @@ class Shape:
     def of(cls, model: PreTrainedModel, options: ModelOptions) -> "Shape":
         """Of a model that may have no memory yet, before it gets the adapters that ``options`` may ask for."""
         config: Any = model.config.get_text_config()
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        query_heads, kv_heads, head_dim = attention_heads(model)
         blocks = list(decoder_layers(model))
         parameters = sum(p.numel() for p in model.parameters())
         return cls(
@@ -85,8 +85,8 @@ class Shape:
             layer_parameters=sum(p.numel() for p in blocks[0].parameters()) if blocks else 0,
             hidden=config.hidden_size,
             inner=max((max(p.shape) for p in blocks[0].parameters() if p.dim() > 1), default=0),
-            queries=config.num_attention_heads * head_dim,
-            keys=(getattr(config, "num_key_value_heads", None) or config.num_attention_heads) * head_dim,
+            queries=query_heads * head_dim,
+            keys=kv_heads * head_dim,
             vocabulary=config.vocab_size,
             tied=config.tie_word_embeddings,
             qk_norm=any(name.endswith("q_norm.weight") for name, _ in model.named_parameters()),
