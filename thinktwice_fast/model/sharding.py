@@ -53,6 +53,11 @@ class ModelPair:
         if self.policy is not self.masters:
             self.sync()
 
+    def updated(self) -> None:
+        """The last of an update's steps is done: rollouts are to read its weights. Collective."""
+        if self.policy is self.masters:  # else each step has seen to it
+            self.sync()
+
 
 def shards_weights(world: int, dtype: torch.dtype, *, lora: bool) -> bool:
     """Whether ``pair_models`` has FSDP2 shard the trained weights, for ``world`` processes."""

@@ -123,7 +123,7 @@ class Updater:
             losses.append(loss)
             norms.append(norm)
             collected += metrics
-        self.models.sync()
+        self.models.updated()
         measures = _combined(parallel.gather_flat(collected))
         drawn, kept = (sum(len(r.response) for part in parts for r in part) for parts in (minibatches, with_signal))
         skipped = sum(parallel.gather(drawn - kept))
@@ -153,7 +153,7 @@ class Updater:
             return -logps.sum() / tokens, {"hits": hits}
 
         loss, norm, metrics = self._optimizer_step(self._microbatches(examples), loss_of)
-        self.models.sync()
+        self.models.updated()
         hits = sum(float(part["hits"]) for part in parallel.gather_flat(metrics))
         return {"token_accuracy": hits / tokens} | self._measures([loss], [norm], started)
 
