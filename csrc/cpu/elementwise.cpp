@@ -1,6 +1,8 @@
 // What happens in a layer between the products, each in one pass over memory, with its gradient. float32.
+#include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <optional>
 #include <string>
 #include <tuple>
 #include <vector>
@@ -62,27 +64,43 @@ Tensor rms_norm(Tensor x, Tensor weight, double eps) {
   return out;
 }
 
+// Gradients of a weight that tasks add up on their own; the total does not depend on threads.
+class WeightSums {
+ public:
+  WeightSums(int64_t tasks, int64_t size) : tasks_(tasks), size_(size), parts_(tasks * size) {}
+
+  float* of_task(int64_t task) { return parts_.data() + task * size_; }
+
+  Tensor total() const {
+    Tensor out = new_tensor({size_}, ScalarType::Float);
+    auto* const to = out.mutable_data_ptr<float>();
+    for (int64_t i = 0; i < size_; ++i) {
+      double sum = 0;
+      for (int64_t task = 0; task < tasks_; ++task) sum += parts_[task * size_ + i];
+      to[i] = static_cast<float>(sum);
+    }
+    return out;
+  }
+
+ private:
+  int64_t tasks_, size_;
+  std::vector<float> parts_;
+};
+
 std::tuple<Tensor, Tensor> rms_norm_backward(Tensor grad, Tensor x, Tensor weight, double eps) {
   const Rows rows("rms_norm_backward", x, weight);
   check_like("rms_norm_backward", "grad", grad, x);
-  Tensor of_x = new_tensor({x.numel()}, ScalarType::Float),
-         of_weight = new_tensor({rows.size}, ScalarType::Float);
+  Tensor of_x = new_tensor({x.numel()}, ScalarType::Float);
   auto* const to_x = of_x.mutable_data_ptr<float>();
-  std::vector<float> parts(rows.tasks * rows.size);  // of the weight's gradient, added up in order
+  WeightSums sums(rows.tasks, rows.size);
   parallel_tasks(rows.tasks, 1, [&](int64_t task) {
-    float* const part = parts.data() + task * rows.size;
     rows.each(task, [&](int64_t i) {
       ISA_DISPATCH(norm_gradient_row)
-      (floats(grad) + i, floats(x) + i, floats(weight), rows.size, static_cast<float>(eps), to_x + i, part);
+      (floats(grad) + i, floats(x) + i, floats(weight), rows.size, static_cast<float>(eps), to_x + i,
+       sums.of_task(task));
     });
   });
-  auto* const to_weight = of_weight.mutable_data_ptr<float>();
-  for (int64_t i = 0; i < rows.size; ++i) {
-    double sum = 0;
-    for (int64_t task = 0; task < rows.tasks; ++task) sum += parts[task * rows.size + i];
-    to_weight[i] = static_cast<float>(sum);
-  }
-  return {of_x, of_weight};
+  return {of_x, sums.total()};
 }
 
 // body(first element, how many) for parts of n elements
@@ -102,29 +120,190 @@ Tensor silu(Tensor x) {
   return out;
 }
 
-Tensor swiglu(Tensor gate, Tensor up) {
-  check_like("swiglu", "gate", gate, gate);
-  check_like("swiglu", "up", up, gate);
-  Tensor out = new_tensor({gate.numel()}, ScalarType::Float);
+// Rows [gate | up] of a product [tokens, 2 * inner].
+struct GateRows {
+  int64_t tokens, inner, per_task;
+
+  GateRows(const char* op, const Tensor& x) : tokens(x.size(0)), inner(x.size(1) / 2) {
+    check(x.dim() == 2 && x.size(1) % 2 == 0, op, ": x must be [tokens, 2 * inner]");
+    check_like(op, "x", x, x);
+    per_task = std::max<int64_t>(1, kPart / std::max<int64_t>(1, inner));
+  }
+
+  template <typename Body>
+  void each(const Body& body) const {
+    parallel_tasks((tokens + per_task - 1) / per_task, 1, [&](int64_t task) {
+      const int64_t end = std::min(tokens, (task + 1) * per_task);
+      for (int64_t token = task * per_task; token < end; ++token) body(token * inner);
+    });
+  }
+};
+
+Tensor swiglu(Tensor x) {
+  const GateRows rows("swiglu", x);
+  Tensor out = new_tensor({rows.tokens, rows.inner}, ScalarType::Float);
   auto* const to = out.mutable_data_ptr<float>();
-  in_parts(gate.numel(), [&](int64_t i, int64_t n) {
-    ISA_DISPATCH(gate_row)(floats(gate) + i, floats(up) + i, n, to + i);
+  rows.each([&](int64_t i) {
+    const float* const gate = floats(x) + 2 * i;
+    ISA_DISPATCH(gate_row)(gate, gate + rows.inner, rows.inner, to + i);
   });
   return out;
 }
 
-std::tuple<Tensor, Tensor> swiglu_backward(Tensor grad, Tensor gate, Tensor up) {
-  check_like("swiglu_backward", "gate", gate, gate);
-  check_like("swiglu_backward", "up", up, gate);
-  check_like("swiglu_backward", "grad", grad, gate);
-  Tensor of_gate = new_tensor({gate.numel()}, ScalarType::Float),
-         of_up = new_tensor({gate.numel()}, ScalarType::Float);
-  auto *const to_gate = of_gate.mutable_data_ptr<float>(), *const to_up = of_up.mutable_data_ptr<float>();
-  in_parts(gate.numel(), [&](int64_t i, int64_t n) {
+Tensor swiglu_backward(Tensor grad, Tensor x) {
+  const GateRows rows("swiglu_backward", x);
+  check_like("swiglu_backward", "grad", grad, grad);
+  check(grad.numel() == rows.tokens * rows.inner, "swiglu_backward: grad must be [", rows.tokens, ", ",
+        rows.inner, "]");
+  Tensor of_x = new_tensor({rows.tokens, 2 * rows.inner}, ScalarType::Float);
+  auto* const to = of_x.mutable_data_ptr<float>();
+  rows.each([&](int64_t i) {
+    const float* const gate = floats(x) + 2 * i;
     ISA_DISPATCH(gate_gradient_row)
-    (floats(grad) + i, floats(gate) + i, floats(up) + i, n, to_gate + i, to_up + i);
+    (floats(grad) + i, gate, gate + rows.inner, rows.inner, to + 2 * i, to + 2 * i + rows.inner);
   });
-  return {of_gate, of_up};
+  return of_x;
+}
+
+// The heads of one kind inside the rows of a product [tokens, elements]: queries, keys or values.
+struct Strand {
+  int64_t start, size, dim;     // the first element, the elements of all heads, those of one
+  const float* norm = nullptr;  // weight of the norm before the rotation
+  int64_t norm_size = 0;        // elements that its mean goes over: a head's or all
+
+  Strand(const char* op, int64_t start, int64_t size, int64_t dim, const std::optional<Tensor>& weight)
+      : start(start), size(size), dim(dim) {
+    if (!weight) return;
+    check_like(op, "norm", *weight, *weight);
+    norm = floats(*weight);
+    norm_size = weight->numel();
+    check(norm_size == dim || norm_size == size, op, ": a norm has ", norm_size, " elements, expected ", dim,
+          " or, over all heads, ", size);
+  }
+};
+
+// Rows [queries | keys | values] of a product, and the angles of their tokens.
+struct HeadRows {
+  int64_t tokens, dim, width, per_task, tasks;
+  float eps;
+  Strand q, k;
+  int64_t v_start, v_size;
+  const float *cos, *sin;
+
+  HeadRows(const char* op, int64_t tokens, int64_t heads, int64_t kv_heads,
+           const std::optional<Tensor>& q_norm, const std::optional<Tensor>& k_norm, double eps,
+           const Tensor& cos, const Tensor& sin)
+      : tokens(tokens),
+        dim(cos.size(1)),
+        width((heads + 2 * kv_heads) * dim),
+        eps(static_cast<float>(eps)),
+        q(op, 0, heads * dim, dim, q_norm),
+        k(op, heads * dim, kv_heads * dim, dim, k_norm),
+        v_start((heads + kv_heads) * dim),
+        v_size(kv_heads * dim),
+        cos(floats(cos)),
+        sin(floats(sin)) {
+    for (const Tensor& table : {cos, sin}) {
+      check_like(op, "cos or sin", table, table);
+      check(table.numel() == tokens * dim && dim % 2 == 0, op, ": cos and sin must be [", tokens, ", ", dim,
+            "], of two halves");
+    }
+    per_task = std::max<int64_t>(1, kPart / std::max<int64_t>(1, width));
+    tasks = (tokens + per_task - 1) / per_task;
+  }
+
+  void check_rows(const char* op, const Tensor& qkv) const {
+    check_like(op, "qkv", qkv, qkv);
+    check(qkv.dim() == 2 && qkv.size(0) == tokens && qkv.size(1) == width, op, ": qkv must be [", tokens,
+          ", ", width, "]");
+  }
+
+  // body(token) for the tokens of one task
+  template <typename Body>
+  void each(int64_t task, const Body& body) const {
+    const int64_t end = std::min(tokens, (task + 1) * per_task);
+    for (int64_t token = task * per_task; token < end; ++token) body(token);
+  }
+};
+
+// A token's heads of one kind, normed and rotated; `room` holds as many elements.
+void turn_heads(const HeadRows& rows, const Strand& strand, int64_t token, const float* x, float* room,
+                float* to) {
+  if (strand.norm) {
+    for (int64_t i = 0; i < strand.size; i += strand.norm_size)
+      ISA_DISPATCH(norm_row)(x + i, strand.norm, strand.norm_size, rows.eps, room + i);
+    x = room;
+  }
+  const float *const cos = rows.cos + token * rows.dim, *const sin = rows.sin + token * rows.dim;
+  for (int64_t i = 0; i < strand.size; i += rows.dim)
+    ISA_DISPATCH(rotate_row<false>)(x + i, cos, sin, rows.dim / 2, to + i);
+}
+
+// The gradient of turn_heads, and what the token adds to that of the norm's weight.
+void turn_heads_back(const HeadRows& rows, const Strand& strand, int64_t token, const float* grad,
+                     const float* x, float* room, float* to, float* to_norm) {
+  const float *const cos = rows.cos + token * rows.dim, *const sin = rows.sin + token * rows.dim;
+  float* const turned = strand.norm ? room : to;
+  for (int64_t i = 0; i < strand.size; i += rows.dim)
+    ISA_DISPATCH(rotate_row<true>)(grad + i, cos, sin, rows.dim / 2, turned + i);
+  for (int64_t i = 0; strand.norm && i < strand.size; i += strand.norm_size) ISA_DISPATCH(norm_gradient_row)
+  (turned + i, x + i, strand.norm, strand.norm_size, rows.eps, to + i, to_norm);
+}
+
+std::tuple<Tensor, Tensor, Tensor> qkv_heads(Tensor qkv, int64_t heads, int64_t kv_heads,
+                                             std::optional<Tensor> q_norm, std::optional<Tensor> k_norm,
+                                             double eps, Tensor cos, Tensor sin) {
+  const HeadRows rows("qkv_heads", qkv.size(0), heads, kv_heads, q_norm, k_norm, eps, cos, sin);
+  rows.check_rows("qkv_heads", qkv);
+  Tensor q = new_tensor({rows.tokens, heads, rows.dim}, ScalarType::Float),
+         k = new_tensor({rows.tokens, kv_heads, rows.dim}, ScalarType::Float),
+         v = new_tensor({rows.tokens, kv_heads, rows.dim}, ScalarType::Float);
+  auto *const to_q = q.mutable_data_ptr<float>(), *const to_k = k.mutable_data_ptr<float>(),
+              *const to_v = v.mutable_data_ptr<float>();
+  parallel_tasks(rows.tasks, 1, [&](int64_t task) {
+    std::vector<float> room(rows.width);
+    rows.each(task, [&](int64_t token) {
+      const float* const x = floats(qkv) + token * rows.width;
+      turn_heads(rows, rows.q, token, x, room.data(), to_q + token * rows.q.size);
+      turn_heads(rows, rows.k, token, x + rows.k.start, room.data(), to_k + token * rows.k.size);
+      std::memcpy(to_v + token * rows.v_size, x + rows.v_start, rows.v_size * sizeof(float));
+    });
+  });
+  return {q, k, v};
+}
+
+// `qkv` is needed where there are norms.
+std::tuple<Tensor, Tensor, Tensor> qkv_heads_backward(Tensor of_q, Tensor of_k, Tensor of_v,
+                                                      std::optional<Tensor> qkv, std::optional<Tensor> q_norm,
+                                                      std::optional<Tensor> k_norm, double eps, Tensor cos,
+                                                      Tensor sin) {
+  const char* const op = "qkv_heads_backward";
+  check(of_q.dim() == 3 && of_k.dim() == 3, op, ": gradients must be [tokens, heads, head_dim]");
+  const HeadRows rows(op, of_q.size(0), of_q.size(1), of_k.size(1), q_norm, k_norm, eps, cos, sin);
+  check_like(op, "gradient of q", of_q, of_q);
+  check_like(op, "gradient of k", of_k, of_k);
+  check_like(op, "gradient of v", of_v, of_k);
+  check(of_q.numel() == rows.tokens * rows.q.size && of_k.numel() == rows.tokens * rows.k.size, op,
+        ": gradients must be of ", rows.tokens, " tokens with heads of ", rows.dim, " elements");
+  check(qkv || !(q_norm || k_norm), op, ": norms need qkv");
+  if (qkv) rows.check_rows(op, *qkv);
+  const float* const from = qkv ? floats(*qkv) : nullptr;
+  Tensor of_qkv = new_tensor({rows.tokens, rows.width}, ScalarType::Float);
+  auto* const to = of_qkv.mutable_data_ptr<float>();
+  WeightSums q_sums(rows.tasks, rows.q.norm_size), k_sums(rows.tasks, rows.k.norm_size);
+  parallel_tasks(rows.tasks, 1, [&](int64_t task) {
+    std::vector<float> room(rows.width);
+    rows.each(task, [&](int64_t token) {
+      const int64_t row = token * rows.width;
+      const float *const x = from ? from + row : nullptr, *const grad_q = floats(of_q) + token * rows.q.size,
+                         *const grad_k = floats(of_k) + token * rows.k.size;
+      turn_heads_back(rows, rows.q, token, grad_q, x, room.data(), to + row, q_sums.of_task(task));
+      turn_heads_back(rows, rows.k, token, grad_k, x ? x + rows.k.start : nullptr, room.data(),
+                      to + row + rows.k.start, k_sums.of_task(task));
+      std::memcpy(to + row + rows.v_start, floats(of_v) + token * rows.v_size, rows.v_size * sizeof(float));
+    });
+  });
+  return {of_qkv, q_sums.total(), k_sums.total()};
 }
 
 }  // namespace
@@ -133,6 +312,8 @@ std::tuple<Tensor, Tensor> swiglu_backward(Tensor grad, Tensor gate, Tensor up) 
 STABLE_TORCH_LIBRARY_IMPL(thinktwice, CPU, m) {
   m.impl("rms_norm", TORCH_BOX(&thinktwice::rms_norm));
   m.impl("rms_norm_backward", TORCH_BOX(&thinktwice::rms_norm_backward));
+  m.impl("qkv_heads", TORCH_BOX(&thinktwice::qkv_heads));
+  m.impl("qkv_heads_backward", TORCH_BOX(&thinktwice::qkv_heads_backward));
   m.impl("silu", TORCH_BOX(&thinktwice::silu));
   m.impl("swiglu", TORCH_BOX(&thinktwice::swiglu));
   m.impl("swiglu_backward", TORCH_BOX(&thinktwice::swiglu_backward));

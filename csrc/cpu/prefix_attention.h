@@ -74,4 +74,13 @@ inline BackwardWorkspace backward_workspace(int64_t rows, int64_t dim) {
   return work;
 }
 
+// The same buffers without the first `rows` rows.
+inline BackwardWorkspace rows_from(BackwardWorkspace work, int64_t rows) {
+  work.weights = rows_from(work.weights, rows);
+  work.gradients = rows_from(work.gradients, rows);
+  work.lse += rows;
+  work.delta += rows;
+  return work;
+}
+
 }  // namespace thinktwice

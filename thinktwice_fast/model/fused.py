@@ -59,12 +59,11 @@ def fuse_attention(model: PreTrainedModel, positions: int) -> bool:
         Whether it was done; otherwise the architecture, its type or its rotary positions are not known here.
     """
     unfuse_attention(model)
-    modules = [module for module in model.modules() if type(module) in _FAMILIES]
+    modules = _attentions(model)
     if len(modules) != model.config.num_hidden_layers or model.dtype not in _TOLERANCE or not has_fixed_angles(model):
         return False
     tables: dict[str, tuple[Tensor, Tensor]] = {}
-    for module in modules:
-        family = _FAMILIES[type(module)]
+    for module, family in modules:
         kind: Any = [module.attention_type] if family.tables_by_layer_type else []
         key = "".join(kind)
         if key not in tables:
@@ -81,6 +80,12 @@ def unfuse_attention(model: PreTrainedModel) -> None:
     for module in model.modules():
         if isinstance(module.__dict__.get("forward"), _FusedForward):
             del module.forward  # the class's own shows again
+
+
+def _attentions(model: nn.Module) -> list[tuple[Any, _Family]]:
+    """The known attention modules and what they have; also those that ``fuse_elementwise`` made of them."""
+    kinds = ((module, kind) for module in model.modules() for kind in type(module).__mro__)
+    return [(module, _FAMILIES[kind]) for module, kind in kinds if kind in _FAMILIES]
 
 
 class _FusedForward:
@@ -153,7 +158,7 @@ def _differs(model: PreTrainedModel, tokens: int) -> bool:
     config, policy = model.config, Policy(model)
     rows = torch.arange(tokens, device=model.device)
     ids = rows * 7919 % config.vocab_size
-    head_dim: Any = next(module.head_dim for module in model.modules() if type(module) in _FAMILIES)
+    head_dim: int = _attentions(model)[0][0].head_dim
     kv_heads: int = config.num_key_value_heads
     cache = PagedKVCache(config.num_hidden_layers, 2, kv_heads, head_dim, dtype=model.dtype, device=model.device)
     plan = cache.extend([cache.prefill()], [tokens])

@@ -49,7 +49,13 @@ class Policy(nn.Module):
             input_ids=input_ids[None], position_ids=position_ids[None], attention=attention, use_cache=False
         ).last_hidden_state[0]
         output: Any = self.model.get_output_embeddings()
-        return head(hidden[select], output.weight, output.bias)
+        return head(_rows(hidden, select), output.weight, output.bias)
+
+
+def _rows(hidden: torch.Tensor, select: torch.Tensor) -> torch.Tensor:  # [T, H], [N] -> [N, H]
+    # Some rows are taken several times. On the CPU the gradient of indexing adds them up element by element; on a GPU
+    # that of index_select adds in any order.
+    return hidden.index_select(0, select) if hidden.device.type == "cpu" else hidden[select]
 
 
 def linear_head(

@@ -20,7 +20,8 @@ V vocabulary; S sequences that decode at once; T tokens and R response tokens of
                               + (4 + b) (Q + K)                QK-norm where there is one: input, normalised
                               + 4 b I)                         gate, up, silu(gate), their product
                          with checkpointing of the L layers all but b T H each for one layer; in float32 on the CPU
-                         norms keep input and output alone, and silu(gate) is not kept (``fuse_elementwise``)
+                         norms keep input and output alone (QK-norm its input, with the values), and silu(gate) is
+                         not kept (``fuse_elementwise``)
     activations, rollout b t (2 H + 3 I) of t tokens in one pass, and 2 * 4 S V for logits
     loss head            min(budget, 4 R V) of logits (with gradients), 4 V H of the weight's gradient, 2 b R H of
                          hidden states and theirs
@@ -203,7 +204,7 @@ def layer_bytes(shape: Shape, dtype: torch.dtype, *, fused: bool) -> int:
         fused: its norms and gate are those of ``fuse_elementwise``.
     """
     b, heads = dtype.itemsize, shape.queries + shape.keys
-    normed = (b if fused else 4 + b) * heads if shape.qk_norm else 0
+    normed = (b * (heads + shape.keys) if fused else (4 + b) * heads) if shape.qk_norm else 0
     norm, gate = (2 * b, 3 * b) if fused else (4 + 2 * b, 4 * b)
     return 2 * norm * shape.hidden + 2 * b * heads + normed + gate * shape.inner
 
