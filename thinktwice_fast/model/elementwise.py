@@ -149,7 +149,7 @@ def _joint(x: Tensor, *modules: nn.Module) -> Tensor:  # [T, inputs] -> [T, outp
     if len(x) < _FEW or len(linears) < len(modules) or len(biases) not in (0, len(linears)):
         return torch.cat([module(x) for module in modules], 1)
     weight = torch.cat(tuple(module.weight for module in linears))
-    return linear(x, weight, torch.cat(biases) if biases else None)
+    return linear(x, weight, torch.cat(tuple(biases)) if biases else None)
 
 
 def _fits(x: Tensor) -> bool:
