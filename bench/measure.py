@@ -124,7 +124,12 @@ def measure_case(op: Op, case: Case, setting: Setting) -> list[Record]:
         ready[CEILING] = op.ceiling.prepare(batch)
         records[CEILING] = replace(_blank(op, case, CEILING, "ceiling"), reason=op.ceiling.name)
     least, most = setting.rounds
-    for name, times in _rounds(ready, op, setting, (min(least, case.rounds or least), case.rounds or most)).items():
+    own = replace(
+        setting,
+        seconds=case.seconds or setting.seconds,
+        rounds=(min(least, case.rounds or least), case.rounds or most),
+    )
+    for name, times in _rounds(ready, op, own).items():
         records[name] = replace(
             records[name], seconds=times, median=median(times), p20=quantile(times, 0.2), p80=quantile(times, 0.8)
         )
@@ -220,16 +225,14 @@ def _bound(contender: Contender, batch: Any) -> Callable[[], Any]:
     return lambda: contender.run(batch)
 
 
-def _rounds(
-    ready: Mapping[str, Callable[[], Any]], op: Op, setting: Setting, rounds: tuple[int, int]
-) -> dict[str, list[float]]:
+def _rounds(ready: Mapping[str, Callable[[], Any]], op: Op, setting: Setting) -> dict[str, list[float]]:
     """Seconds of each round. All contenders are measured in turn, A B C A B C, so that noise meets all of them."""
     repeats = {name: _repeats(call, setting.device) if op.short else 1 for name, call in ready.items()}
     if setting.device.type == "cuda":  # the caching allocator starts empty, and clocks rise
         for name, call in ready.items():
             _sample(call, repeats[name], setting.device)
     times: dict[str, list[float]] = {name: [] for name in ready}
-    least, most = rounds
+    least, most = setting.rounds
     gc.freeze()  # what the libraries made at their import need not be looked through again in each round
     start = time.perf_counter()
     for done in range(most):

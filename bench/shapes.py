@@ -34,6 +34,7 @@ class Case:
     length: int = 0  # tokens of a sequence; 0: a thousand and more, but at least four sequences
     counts: bool = True  # towards the targets
     rounds: int = 0  # of the timing at most, where one takes minutes; 0: as the setting says
+    seconds: float = 0.0  # for the rounds, where their noise asks for many; 0: as the setting says
 
     @property
     def name(self) -> str:

@@ -216,7 +216,9 @@ _TOY = UpdateWorkload("toy", 2, 4, 18, 12)
 _PREFIX: dict[Size, list[Case]] = {
     "toy": [update_case(_TOY)],
     "cpu": [
-        update_case(UpdateWorkload(DEFAULT, 16, 8, 96, 64), rounds=25),
+        # Responses as the default job's refine steps have them on average, and the longest that it allows.
+        update_case(UpdateWorkload(DEFAULT, 32, 8, 48, 32), rounds=31, seconds=60.0),
+        update_case(UpdateWorkload(DEFAULT, 16, 8, 96, 64), rounds=31, seconds=60.0),
         update_case(UpdateWorkload(MEDIUM, 1, 8, 96, 64)),
     ],
     "gpu": [update_case(UpdateWorkload(LARGE, 4, 8, 1536, 1024, checkpointing=True), _BF16)],
