@@ -30,36 +30,46 @@ void check_like(const char* op, const char* name, const Tensor& x, const Tensor&
   check(x.numel() == like.numel(), op, ": ", name, " has ", x.numel(), " elements, expected ", like.numel());
 }
 
-// Rows of the weight's size, as many to a task as make a part: what the tasks are does not depend on threads.
-struct Rows {
-  int64_t size, count, per_task, tasks;
+// Rows, as many to a task as make a part: what the tasks are does not depend on threads.
+struct RowTasks {
+  int64_t rows, per_task, count;
 
-  Rows(const char* op, const Tensor& x, const Tensor& weight) : size(weight.numel()) {
-    check_like(op, "x", x, x);
-    check_like(op, "weight", weight, weight);
-    check(size > 0 && x.numel() % size == 0, op, ": x has ", x.numel(),
-          " elements, no multiple of the weight's ", size);
-    count = x.numel() / size;
-    per_task = std::max<int64_t>(1, kPart / size);
-    tasks = (count + per_task - 1) / per_task;
-  }
+  RowTasks(int64_t rows, int64_t elements)
+      : rows(rows),
+        per_task(std::max<int64_t>(1, kPart / std::max<int64_t>(1, elements))),
+        count((rows + per_task - 1) / per_task) {}
 
-  // body(row's first element) for the rows of one task
+  // body(row) for the rows of one task
   template <typename Body>
   void each(int64_t task, const Body& body) const {
-    const int64_t end = std::min(count, (task + 1) * per_task);
-    for (int64_t row = task * per_task; row < end; ++row) body(row * size);
+    const int64_t end = std::min(rows, (task + 1) * per_task);
+    for (int64_t row = task * per_task; row < end; ++row) body(row);
+  }
+
+  template <typename Body>
+  void each(const Body& body) const {
+    parallel_tasks(count, 1, [&](int64_t task) { each(task, body); });
   }
 };
 
+// The rows of x, of the weight's size each.
+RowTasks norm_rows(const char* op, const Tensor& x, const Tensor& weight) {
+  const int64_t size = weight.numel();
+  check_like(op, "x", x, x);
+  check_like(op, "weight", weight, weight);
+  check(size > 0 && x.numel() % size == 0, op, ": x has ", x.numel(),
+        " elements, no multiple of the weight's ", size);
+  return {x.numel() / size, size};
+}
+
 Tensor rms_norm(Tensor x, Tensor weight, double eps) {
-  const Rows rows("rms_norm", x, weight);
+  const RowTasks tasks = norm_rows("rms_norm", x, weight);
+  const int64_t size = weight.numel();
   Tensor out = new_tensor({x.numel()}, ScalarType::Float);
   auto* const to = out.mutable_data_ptr<float>();
-  parallel_tasks(rows.tasks, 1, [&](int64_t task) {
-    rows.each(task, [&](int64_t i) {
-      ISA_DISPATCH(norm_row)(floats(x) + i, floats(weight), rows.size, static_cast<float>(eps), to + i);
-    });
+  tasks.each([&](int64_t row) {
+    const int64_t i = row * size;
+    ISA_DISPATCH(norm_row)(floats(x) + i, floats(weight), size, static_cast<float>(eps), to + i);
   });
   return out;
 }
@@ -88,15 +98,17 @@ class WeightSums {
 };
 
 std::tuple<Tensor, Tensor> rms_norm_backward(Tensor grad, Tensor x, Tensor weight, double eps) {
-  const Rows rows("rms_norm_backward", x, weight);
+  const RowTasks tasks = norm_rows("rms_norm_backward", x, weight);
   check_like("rms_norm_backward", "grad", grad, x);
+  const int64_t size = weight.numel();
   Tensor of_x = new_tensor({x.numel()}, ScalarType::Float);
   auto* const to_x = of_x.mutable_data_ptr<float>();
-  WeightSums sums(rows.tasks, rows.size);
-  parallel_tasks(rows.tasks, 1, [&](int64_t task) {
-    rows.each(task, [&](int64_t i) {
+  WeightSums sums(tasks.count, size);
+  parallel_tasks(tasks.count, 1, [&](int64_t task) {
+    tasks.each(task, [&](int64_t row) {
+      const int64_t i = row * size;
       ISA_DISPATCH(norm_gradient_row)
-      (floats(grad) + i, floats(x) + i, floats(weight), rows.size, static_cast<float>(eps), to_x + i,
+      (floats(grad) + i, floats(x) + i, floats(weight), size, static_cast<float>(eps), to_x + i,
        sums.of_task(task));
     });
   });
@@ -120,59 +132,49 @@ Tensor silu(Tensor x) {
   return out;
 }
 
-// Rows [gate | up] of a product [tokens, 2 * inner].
-struct GateRows {
-  int64_t tokens, inner, per_task;
-
-  GateRows(const char* op, const Tensor& x) : tokens(x.size(0)), inner(x.size(1) / 2) {
-    check(x.dim() == 2 && x.size(1) % 2 == 0, op, ": x must be [tokens, 2 * inner]");
-    check_like(op, "x", x, x);
-    per_task = std::max<int64_t>(1, kPart / std::max<int64_t>(1, inner));
-  }
-
-  template <typename Body>
-  void each(const Body& body) const {
-    parallel_tasks((tokens + per_task - 1) / per_task, 1, [&](int64_t task) {
-      const int64_t end = std::min(tokens, (task + 1) * per_task);
-      for (int64_t token = task * per_task; token < end; ++token) body(token * inner);
-    });
-  }
-};
+// The rows [gate | up] of a product [tokens, 2 * inner].
+RowTasks gate_rows(const char* op, const Tensor& x) {
+  check(x.dim() == 2 && x.size(1) % 2 == 0, op, ": x must be [tokens, 2 * inner]");
+  check_like(op, "x", x, x);
+  return {x.size(0), x.size(1) / 2};
+}
 
 Tensor swiglu(Tensor x) {
-  const GateRows rows("swiglu", x);
-  Tensor out = new_tensor({rows.tokens, rows.inner}, ScalarType::Float);
+  const RowTasks tasks = gate_rows("swiglu", x);
+  const int64_t inner = x.size(1) / 2;
+  Tensor out = new_tensor({tasks.rows, inner}, ScalarType::Float);
   auto* const to = out.mutable_data_ptr<float>();
-  rows.each([&](int64_t i) {
-    const float* const gate = floats(x) + 2 * i;
-    ISA_DISPATCH(gate_row)(gate, gate + rows.inner, rows.inner, to + i);
+  tasks.each([&](int64_t token) {
+    const float* const gate = floats(x) + token * 2 * inner;
+    ISA_DISPATCH(gate_row)(gate, gate + inner, inner, to + token * inner);
   });
   return out;
 }
 
 Tensor swiglu_backward(Tensor grad, Tensor x) {
-  const GateRows rows("swiglu_backward", x);
+  const RowTasks tasks = gate_rows("swiglu_backward", x);
+  const int64_t inner = x.size(1) / 2;
   check_like("swiglu_backward", "grad", grad, grad);
-  check(grad.numel() == rows.tokens * rows.inner, "swiglu_backward: grad must be [", rows.tokens, ", ",
-        rows.inner, "]");
-  Tensor of_x = new_tensor({rows.tokens, 2 * rows.inner}, ScalarType::Float);
+  check(grad.numel() == tasks.rows * inner, "swiglu_backward: grad must be [", tasks.rows, ", ", inner, "]");
+  Tensor of_x = new_tensor({tasks.rows, 2 * inner}, ScalarType::Float);
   auto* const to = of_x.mutable_data_ptr<float>();
-  rows.each([&](int64_t i) {
-    const float* const gate = floats(x) + 2 * i;
+  tasks.each([&](int64_t token) {
+    const int64_t row = token * 2 * inner;
+    const float* const gate = floats(x) + row;
     ISA_DISPATCH(gate_gradient_row)
-    (floats(grad) + i, gate, gate + rows.inner, rows.inner, to + 2 * i, to + 2 * i + rows.inner);
+    (floats(grad) + token * inner, gate, gate + inner, inner, to + row, to + row + inner);
   });
   return of_x;
 }
 
 // The heads of one kind inside the rows of a product [tokens, elements]: queries, keys or values.
 struct Strand {
-  int64_t start, size, dim;     // the first element, the elements of all heads, those of one
+  int64_t start, size;          // the first element, and the elements of all heads
   const float* norm = nullptr;  // weight of the norm before the rotation
   int64_t norm_size = 0;        // elements that its mean goes over: a head's or all
 
   Strand(const char* op, int64_t start, int64_t size, int64_t dim, const std::optional<Tensor>& weight)
-      : start(start), size(size), dim(dim) {
+      : start(start), size(size) {
     if (!weight) return;
     check_like(op, "norm", *weight, *weight);
     norm = floats(*weight);
@@ -184,11 +186,12 @@ struct Strand {
 
 // Rows [queries | keys | values] of a product, and the angles of their tokens.
 struct HeadRows {
-  int64_t tokens, dim, width, per_task, tasks;
+  int64_t tokens, dim, width;
   float eps;
   Strand q, k;
   int64_t v_start, v_size;
   const float *cos, *sin;
+  RowTasks tasks;
 
   HeadRows(const char* op, int64_t tokens, int64_t heads, int64_t kv_heads,
            const std::optional<Tensor>& q_norm, const std::optional<Tensor>& k_norm, double eps,
@@ -202,27 +205,19 @@ struct HeadRows {
         v_start((heads + kv_heads) * dim),
         v_size(kv_heads * dim),
         cos(floats(cos)),
-        sin(floats(sin)) {
+        sin(floats(sin)),
+        tasks(tokens, width) {
     for (const Tensor& table : {cos, sin}) {
       check_like(op, "cos or sin", table, table);
       check(table.numel() == tokens * dim && dim % 2 == 0, op, ": cos and sin must be [", tokens, ", ", dim,
             "], of two halves");
     }
-    per_task = std::max<int64_t>(1, kPart / std::max<int64_t>(1, width));
-    tasks = (tokens + per_task - 1) / per_task;
   }
 
   void check_rows(const char* op, const Tensor& qkv) const {
     check_like(op, "qkv", qkv, qkv);
     check(qkv.dim() == 2 && qkv.size(0) == tokens && qkv.size(1) == width, op, ": qkv must be [", tokens,
           ", ", width, "]");
-  }
-
-  // body(token) for the tokens of one task
-  template <typename Body>
-  void each(int64_t task, const Body& body) const {
-    const int64_t end = std::min(tokens, (task + 1) * per_task);
-    for (int64_t token = task * per_task; token < end; ++token) body(token);
   }
 };
 
@@ -260,9 +255,9 @@ std::tuple<Tensor, Tensor, Tensor> qkv_heads(Tensor qkv, int64_t heads, int64_t 
          v = new_tensor({rows.tokens, kv_heads, rows.dim}, ScalarType::Float);
   auto *const to_q = q.mutable_data_ptr<float>(), *const to_k = k.mutable_data_ptr<float>(),
               *const to_v = v.mutable_data_ptr<float>();
-  parallel_tasks(rows.tasks, 1, [&](int64_t task) {
+  parallel_tasks(rows.tasks.count, 1, [&](int64_t task) {
     std::vector<float> room(rows.width);
-    rows.each(task, [&](int64_t token) {
+    rows.tasks.each(task, [&](int64_t token) {
       const float* const x = floats(qkv) + token * rows.width;
       turn_heads(rows, rows.q, token, x, room.data(), to_q + token * rows.q.size);
       turn_heads(rows, rows.k, token, x + rows.k.start, room.data(), to_k + token * rows.k.size);
@@ -290,10 +285,10 @@ std::tuple<Tensor, Tensor, Tensor> qkv_heads_backward(Tensor of_q, Tensor of_k, 
   const float* const from = qkv ? floats(*qkv) : nullptr;
   Tensor of_qkv = new_tensor({rows.tokens, rows.width}, ScalarType::Float);
   auto* const to = of_qkv.mutable_data_ptr<float>();
-  WeightSums q_sums(rows.tasks, rows.q.norm_size), k_sums(rows.tasks, rows.k.norm_size);
-  parallel_tasks(rows.tasks, 1, [&](int64_t task) {
+  WeightSums q_sums(rows.tasks.count, rows.q.norm_size), k_sums(rows.tasks.count, rows.k.norm_size);
+  parallel_tasks(rows.tasks.count, 1, [&](int64_t task) {
     std::vector<float> room(rows.width);
-    rows.each(task, [&](int64_t token) {
+    rows.tasks.each(task, [&](int64_t token) {
       const int64_t row = token * rows.width;
       const float *const x = from ? from + row : nullptr, *const grad_q = floats(of_q) + token * rows.q.size,
                          *const grad_k = floats(of_k) + token * rows.k.size;
