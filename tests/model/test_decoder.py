@@ -15,7 +15,7 @@ from tests.model.decoders import MODELS, feed, made, paged, prompts, threads
 from tests.model.padded import PaddedAttention
 from tests.model.rounding import assert_as_exact
 from thinktwice_fast.model.attention import NAME
-from thinktwice_fast.model.decoder import Decoder, differs
+from thinktwice_fast.model.decoder import Decoder
 from thinktwice_fast.model.policy import Policy, linear_head
 
 # On either side of windows of 8, blocks of 16 and chunks of 64 keys.
@@ -198,30 +198,30 @@ def test_other_models_are_not_supported() -> None:
 @pytest.mark.parametrize("name", MODELS)
 def test_untouched_models_do_not_differ(name: str, dtype: torch.dtype) -> None:
     model = made(name, NAME).to(dtype)
-    assert not differs(Decoder(model, 30), model)
+    assert Decoder(model, 30).reproduces(model)
 
 
 @pytest.mark.parametrize("positions", [1, 2, 20])
 def test_a_model_for_short_sequences_is_compared_too(positions: int) -> None:
     model = made("llama", NAME)
-    assert not differs(Decoder(model, positions), model)
+    assert Decoder(model, positions).reproduces(model)
 
 
 def test_tampered_modules_differ() -> None:
     model = made("qwen3", NAME)
     decoder = Decoder(model, 30)
     hook = model.base_model.layers[1].mlp.register_forward_hook(lambda module, inputs, output: output * 1.1)
-    assert differs(decoder, model)
+    assert not decoder.reproduces(model)
     hook.remove()
-    assert not differs(decoder, model)
+    assert decoder.reproduces(model)
     with torch.no_grad():
         model.base_model.layers[2].self_attn.o_proj.weight.mul_(1.1)
-    assert differs(decoder, model)
+    assert not decoder.reproduces(model)
     decoder.refresh()
-    assert not differs(decoder, model)
+    assert decoder.reproduces(model)
     with torch.no_grad():
         model.base_model.layers[0].mlp.up_proj.weight[3, 5] = torch.nan
-    assert differs(decoder, model)
+    assert not decoder.reproduces(model)
 
 
 def test_wrong_arguments_of_a_pass() -> None:

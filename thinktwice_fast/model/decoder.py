@@ -19,15 +19,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from thinktwice_fast.model.attention import causal_attention
+from thinktwice_fast.model.agreement import TOLERANCE, agrees
 from thinktwice_fast.model.csrc import ops
 from thinktwice_fast.model.paged import PagedKVCache, Plan
-from thinktwice_fast.model.policy import Policy, linear_head
+from thinktwice_fast.model.policy import attention_heads
 from thinktwice_fast.model.rotary import has_fixed_angles, rotary_tables
 
 PANEL = 16  # outputs side by side in a packed weight, as in csrc/cpu/matmul.h
-# How far the logits may lie from those of the model's modules, as a share of the largest.
-_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.03}
 
 
 @dataclass(frozen=True)
@@ -78,7 +76,7 @@ class Decoder:
         self._copies: list[Callable[[], object]] = []
         self._id: int = ops.decoder_create(
             base.embed_tokens.weight.detach(), self._floats(base.norm.weight), *self._linear(_head(model)),
-            *_heads(model), base.layers[0].self_attn.scaling, model.config.rms_norm_eps, group_attention,
+            *attention_heads(model), base.layers[0].self_attn.scaling, model.config.rms_norm_eps, group_attention,
         )  # fmt: skip
         self._close = weakref.finalize(self, ops.decoder_destroy, self._id)
         tables: dict[str, tuple[Tensor, Tensor]] = {}
@@ -96,7 +94,7 @@ class Decoder:
         base: Any = model.base_model
         return (
             model.device.type in ("cpu", "meta")
-            and model.dtype in _TOLERANCE
+            and model.dtype in TOLERANCE
             and config.model_type in _FAMILIES
             and config.hidden_act == "silu"
             and has_fixed_angles(model)
@@ -124,6 +122,10 @@ class Decoder:
             self._id, tokens, plan.positions, plan.slots, plan.block_tables, plan.context_lens, plan.cu_seqlens_q,
             select, cache.k_cache, cache.v_cache,
         )  # fmt: skip
+
+    def reproduces(self, model: PreTrainedModel) -> bool:
+        """Whether its logits are those of the model's own modules."""
+        return agrees(lambda ids, rows, cache, plan: self.forward(ids, plan, rows, cache), model, self.positions)
 
     def decode(
         self,
@@ -195,24 +197,6 @@ class Decoder:
         return copy
 
 
-@torch.no_grad()
-def differs(decoder: Decoder, model: PreTrainedModel) -> bool:
-    """Whether the decoder's logits are not those of the model's own modules, on a few tokens.
-
-    Shows what a changed version of transformers, or modules replaced by the user, do differently.
-    """
-    n = min(24, decoder.positions)
-    ids = torch.arange(n) * 7919 % model.config.vocab_size
-    _, kv_heads, dim = _heads(model)
-    cache = PagedKVCache(model.config.num_hidden_layers, 2, kv_heads, dim, dtype=model.dtype)
-    plan = cache.extend([cache.prefill()], [n])
-    assert plan is not None
-    rows = torch.arange(n)
-    ours = decoder.forward(ids, plan, rows, cache)
-    theirs = Policy(model)(ids, rows, causal_attention([n], model.device), rows, linear_head)
-    return not bool((ours - theirs).abs().max() <= _TOLERANCE[model.dtype] * theirs.abs().max())
-
-
 def _projections(layer: Any) -> list[nn.Module]:
     attention, mlp = layer.self_attn, layer.mlp
     return [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj,
@@ -223,10 +207,3 @@ def _head(model: PreTrainedModel) -> nn.Linear:
     head = model.get_output_embeddings()
     assert isinstance(head, nn.Linear)
     return head
-
-
-def _heads(model: PreTrainedModel) -> tuple[int, int, int]:
-    """Query heads, key-value heads and the size of each."""
-    base: Any = model.base_model
-    dim: int = base.layers[0].self_attn.head_dim
-    return model.config.num_attention_heads, model.config.num_key_value_heads, dim

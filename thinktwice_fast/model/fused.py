@@ -20,13 +20,10 @@ from transformers.models.llama.modeling_llama import LlamaAttention
 from transformers.models.olmo3.modeling_olmo3 import Olmo3Attention
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
 
-from thinktwice_fast.model.attention import PagedAttention, causal_attention
-from thinktwice_fast.model.paged import PagedKVCache
+from thinktwice_fast.model.agreement import TOLERANCE, agrees
+from thinktwice_fast.model.attention import PagedAttention
 from thinktwice_fast.model.policy import Policy, linear_head
 from thinktwice_fast.model.rotary import Rotation, has_fixed_angles, rotary_tables
-
-# How far the logits may lie from those of the model's modules, as a share of the largest.
-_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.03}
 
 
 @dataclass(frozen=True)
@@ -60,7 +57,7 @@ def fuse_attention(model: PreTrainedModel, positions: int) -> bool:
     """
     unfuse_attention(model)
     modules = _attentions(model)
-    if len(modules) != model.config.num_hidden_layers or model.dtype not in _TOLERANCE or not has_fixed_angles(model):
+    if len(modules) != model.config.num_hidden_layers or model.dtype not in TOLERANCE or not has_fixed_angles(model):
         return False
     tables: dict[str, tuple[Tensor, Tensor]] = {}
     for module, family in modules:
@@ -69,7 +66,10 @@ def fuse_attention(model: PreTrainedModel, positions: int) -> bool:
         if key not in tables:
             tables[key] = rotary_tables(model, positions, *kind)
         module.forward = _FusedForward(module, family, *tables[key])
-    if not _differs(model, min(positions, 24)):
+    policy = Policy(model)
+    if agrees(
+        lambda ids, rows, *cached: policy(ids, rows, PagedAttention(*cached), rows, linear_head), model, positions
+    ):
         return True
     unfuse_attention(model)
     return False
@@ -147,22 +147,3 @@ def _side_by_side(parts: Sequence[Tensor]) -> Tensor:
     for part, place in zip(parts, whole.split([len(part) for part in parts]), strict=True):
         part.data = place
     return whole
-
-
-@torch.no_grad()
-def _differs(model: PreTrainedModel, tokens: int) -> bool:
-    """Whether logits over a paged cache are not those of training, on a few tokens.
-
-    Shows what a changed version of transformers, or modules replaced by the user, do differently.
-    """
-    config, policy = model.config, Policy(model)
-    rows = torch.arange(tokens, device=model.device)
-    ids = rows * 7919 % config.vocab_size
-    head_dim: int = _attentions(model)[0][0].head_dim
-    kv_heads: int = config.num_key_value_heads
-    cache = PagedKVCache(config.num_hidden_layers, 2, kv_heads, head_dim, dtype=model.dtype, device=model.device)
-    plan = cache.extend([cache.prefill()], [tokens])
-    assert plan is not None
-    ours = policy(ids, rows, PagedAttention(cache, plan), rows, linear_head)
-    theirs = policy(ids, rows, causal_attention([tokens], model.device), rows, linear_head)
-    return not bool((ours - theirs).abs().max() <= _TOLERANCE[model.dtype] * theirs.abs().max())

@@ -10,7 +10,7 @@ from thinktwice_fast.config import RolloutOptions
 from thinktwice_fast.errors import UserError
 from thinktwice_fast.model.attention import PagedAttention
 from thinktwice_fast.model.csrc import torch_versions
-from thinktwice_fast.model.decoder import Decoder, differs
+from thinktwice_fast.model.decoder import Decoder
 from thinktwice_fast.model.exact import ExactLinear, exact_logits, make_exact, make_plain, pack_weights
 from thinktwice_fast.model.fused import fuse_attention, unfuse_attention
 from thinktwice_fast.model.paged import PagedKVCache, Plan
@@ -115,7 +115,7 @@ def make_runner(model: PreTrainedModel, cache: PagedKVCache, options: RolloutOpt
         return _gpu_runner(model, cache, options, max_tokens)
     if way == "decoder":
         decoder = Decoder(model, max_tokens, group_attention=options.group_attention)
-        if not differs(decoder, model):
+        if decoder.reproduces(model):
             return DecoderRunner(decoder, cache)
         log.warning("the fused decoder does not reproduce %s: rollouts run its modules", type(model).__name__)
         _refuse_fused(model, options, model.device, model.dtype)
