@@ -24,12 +24,13 @@ from thinktwice_fast.config import (
     samples_per_step,
 )
 from thinktwice_fast.errors import UserError
+from thinktwice_fast.model.flops import Flops
 from thinktwice_fast.model.loading import SHIPPED, LoadedModel, load_model, pick_device, pick_dtype
 from thinktwice_fast.model.lora import add_adapters, check_library
 from thinktwice_fast.model.sharding import frozen_copy, pair_models, shards_weights
 from thinktwice_fast.rollout.engine import Engine
 from thinktwice_fast.run.memory import held_bytes, keep_freed_memory
-from thinktwice_fast.run.workload import predicted_memory
+from thinktwice_fast.run.workload import phases, predicted_memory
 from thinktwice_fast.tasks.arithmetic import RECHECK, warm_start_example
 from thinktwice_fast.tasks.pool import Grader
 from thinktwice_fast.tasks.problem import Message, Problem
@@ -137,10 +138,11 @@ def build_run(config: Config, resources: ExitStack) -> Run:
     if ready.device.type == "cpu":
         keep_freed_memory()
     loaded, dtype, chat, stream = ready.loaded, ready.dtype, ready.chat, ready.stream
+    world = parallel.world_size()
+    planned = phases(config, Flops.of(loaded.model), ready.longest_prompts, world)
     predicted = predicted_memory(
-        config, loaded.model, ready.device, dtype, ready.longest_prompts, ready.evaluation_sets, parallel.world_size(),
-        ready.held_bytes,
-    )  # fmt: skip
+        config, loaded.model, ready.device, dtype, planned, ready.evaluation_sets, world, ready.held_bytes
+    )
     shards = config.update.shard_processes
     reference = frozen_copy(loaded.model, dtype, shards) if config.loss.beta else None
     adapt = partial(add_adapters, options=config.model, seed=config.seed) if config.model.lora_rank else None
@@ -150,7 +152,7 @@ def build_run(config: Config, resources: ExitStack) -> Run:
         loaded.stop_ids,
         config.rollout,
         config.rollout.max_prompt_tokens + config.rollout.max_response_tokens,
-        _training_bytes(models.masters, config.update, shards or parallel.world_size()),
+        _training_bytes(models.masters, config.update, shards or world),
         decode=partial(chat.response_text, stop_ids=loaded.stop_ids),
     )
     sampler = Sampler(engine, chat, ready.grader, ready.instruction, loaded.stop_ids)

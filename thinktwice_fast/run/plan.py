@@ -37,8 +37,7 @@ def print_plan(config: Config) -> None:
         ready = prepare(config, resources, lambda device: outline_model(config.model))
     planned = phases(config, Flops.of(ready.loaded.model), ready.longest_prompts, world)
     memory = predicted_memory(
-        config, ready.loaded.model, ready.device, ready.dtype, ready.longest_prompts, ready.evaluation_sets, world,
-        ready.held_bytes,
+        config, ready.loaded.model, ready.device, ready.dtype, planned, ready.evaluation_sets, world, ready.held_bytes,
     )  # fmt: skip
     rows = [*_run_rows(config, ready, world), *((p.name, _phase_text(config, p)) for p in planned)]
     text = [

@@ -53,7 +53,7 @@ def predicted_memory(
     model: PreTrainedModel,
     device: torch.device,
     dtype: torch.dtype,
-    longest_prompts: Mapping[str, int],
+    planned: Sequence[Phase],
     evaluation_sets: Mapping[str, Sequence[Problem]],
     world: int,
     base: int,
@@ -61,10 +61,9 @@ def predicted_memory(
     """The peak of each of ``world`` processes; see ``memory.predict`` for the model, ``device``, ``dtype``, ``base``.
 
     Args:
-        longest_prompts: in tokens, by phase.
+        planned: see ``phases``.
         evaluation_sets: whose solutions stay in the cache until their refinements come.
     """
-    planned = phases(config, Flops.of(model), longest_prompts, world)
     options = config.rollout
     evaluated = max((len(problems) for problems in evaluation_sets.values()), default=0) * config.eval.samples
     sampled = 0 if config.algorithm == "sft" else max(phase.prompts * phase.samples for phase in planned)
