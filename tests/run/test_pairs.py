@@ -9,7 +9,7 @@ import torch
 from tests.algorithms.stubs import Grader
 from tests.update.worlds import one_process
 from thinktwice_fast.algorithms.groups import Group, as_base
-from thinktwice_fast.algorithms.sampler import Sampler
+from thinktwice_fast.algorithms.sampler import Draw, Sampler
 from thinktwice_fast.config import Config, ModelOptions, RolloutOptions
 from thinktwice_fast.errors import UserError
 from thinktwice_fast.model.loading import load_model
@@ -38,20 +38,18 @@ def solve_groups(sampler: Sampler, slots: tuple[int, ...] = (0, 1, 4, 7)) -> lis
 
 
 def in_two_rounds(sampler: Sampler, solved: list[Group], samples: int) -> list[Group]:
-    sampler.fill(solved, samples=samples, sampling=DRAWN, stream=8, seed=5, version=0)
+    sampler.fill(solved, Draw(samples, DRAWN, stream=8, seed=5, version=0))
     refined = [
         sampler.refine_group(group, as_base(rollout), group.slot * samples + n)
         for group in solved
         for n, rollout in enumerate(group.rollouts)
     ]
-    sampler.fill(refined, samples=1, sampling=GREEDY, stream=9, seed=5, version=0)
+    sampler.fill(refined, Draw(1, GREEDY, stream=9, seed=5, version=0))
     return refined
 
 
 def at_once(sampler: Sampler, solved: list[Group], samples: int) -> list[Group]:
-    return sampler.fill_pairs(
-        solved, samples=samples, sampling=DRAWN, refine_sampling=GREEDY, stream=8, seed=5, version=0
-    )
+    return sampler.fill_pairs(solved, Draw(samples, DRAWN, stream=8, seed=5, version=0), GREEDY)
 
 
 def summary(groups: list[Group]) -> list[tuple[Any, ...]]:
@@ -111,10 +109,7 @@ def test_refinements_start_while_solutions_decode(monkeypatch: pytest.MonkeyPatc
     many = tuple(range(12))
     solved = solve_groups(sampler, many)
     # Some solutions end early.
-    sampler.fill_pairs(
-        solved, samples=2, sampling=Sampling(temperature=2.5, max_tokens=64), refine_sampling=GREEDY, stream=8, seed=5,
-        version=0,
-    )  # fmt: skip
+    sampler.fill_pairs(solved, Draw(2, Sampling(temperature=2.5, max_tokens=64), stream=8, seed=5, version=0), GREEDY)
     assert sorted(order) == [False] * 24 + [True] * 24 and order != sorted(order)
 
 
@@ -146,14 +141,14 @@ def test_evaluation_counts_the_pairs() -> None:
     metrics = evaluate({"held_out": PROBLEMS}, sampler, config, 3)
     solved = [reference.solve_group(slot, PROBLEMS[slot]) for slot in range(20)]
     stream = 1 << 30
-    reference.fill(solved, samples=2, sampling=Sampling(0.9, max_tokens=64), stream=stream, seed=0, version=0)
+    reference.fill(solved, Draw(2, Sampling(0.9, max_tokens=64), stream, seed=0, version=0))
     solutions = [rollout for group in solved for rollout in group.rollouts]
     refined = [
         reference.refine_group(group, as_base(rollout), 2 * group.slot + n)
         for group in solved
         for n, rollout in enumerate(group.rollouts)
     ]
-    reference.fill(refined, samples=1, sampling=GREEDY, stream=stream + 1, seed=0, version=0)
+    reference.fill(refined, Draw(1, GREEDY, stream + 1, seed=0, version=0))
     refinements = [group.rollouts[0] for group in refined]
     wrong = [n for n, rollout in enumerate(solutions) if not rollout.reward]
     assert metrics["eval/held_out/solve_accuracy"] == 1 - len(wrong) / 40

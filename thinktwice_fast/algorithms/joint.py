@@ -8,7 +8,7 @@ from thinktwice_fast.algorithms.measures import rollout_measures, sample_measure
 from thinktwice_fast.algorithms.pair_draw import fill_joint
 from thinktwice_fast.algorithms.sampler import Sampler
 from thinktwice_fast.algorithms.step import Step
-from thinktwice_fast.algorithms.thinktwice import graded, set_advantages, training_sampling
+from thinktwice_fast.algorithms.thinktwice import graded, set_advantages, training_draw
 from thinktwice_fast.config import Config
 from thinktwice_fast.tasks.stream import ProblemStream
 from thinktwice_fast.update.updater import Updater
@@ -39,16 +39,8 @@ class JointThinkTwice:
         slots = [slot for minibatch in self._minibatches for slot in minibatch]
         solve = [self._sampler.solve_group(slot, self._problems[self._position + slot]) for slot in slots]
         extended = self._sampler.engine.counts.extended
-        refine, times = fill_joint(
-            self._sampler,
-            solve,
-            samples=self._config.samples_per_problem,
-            sampling=training_sampling(self._config.rollout),
-            selection=self._config.thinktwice.base_selection,
-            stream=2 * number - 1,
-            seed=self._config.seed,
-            version=self._updater.version,
-        )
+        draw = training_draw(self._config, 2 * number - 1, self._updater.version)
+        refine, times = fill_joint(self._sampler, solve, draw, self._config.thinktwice.base_selection)
         extended = sum(parallel.gather(self._sampler.engine.counts.extended - extended))
         # An advantage compares answers to one prompt, and its scale those of one phase.
         for phase in (solve, refine):

@@ -5,22 +5,14 @@ from contextlib import closing
 
 from thinktwice_fast.algorithms.bases import base_ahead, choose_base
 from thinktwice_fast.algorithms.groups import Group, as_base
-from thinktwice_fast.algorithms.sampler import Gradings, Sampler, SamplingTimes, sample_ids, set_rewards
+from thinktwice_fast.algorithms.sampler import Draw, Gradings, Sampler, SamplingTimes, set_rewards
 from thinktwice_fast.rollout.generation import Generation
-from thinktwice_fast.rollout.records import Request, Rollout, Sampling
+from thinktwice_fast.rollout.records import Request, Rollout
 from thinktwice_fast.tasks.pool import Grading
 
 
 def fill_joint(
-    sampler: Sampler,
-    groups: Sequence[Group],
-    *,
-    samples: int,
-    sampling: Sampling,
-    selection: str,
-    stream: int,
-    seed: int,
-    version: int,
+    sampler: Sampler, groups: Sequence[Group], draw: Draw, selection: str
 ) -> tuple[list[Group], SamplingTimes]:
     """As ``Sampler.fill``, and as many refinements of one solution of each group, by the same weights.
 
@@ -32,12 +24,8 @@ def fill_joint(
 
     Args:
         groups: prompts, without rollouts yet.
-        samples: solutions per prompt, and refinements per base.
-        sampling: how to draw both.
-        selection: as in `choose_base`, which chooses by ``seed`` and ``stream``.
-        stream: keeps the random numbers of different calls apart; refinements have those of ``stream + 1``.
-        seed: of the run.
-        version: of the weights.
+        draw: what and how; refinements have the random numbers of the stream after it.
+        selection: as in `choose_base`, which chooses by the draw's seed and stream.
 
     Returns:
         The refine group of each of ``groups``, in their order, and what it all took.
@@ -45,18 +33,14 @@ def fill_joint(
     Raises:
         UserError: as ``Sampler.fill``. Collective.
     """
-    pairs = _PairDraw(sampler, groups, samples, sampling, selection, stream, seed)
-    requests = [
-        Request(number, group.prompt, sample_ids(stream, group.slot, samples), sampling, keep=True)
-        for number, group in enumerate(groups)
-    ]
+    pairs = _PairDraw(sampler, groups, draw, selection)
 
-    def draw() -> Gradings:
-        with closing(sampler.engine.generate(requests, seed=seed, version=version)) as generation:
-            return pairs.draw(generation)
+    def sampled() -> Gradings:
+        with closing(sampler.generate(draw.requests(groups, keep=True), draw)) as generation:
+            return pairs.sample(generation)
 
     try:
-        times = sampler.graded(draw)
+        times = sampler.graded(sampled)
     finally:
         sampler.engine.release_kept()
     return pairs.refined(), times
@@ -65,28 +49,17 @@ def fill_joint(
 class _PairDraw:
     """Groups are known by their number, their place in the list."""
 
-    def __init__(
-        self,
-        sampler: Sampler,
-        groups: Sequence[Group],
-        samples: int,
-        sampling: Sampling,
-        selection: str,
-        stream: int,
-        seed: int,
-    ):
+    def __init__(self, sampler: Sampler, groups: Sequence[Group], draw: Draw, selection: str):
         self._sampler = sampler
         self._groups = groups
-        self._samples = samples
-        self._sampling = sampling
+        self._draw = draw
+        self._refine_draw = draw.refinements(draw.samples, draw.sampling)
         self._selection = selection
-        self._stream = stream
-        self._seed = seed
         self._bases: dict[int, Rollout] = {}  # those chosen
         self._refined: dict[int, Group] = {}
         self._undecided: dict[int, Grading] = {}  # complete groups whose base hangs on their rewards
 
-    def draw(self, generation: Generation) -> Gradings:
+    def sample(self, generation: Generation) -> Gradings:
         """Everything; gives what is being graded still."""
         gradings: Gradings = []
         while (rollout := next(generation, None)) is not None or self._undecided:
@@ -94,9 +67,8 @@ class _PairDraw:
             if rollout is None:
                 requests += self._decide(next(iter(self._undecided)))  # nothing decodes: wait for it
             elif rollout.group >= len(self._groups):
-                gradings += self._sampler.collect(
-                    self._refined[rollout.group - len(self._groups)], rollout, self._samples
-                )
+                refined = self._refined[rollout.group - len(self._groups)]
+                gradings += self._sampler.collect(refined, rollout, self._draw.samples)
             else:
                 requests += self._solved(rollout, gradings)
             for number in [number for number, grading in self._undecided.items() if grading.done()]:
@@ -113,13 +85,14 @@ class _PairDraw:
     def _solved(self, rollout: Rollout, gradings: Gradings) -> list[Request]:
         """Take in a solution that ended."""
         number, group = rollout.group, self._groups[rollout.group]
-        complete = self._sampler.collect(group, rollout, self._samples)
-        place = base_ahead(self._samples, self._selection, self._seed, self._stream, group.slot)
+        draw = self._draw
+        complete = self._sampler.collect(group, rollout, draw.samples)
+        place = base_ahead(draw.samples, self._selection, draw.seed, draw.stream, group.slot)
         if place is None:
             self._undecided.update((number, grading) for _, grading in complete)
             return []
         gradings += complete
-        if rollout.sample_id == sample_ids(self._stream, group.slot, self._samples)[place]:
+        if rollout.sample_id == draw.ids(group.slot)[place]:
             return [self._refine(number, rollout)]
         self._sampler.engine.release_kept([rollout])
         return []
@@ -128,7 +101,7 @@ class _PairDraw:
         """Choose the base of a complete group, when its rewards have come."""
         group = self._groups[number]
         set_rewards(group, self._undecided.pop(number))
-        base = choose_base(group, self._selection, self._seed, self._stream)
+        base = choose_base(group, self._selection, self._draw.seed, self._draw.stream)
         self._sampler.engine.release_kept(rollout for rollout in group.rollouts if rollout is not base)
         return [self._refine(number, base)]
 
@@ -136,5 +109,5 @@ class _PairDraw:
         solve = self._groups[number]
         group = self._sampler.refine_group(solve, as_base(base), solve.slot)
         self._bases[number], self._refined[number] = base, group
-        ids = sample_ids(self._stream + 1, solve.slot, self._samples)
-        return Request(len(self._groups) + number, group.prompt, ids, self._sampling, extends=base)
+        draw = self._refine_draw
+        return Request(len(self._groups) + number, group.prompt, draw.ids(solve.slot), draw.sampling, extends=base)

@@ -3,12 +3,13 @@
 import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from thinktwice_fast import parallel
 from thinktwice_fast.algorithms.groups import Base, Group, as_base
 from thinktwice_fast.errors import UserError
 from thinktwice_fast.rollout.engine import Engine
+from thinktwice_fast.rollout.generation import Generation
 from thinktwice_fast.rollout.records import Request, Rollout, Sampling
 from thinktwice_fast.tasks.pool import Grader, Grading
 from thinktwice_fast.tasks.problem import Problem
@@ -25,6 +26,33 @@ class SamplingTimes:
     grading: float  # seconds of waiting for graders after the last sample was drawn
     timeouts: int  # answers whose grader was stopped
     preemptions: int  # times a sequence had to leave a full KV cache and start over
+
+
+@dataclass(frozen=True)
+class Draw:
+    """What one call of ``Sampler.fill`` draws."""
+
+    samples: int  # of each prompt
+    sampling: Sampling
+    stream: int  # keeps the random numbers of different calls apart (the step's number)
+    seed: int  # of the run
+    version: int  # of the weights
+
+    def ids(self, slot: int) -> tuple[int, ...]:
+        """Ids of a group's samples, in order; no two streams and no two slots share one."""
+        first = (self.stream << 32) + slot * self.samples
+        return tuple(range(first, first + self.samples))
+
+    def requests(self, groups: Sequence[Group], *, keep: bool = False) -> list[Request]:
+        """For the samples of all groups, numbered by their place; with ``keep`` their caches stay for refinements."""
+        return [
+            Request(number, group.prompt, self.ids(group.slot), self.sampling, keep=keep)
+            for number, group in enumerate(groups)
+        ]
+
+    def refinements(self, samples: int, sampling: Sampling) -> "Draw":
+        """Of prompts that refine what this drew, by the same weights."""
+        return replace(self, samples=samples, sampling=sampling, stream=self.stream + 1)
 
 
 @dataclass(frozen=True)
@@ -50,49 +78,29 @@ class Sampler:
         )
         return Group(slot, solve.problem, chat.messages, tuple(prompt), base)
 
-    def fill(
-        self, groups: Sequence[Group], *, samples: int, sampling: Sampling, stream: int, seed: int, version: int
-    ) -> SamplingTimes:
-        """Draw ``samples`` rollouts of each group's prompt, decode and grade them, into ``group.rollouts``.
+    def fill(self, groups: Sequence[Group], draw: Draw) -> SamplingTimes:
+        """Draw rollouts of each group's prompt, decode and grade them, into ``group.rollouts``.
 
         Grading runs beside the sampling of later groups.
 
         Args:
             groups: prompts, without rollouts yet; ``group.slot`` tells them apart over all processes.
-            samples: per prompt.
-            sampling: how to draw.
-            stream: keeps the random numbers of different calls apart (the step's number).
-            seed: of the run.
-            version: of the weights.
+            draw: what and how.
 
         Raises:
             UserError: on every process, when the reward function fails on any. Collective.
         """
-        requests = [
-            Request(number, group.prompt, sample_ids(stream, group.slot, samples), sampling)
-            for number, group in enumerate(groups)
-        ]
 
-        def draw() -> Gradings:
+        def sampled() -> Gradings:
             gradings: Gradings = []
-            with closing(self.engine.generate(requests, seed=seed, version=version)) as generation:
+            with closing(self.generate(draw.requests(groups), draw)) as generation:
                 for rollout in generation:
-                    gradings += self.collect(groups[rollout.group], rollout, samples)
+                    gradings += self.collect(groups[rollout.group], rollout, draw.samples)
             return gradings
 
-        return self.graded(draw)
+        return self.graded(sampled)
 
-    def fill_pairs(
-        self,
-        groups: Sequence[Group],
-        *,
-        samples: int,
-        sampling: Sampling,
-        refine_sampling: Sampling,
-        stream: int,
-        seed: int,
-        version: int,
-    ) -> list[Group]:
+    def fill_pairs(self, groups: Sequence[Group], draw: Draw, refine_sampling: Sampling) -> list[Group]:
         """As ``fill``, and one refinement of each solution by the same weights.
 
         A refinement is asked for as soon as its solution has ended, and extends its cache where the refine prompt
@@ -100,12 +108,8 @@ class Sampler:
 
         Args:
             groups: prompts, without rollouts yet.
-            samples: solutions per prompt.
-            sampling: how to draw solutions.
+            draw: what solutions and how; refinements have the random numbers of the stream after it.
             refine_sampling: how to draw refinements.
-            stream: keeps the random numbers of different calls apart; refinements have those of ``stream + 1``.
-            seed: of the run.
-            version: of the weights.
 
         Returns:
             A group of one refinement for each solution, in the order of the solutions.
@@ -114,34 +118,35 @@ class Sampler:
             UserError: as ``fill``. Collective.
         """
         refined: list[Group] = []
-        requests = [
-            Request(number, group.prompt, sample_ids(stream, group.slot, samples), sampling, keep=True)
-            for number, group in enumerate(groups)
-        ]
+        refine = draw.refinements(1, refine_sampling)
 
         def refinement(solution: Rollout) -> Request:
-            slot = solution.sample_id - sample_ids(stream, 0, 1)[0]
+            slot = solution.sample_id - draw.ids(0)[0]
             group = self.refine_group(groups[solution.group], as_base(solution), slot)
             refined.append(group)
-            ids = sample_ids(stream + 1, slot, 1)
-            return Request(len(groups) + len(refined) - 1, group.prompt, ids, refine_sampling, extends=solution)
+            number = len(groups) + len(refined) - 1
+            return Request(number, group.prompt, refine.ids(slot), refine_sampling, extends=solution)
 
-        def draw() -> Gradings:
+        def sampled() -> Gradings:
             gradings: Gradings = []
-            with closing(self.engine.generate(requests, seed=seed, version=version)) as generation:
+            with closing(self.generate(draw.requests(groups, keep=True), draw)) as generation:
                 for rollout in generation:
                     if rollout.group >= len(groups):
                         gradings += self.collect(refined[rollout.group - len(groups)], rollout, 1)
                     else:
-                        gradings += self.collect(groups[rollout.group], rollout, samples)
+                        gradings += self.collect(groups[rollout.group], rollout, draw.samples)
                         generation.add([refinement(rollout)])
             return gradings
 
         try:
-            self.graded(draw)
+            self.graded(sampled)
         finally:
             self.engine.release_kept()
         return sorted(refined, key=_by_slot)
+
+    def generate(self, requests: Sequence[Request], draw: Draw) -> Generation:
+        """The engine's generation of requests by the draw's weights and random numbers."""
+        return self.engine.generate(requests, seed=draw.seed, version=draw.version)
 
     def collect(self, group: Group, rollout: Rollout, samples: int) -> Gradings:
         """Put a rollout that ended into its group; once that has ``samples``, have it graded."""
@@ -187,12 +192,6 @@ def set_rewards(group: Group, grading: Grading) -> None:
     """Wait for a group's rewards and hand them to its rollouts."""
     for rollout, reward in zip(group.rollouts, grading.result(), strict=True):
         rollout.reward = reward
-
-
-def sample_ids(stream: int, slot: int, samples: int) -> tuple[int, ...]:
-    """Ids of a group's samples, in order; no two streams and no two slots share one."""
-    first = (stream << 32) + slot * samples
-    return tuple(range(first, first + samples))
 
 
 def _by_sample_id(rollout: Rollout) -> int:
