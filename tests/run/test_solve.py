@@ -2,9 +2,11 @@
 
 import json
 import random
+import re
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +92,30 @@ def test_an_answer_does_not_depend_on_how_many_are_worked_on(folder: Path, solve
     sampling = Sampling(max_tokens=20)
     one_by_one = Solver(str(folder), refine_instruction=INSTRUCTION, max_sequences=1)
     assert one_by_one.solve(QUESTIONS, sampling=sampling) == solver.solve(QUESTIONS, sampling=sampling)
+
+
+def test_a_stop_string_ends_a_turn_and_is_not_shown(solver: Solver) -> None:
+    drawn = Sampling(temperature=1.0, max_tokens=60)
+    whole = solver.solve(QUESTIONS, sampling=drawn)[0].solution
+    found = re.search("(?<=.{5})[a-z]{3}", whole.text, re.DOTALL)
+    assert found is not None
+    stop = found.group()
+    pieces = list(solver.stream(QUESTIONS[:1], sampling=replace(drawn, stop_strings=(stop, "no such text"))))
+    own = [piece for piece in pieces if piece.turn == 0]
+    assert own[-1].ended is not None
+    assert "".join(piece.text for piece in own) == own[-1].ended.text == whole.text.partition(stop)[0]
+    assert own[-1].ended.finished and own[-1].ended.tokens < whole.tokens
+    assert solver.solve(QUESTIONS, sampling=replace(drawn, stop_strings=("no such text",)))[0].solution == whole
+
+
+@pytest.mark.parametrize("stop_string", ["## Question", None])
+def test_what_may_begin_a_stop_string_waits(stop_string: str | None) -> None:
+    text, begun = "a line\n\n\nand ### a Questio, then\n", "## Question"
+    ids = bpe_tokenizer()(text + begun, add_special_tokens=False)["input_ids"]
+    stream = TextStream(ChatFormat(bpe_tokenizer()), STOP, ("## Question: next", "## Question", "\n\n\n\n"))
+    pieces = [stream.text(ids[:end], False) for end in range(1, len(ids))]
+    assert "".join(pieces) == text
+    assert "".join(pieces) + stream.text(ids, True, stop_string) == (text if stop_string else text + begun)
 
 
 def test_no_passes_no_problems(solver: Solver) -> None:

@@ -150,9 +150,7 @@ class Sampler:
 
     def collect(self, group: Group, rollout: Rollout, samples: int) -> Gradings:
         """Put a rollout that ended into its group; once that has ``samples``, have it graded."""
-        rollout.text = self.chat.response_text(rollout.response, self.stop_ids)
-        if rollout.stop_string is not None:
-            rollout.text = rollout.text.partition(rollout.stop_string)[0]
+        rollout.text = self.chat.response_text(rollout.response, self.stop_ids, rollout.stop_string)
         group.rollouts.append(rollout)
         if len(group.rollouts) < samples:
             return []

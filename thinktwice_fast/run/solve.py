@@ -71,16 +71,28 @@ class Piece:
 class TextStream:
     """Cuts the text of a growing response where no later token can change what has been given out.
 
-    A character's UTF-8 bytes may be spread over several tokens: they wait until it is whole.
+    A character's UTF-8 bytes may be spread over several tokens: they wait until it is whole. So does what may turn out
+    to be the beginning of a stop string, which is no part of the text.
     """
 
-    def __init__(self, chat: ChatFormat, stop_ids: frozenset[int]):
+    def __init__(self, chat: ChatFormat, stop_ids: frozenset[int], stop_strings: tuple[str, ...] = ()):
         self._decode = partial(chat.response_text, stop_ids=stop_ids)
+        self._beginnings = {stop[:end] for stop in stop_strings for end in range(1, len(stop))}
         self._start = 0  # of the tokens decoded again: some decoders need those before to place spaces
         self._given = 0
+        self._held = ""
 
-    def text(self, ids: Sequence[int], last: bool) -> str:
-        """What the newest of the response's tokens add; with ``last`` all that is left."""
+    def text(self, ids: Sequence[int], last: bool, stop_string: str | None = None) -> str:
+        """What the newest of the response's tokens add; with ``last`` all that is left, up to its ``stop_string``."""
+        text = self._held + self._decoded(ids, last)
+        if last:
+            self._held = ""
+            return text.partition(stop_string)[0] if stop_string else text
+        ends = (text[-length:] for length in range(len(text), 0, -1))
+        self._held = next((end for end in ends if end in self._beginnings), "")
+        return text.removesuffix(self._held)
+
+    def _decoded(self, ids: Sequence[int], last: bool) -> str:
         before = self._decode(ids[self._start : self._given])
         now = self._decode(ids[self._start :])
         if now.endswith("\N{REPLACEMENT CHARACTER}") and not last:
@@ -192,13 +204,14 @@ class Solver:
         if not works:
             return
         options = RolloutOptions(max_sequences=min(self._max_sequences, len(works)))
-        engine = Engine(self._model, self._stop_ids, options, max(work.most for work in works))
+        decode = partial(self._chat.response_text, stop_ids=self._stop_ids)
+        engine = Engine(self._model, self._stop_ids, options, max(work.most for work in works), decode=decode)
         self.counts = engine.counts
         with closing(engine.generate([work.request(passes) for work in works], seed=seed)) as generation:
             for rollout in generation.stream():
                 work = works[rollout.group]
                 number = len(work.turns)
-                text = work.stream.text(rollout.response, rollout.ended)
+                text = work.stream.text(rollout.response, rollout.ended, rollout.stop_string)
                 if rollout.ended:
                     work.turns.append(self._turn(rollout))
                     if number < passes:
@@ -226,25 +239,25 @@ class Solver:
                 f"problem {number + 1} takes {beside} tokens with the instructions to refine and leaves no room for "
                 f"{passes + 1} responses in the model's context of {context}: shorten it, or lower --passes"
             )
-        return _Work(number, messages, prompt, most, sampling, self._text_stream())
+        return _Work(number, messages, prompt, most, sampling, self._text_stream(sampling))
 
     def _turn(self, rollout: Rollout) -> Turn:
-        text = self._chat.response_text(rollout.response, self._stop_ids)
+        text = self._chat.response_text(rollout.response, self._stop_ids, rollout.stop_string)
         return Turn(text, extract_boxed(text), len(rollout.response), rollout.finished)
 
     def _begin_refinement(self, work: _Work, rollout: Rollout) -> None:
         text = work.turns[-1].text
         work.prompt = self._refine_prompt(work.messages, work.prompt, rollout.response, text)
         work.messages = self._chat.refine_chat(work.messages, text, self._instruction).messages
-        work.stream = self._text_stream()
+        work.stream = self._text_stream(work.sampling)
 
     def _refine_prompt(
         self, messages: Sequence[Message], prompt: list[int], response: Sequence[int], text: str
     ) -> list[int]:
         return self._chat.refine_ids(messages, prompt, response, text, self._instruction, self._stop_ids)
 
-    def _text_stream(self) -> TextStream:
-        return TextStream(self._chat, self._stop_ids)
+    def _text_stream(self, sampling: Sampling) -> TextStream:
+        return TextStream(self._chat, self._stop_ids, sampling.stop_strings)
 
 
 def arithmetic_question(text: str) -> str:

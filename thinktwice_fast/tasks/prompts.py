@@ -90,9 +90,10 @@ class ChatFormat:
         """Token ids of a text, no special tokens added."""
         return self._tokenizer(text, add_special_tokens=False)["input_ids"]
 
-    def response_text(self, ids: Sequence[int], stop_ids: Collection[int]) -> str:
-        """A sampled response as text, without its stop token and other special tokens."""
-        return str(self._tokenizer.decode(_without_stop(ids, stop_ids), skip_special_tokens=True))
+    def response_text(self, ids: Sequence[int], stop_ids: Collection[int], stop_string: str | None = None) -> str:
+        """A sampled response as text, without its stop token, its stop string and other special tokens."""
+        text = str(self._tokenizer.decode(_without_stop(ids, stop_ids), skip_special_tokens=True))
+        return text.partition(stop_string)[0] if stop_string else text
 
     def refine_chat(self, question_messages: Sequence[Message], base_text: str, instruction: str) -> RefinePrompt:
         """`refine_messages`, for a template that may open a thought at the end of the prompt itself."""
