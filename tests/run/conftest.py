@@ -16,7 +16,8 @@ def run_case(case: Case, folder: Path, earlier: Future[Path]) -> Finished:
     if case.after_a_run:
         shutil.copytree(earlier.result(), folder / "run")
     prepared = case.options(folder)
-    return train("--output", folder / "run", *SMALL, "--run.steps", "1", *prepared, processes=case.processes)
+    command = ("--output", folder / "run", *SMALL, "--run.steps", "1", *prepared)
+    return train(*command, processes=case.processes, fresh=case.fresh)
 
 
 def good_run(folder: Path) -> Path:

@@ -1,7 +1,6 @@
 """Process groups for tests: this process alone, or two under torchrun."""
 
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tests.command import ROOT, environment
+from tests.command import ROOT, quick_start
 from thinktwice_fast import parallel
 
 _SECONDS = 120  # that the two processes may take
@@ -27,10 +26,11 @@ def one_process() -> Iterator[None]:
 def run_in_two(module: str, folder: Path, processes: int = 2) -> Any:
     """Run ``module`` in two (or so many) processes with ``folder`` as its argument; what rank 0 saved with `save`."""
     count = ["--nproc-per-node", str(processes)]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", *count, "-m", module]
+    python, own = quick_start()
+    command = [python, "-m", "torch.distributed.run", "--standalone", *count, "-m", module]
     done = subprocess.run(
         [*command, str(folder)],
-        env=environment(),
+        env=own,
         cwd=ROOT,
         capture_output=True,
         text=True,

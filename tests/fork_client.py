@@ -1,0 +1,40 @@
+"""Plays ``python [-u] (-m MODULE | SCRIPT) ...``: a fork of the server does the work, on this process's files.
+
+Started by what ``forked_python`` of ``command.py`` writes, with the server's socket as the first argument. It imports
+little, to start at once.
+"""
+
+import json
+import os
+import signal
+import socket
+import sys
+from types import FrameType
+
+
+def main(address: str, arguments: list[str]) -> int:
+    """The exit status of the fork; a signal that ended it ends this process too."""
+    request = {"arguments": arguments, "cwd": os.getcwd(), "environment": dict(os.environ)}
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as server:
+        server.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
+        server.connect(address)
+
+        def forward(number: int, frame: FrameType | None) -> None:
+            server.send(bytes([number]))
+
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, forward)
+        socket.send_fds(server, [json.dumps(request).encode()], [0, 1, 2])
+        answer = server.recv(16)
+    if not answer:
+        print("the fork server ended", file=sys.stderr)
+        return 70
+    status = int(answer)
+    if status < 0:
+        signal.signal(-status, signal.SIG_DFL)
+        os.kill(os.getpid(), -status)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1], sys.argv[2:]))
