@@ -20,8 +20,9 @@ JOINT = (
 )
 
 
-def run(output: Path, steps: int, *options: str | Path, processes: int = 0) -> Path:
-    finished = train(*JOINT, "--run.steps", str(steps), "--output", output, *options, processes=processes)
+def run(output: Path, steps: int, *options: str | Path, processes: int = 0, fresh: bool = False) -> Path:
+    command = (*JOINT, "--run.steps", str(steps), "--output", output, *options)
+    finished = train(*command, processes=processes, fresh=fresh)
     assert finished.returncode == 0, finished.stderr
     (output / "stdout").write_text(finished.stdout)
     return output
@@ -34,7 +35,7 @@ def pairs(output: Path) -> list[Record]:
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Four steps without a stop."""
-    return run(tmp_path_factory.mktemp("joint") / "whole", 4)
+    return run(tmp_path_factory.mktemp("joint") / "whole", 4, fresh=True)
 
 
 def test_a_pair_is_one_step_and_one_record(whole: Path) -> None:

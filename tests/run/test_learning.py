@@ -15,7 +15,8 @@ from thinktwice_fast.run.metrics import Record, read_metrics
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The first 40 steps of the default job."""
     output = tmp_path_factory.mktemp("learning")
-    finished = train("--run.steps", "40", "--run.checkpoint_every", "0", "--output", output, processes=1)
+    options = ("--run.steps", "40", "--run.checkpoint_every", "0", "--output", output)
+    finished = train(*options, processes=1, fresh=True)
     assert finished.returncode == 0, finished.stderr
     (output / "stdout").write_text(finished.stdout)
     return output

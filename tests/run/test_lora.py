@@ -129,7 +129,7 @@ def test_adapters_learn(tmp_path: Path) -> None:
     """The shipped model has never seen this notation: its loss falls by more than a tenth in a few steps."""
     options = ("--algorithm", "sft", "--data.source", "arithmetic:te5", "--eval.sets", "{}")
     rate = ("--update.warmup_steps", "0", "--update.learning_rate", "1e-2", "--run.steps", "12")
-    finished = train(*options, *LORA, *rate, "--output", tmp_path / "run")
+    finished = train(*options, *LORA, *rate, "--output", tmp_path / "run", fresh=True)
     assert finished.returncode == 0, finished.stderr
     losses = [record["sft/loss"] for record in read_metrics(tmp_path / "run" / "metrics.jsonl") if "sft/loss" in record]
     assert sum(losses[-3:]) / 3 < 0.9 * losses[0]

@@ -81,11 +81,11 @@ def dry_run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
 @pytest.mark.parametrize("budget", [256, 4096])
 def test_a_run_takes_the_memory_predicted(budget: int, model: Path, tmp_path: Path) -> None:
     arguments = (*STEP, "--model.path", model, "--update.microbatch_tokens", str(budget), "--output", tmp_path / "run")
-    planned = train(*arguments, "--dry-run")
+    planned = train(*arguments, "--dry-run", fresh=True)
     assert planned.returncode == 0, planned.stderr
     assert not (tmp_path / "run").exists()
     table = parsed(planned.stdout)
-    done = train(*arguments)
+    done = train(*arguments, fresh=True)  # a fork would share memory
     assert done.returncode == 0, done.stderr
     measured = max(record.get("peak_memory_bytes", 0) for record in read_metrics(tmp_path / "run" / "metrics.jsonl"))
     program = table["program"][1]
