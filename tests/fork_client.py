@@ -20,9 +20,10 @@ def main(address: str, arguments: list[str]) -> int:
         server.connect(address)
 
         def forward(number: int, frame: FrameType | None) -> None:
-            server.send(bytes([number]))
+            # Nobody can pass SIGKILL on: SIGUSR1 stands for it. When it has ended this process, the fork is gone too.
+            server.send(bytes([signal.SIGKILL if number == signal.SIGUSR1 else number]))
 
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
             signal.signal(number, forward)
         socket.send_fds(server, [json.dumps(request).encode()], [0, 1, 2])
         answer = server.recv(16)

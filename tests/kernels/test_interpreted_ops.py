@@ -9,9 +9,12 @@ if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs TRITON_INTERPRET=1", allow_module_level=True)
 
 from tests.kernels.cases import CASES
+from tests.kernels.interpreter import patch_language_once
 from tests.kernels.test_linear_loss import ROW, assert_equals_reference, linear_batch
 from thinktwice_kernels import group_advantages, linear_logprobs, reference, token_logprobs
 from thinktwice_kernels.backends import backend_of, triton_backend
+
+patch_language_once()
 
 
 def test_the_interpreted_backend_is_the_one_used() -> None:

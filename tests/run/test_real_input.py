@@ -144,7 +144,7 @@ def run_with_own_reward(folder: Path, model: Path, code: str, processes: int, fr
 
 def test_two_processes_do_the_step_of_one(models: dict[Path, dict[str, Path]], tmp_path: Path) -> None:
     model = models[OWN.train]["qwen3"]
-    one, two = (run_with_own_reward(tmp_path, model, REWARD, processes, fresh=True) for processes in (1, 2))
+    one, two = (run_with_own_reward(tmp_path, model, REWARD, n, fresh=n == 2) for n in (1, 2))
     first, second = records(one, "solve")[0], records(two, "solve")[0]
     for name in ("reward", "response_tokens", "prompt_tokens", "truncation_rate", "group_signal_rate", "entropy"):
         assert second[f"solve/{name}"] == pytest.approx(first[f"solve/{name}"], rel=1e-6)
