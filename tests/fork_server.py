@@ -33,8 +33,8 @@ def serve(listener: socket.socket) -> list[str]:
     """Fork for every request until standard input ends. Returns in the forks alone: the arguments to run."""
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for supervisors
     while True:
-        ready, _, _ = select.select([listener, sys.stdin], [], [])
-        if sys.stdin in ready:
+        ready, _, _ = select.select([listener.fileno(), 0], [], [])
+        if 0 in ready:
             sys.exit()
         connection, _ = listener.accept()
         if os.fork():
@@ -56,7 +56,7 @@ def _supervise(pid: int, connection: socket.socket) -> None:
     """Pass signals on until the process ends, and end it when the client is gone; never returns."""
     ended = os.pidfd_open(pid)
     while True:
-        ready, _, _ = select.select([ended, connection], [], [])
+        ready, _, _ = select.select([ended, connection.fileno()], [], [])
         if ended in ready:
             break
         message = connection.recv(1)

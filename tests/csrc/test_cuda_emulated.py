@@ -75,7 +75,7 @@ def test_attention(
 @pytest.mark.parametrize(("dtype", "window"), [(torch.float32, 100), (torch.bfloat16, 0), (torch.float16, 100)])
 def test_bits_depend_on_neither_batch_nor_chunking(kernels: EmulatedKernels, dtype: torch.dtype, window: int) -> None:
     lengths = [530, 70]
-    setting = Setting(lengths, 6, 2, 40, dtype=dtype)
+    setting = Setting(lengths, 3, 1, 40, dtype=dtype)
     plan, q, _ = setting.step([0, 1], lengths)
     caches = (setting.cache.k_cache[0], setting.cache.v_cache[0])
     whole = kernels.paged_attention(
