@@ -17,8 +17,9 @@ def main() -> int:
             from thinktwice_fast.run.options import parse_command
 
             config, dry_run = parse_command(sys.argv[1:])
-            from thinktwice_fast.run.checks import check_config, check_output
+            from thinktwice_fast.run.checks import check_config, check_files, check_output
 
+            check_files(config)
             check_config(config, launch.env_world_size())
             check_output(config, write=not dry_run)
             if dry_run:

@@ -340,8 +340,9 @@ def test_is_refused_and_leaves_the_earlier_run_alone(case: Case, outcomes: Outco
     assert "algorithm: thinktwice" in (folder / "run" / "config.yaml").read_text()
 
 
-def test_an_unknown_option_is_refused_without_loading_what_training_needs(tmp_path: Path) -> None:
-    command = [sys.executable, "-X", "importtime", str(TRAIN), "--output", str(tmp_path / "run"), "--nope", "1"]
+@pytest.mark.parametrize("wrong", [("--nope", "1"), ("--data.source", "absent.jsonl")], ids=" ".join)
+def test_is_refused_without_loading_what_training_needs(wrong: tuple[str, str], tmp_path: Path) -> None:
+    command = [sys.executable, "-X", "importtime", str(TRAIN), "--output", str(tmp_path / "run"), *wrong]
     finished = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=LIMIT)
     imported = {line.rpartition("|")[2].strip() for line in finished.stderr.splitlines() if "|" in line}
     assert finished.returncode == 2 and "jsonargparse" in imported

@@ -19,7 +19,7 @@ from thinktwice_fast.errors import UserError
 from thinktwice_fast.run.build import recipe_notes, refine_instruction
 from thinktwice_fast.run.checks import check_config, check_output
 from thinktwice_fast.run.options import from_yaml, parse_config, to_yaml
-from thinktwice_fast.update.updater import loss_arguments
+from thinktwice_fast.update.objective import loss_arguments
 
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 PAPER_CONFIGS = ("qwen3-4b", "olmo3-7b", "llama3.2-3b")

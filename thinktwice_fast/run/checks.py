@@ -12,7 +12,8 @@ from thinktwice_fast import launch
 from thinktwice_fast.config import ARITHMETIC, LOSS_BOUNDS, Config, evaluation_sources, samples_per_step
 from thinktwice_fast.errors import UserError
 from thinktwice_fast.run.metrics import AVERAGE
-from thinktwice_fast.tasks.tables import FILE_LOADERS
+from thinktwice_fast.tasks.tables import FILE_LOADERS, check_file
+from thinktwice_fast.update.objective import loss_arguments
 
 RUN_FILES = ("metrics.jsonl", "checkpoints")  # there from the first record on
 
@@ -63,6 +64,13 @@ def check_config(config: Config, world_size: int) -> None:
     _check_ignored(config)
     _check_loss(config)
     _check_cache(config)
+
+
+def check_files(config: Config) -> None:
+    """Raise UserError for a file of problems that is missing, empty or of a kind that is not read."""
+    for source in (config.data.source, *evaluation_sources(config).values()):
+        if _kind(source) == "file":
+            check_file(Path(source).expanduser(), source)
 
 
 def check_output(config: Config, *, write: bool = True) -> None:
@@ -265,7 +273,6 @@ def _check_loss(config: Config) -> None:
     # Imported here because it takes seconds, and most mistakes are found before.
     import torch
 
-    from thinktwice_fast.update.updater import loss_arguments
     from thinktwice_kernels import grpo_loss
 
     one = torch.zeros(1)
@@ -285,6 +292,8 @@ def _check_loss(config: Config) -> None:
 
 
 def _check_cache(config: Config) -> None:
+    if not config.rollout.cache_tokens:
+        return
     from thinktwice_fast.rollout.engine import BLOCK_SIZE
 
     options = config.rollout

@@ -22,20 +22,24 @@ def load_file(path: Path, name: str) -> "datasets.Dataset":
         name: what error messages call it.
 
     Raises:
-        UserError: no such file, an empty or malformed one, another kind of file.
+        UserError: as of `check_file`, or a malformed file.
     """
+    check_file(path, name)
+    try:
+        return FILE_LOADERS[path.suffix](path, name)
+    except OSError as error:
+        raise UserError(f"{name}: cannot be read ({error.strerror or one_line(error)}); check the file") from error
+
+
+def check_file(path: Path, name: str) -> None:
+    """Raise UserError for no such file, an empty one, another kind of file; found without reading it."""
     if not path.is_file():
         what = "is a folder; name a file in it" if path.is_dir() else "no such file; check the path"
         raise UserError(f"{name}: {what}")
-    loader = FILE_LOADERS.get(path.suffix)
-    if loader is None:
+    if path.suffix not in FILE_LOADERS:
         raise UserError(f"{name}: not a file of a known kind; give one that ends in {', '.join(FILE_LOADERS)}")
     if path.stat().st_size == 0:
         raise UserError(f"{name}: the file is empty; give one with problems")
-    try:
-        return loader(path, name)
-    except OSError as error:
-        raise UserError(f"{name}: cannot be read ({error.strerror or one_line(error)}); check the file") from error
 
 
 def load_hub(name: str, subset: str | None, split: str, prefix: str) -> "datasets.Dataset":

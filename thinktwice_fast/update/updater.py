@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LRScheduler
 
 from thinktwice_fast import parallel
-from thinktwice_fast.config import LOSS_BOUNDS, Config, LossOptions
+from thinktwice_fast.config import Config
 from thinktwice_fast.errors import UserError
 from thinktwice_fast.model.elementwise import fuse_elementwise
 from thinktwice_fast.model.exact import WithValue, exact_logprobs, make_exact
@@ -25,6 +25,7 @@ from thinktwice_fast.model.sharding import ModelPair
 from thinktwice_fast.rollout.records import Rollout
 from thinktwice_fast.update.batches import Example, PackedRow, Trainable, pack, pack_shared
 from thinktwice_fast.update.microbatches import plan_microbatches
+from thinktwice_fast.update.objective import loss_arguments
 from thinktwice_kernels import combine_metrics, grpo_loss, linear_grpo_loss, linear_logits, linear_logprobs
 
 S = TypeVar("S", bound=Trainable)
@@ -317,25 +318,6 @@ class Updater:
             "learning_rate": self._learning_rate,
             "seconds_update": time.perf_counter() - started,
         }
-
-
-def loss_arguments(options: LossOptions, max_response_tokens: int) -> dict[str, Any]:
-    """The options as keywords of ``grpo_loss``, without the bounds that the objective does not have."""
-    arguments: dict[str, Any] = {
-        "policy_loss": options.policy_loss,
-        "importance_sampling_level": options.importance_sampling_level,
-        **{name: getattr(options, name) for name in LOSS_BOUNDS[options.policy_loss]},
-        "rollout_is": options.rollout_is,
-        "rollout_is_cap": options.rollout_is_cap,
-        "rollout_is_floor": options.rollout_is_floor,
-        "beta": options.beta,
-        "kl_estimator": options.kl_estimator,
-        "entropy_coef": options.entropy_coef,
-        "loss_agg_mode": options.loss_agg_mode,
-    }
-    if options.loss_agg_mode == "seq-mean-token-sum-norm":
-        arguments["max_response_length"] = max_response_tokens
-    return arguments
 
 
 _IDLE = Example((0,), [0])
