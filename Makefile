@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 CSRC := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inc' -o -name '*.cu' -o -name '*.cuh')
 RUN := $(BIN)/torchrun --standalone --nproc-per-node 1 thinktwice_fast/train.py
 
-.PHONY: setup train test lint format learning bench warm-start tables clean
+.PHONY: setup train test lint types format learning bench warm-start tables clean
 
 train: $(VENV)/built
 	$(RUN) --resume auto
@@ -13,17 +13,21 @@ train: $(VENV)/built
 # What `train` and `test` do first: .venv with everything, and the extension.
 setup: $(VENV)/built
 
+# mypy needs no extension and takes as long as building it: they run side by side.
 # Two files at a time, the long ones first (tests/conftest.py), each with one thread: threads of several processes would
 # fight for the cores.
-test: $(VENV)/built lint
+test:
+	$(MAKE) --no-print-directory --jobs=2 lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-lint: $(VENV)/built
+lint: $(VENV)/built types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run -Werror $(CSRC)
 	$(BIN)/python -m thinktwice_fast.run.tables README.md --check
+
+types: $(VENV)/installed
+	$(BIN)/mypy
 
 format: $(VENV)/built
 	$(BIN)/ruff check --fix .

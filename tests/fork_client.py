@@ -32,7 +32,8 @@ def main(address: str, arguments: list[str]) -> int:
         return 70
     status = int(answer)
     if status < 0:
-        signal.signal(-status, signal.SIG_DFL)
+        if -status != signal.SIGKILL:
+            signal.signal(-status, signal.SIG_DFL)
         os.kill(os.getpid(), -status)
     return status
 
