@@ -13,9 +13,8 @@ train: $(VENV)/built
 # What `train` and `test` do first: .venv with everything, and the extension.
 setup: $(VENV)/built
 
-# mypy needs no extension and takes as long as building it: they run side by side.
-# Two files at a time, the long ones first (tests/conftest.py), each with one thread: threads of several processes would
-# fight for the cores.
+# mypy needs no extension and takes as long as building it: they run side by side. Then two files of tests at a time, the
+# long ones first (tests/conftest.py), each with one thread: threads of several processes would fight for the cores.
 test:
 	$(MAKE) --no-print-directory --jobs=2 lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
