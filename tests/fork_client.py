@@ -16,8 +16,8 @@ def main(address: str, arguments: list[str]) -> int:
     """The exit status of the fork; a signal that ended it ends this process too."""
     request = {"arguments": arguments, "cwd": os.getcwd(), "environment": dict(os.environ)}
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as server:
-        server.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
         server.connect(address)
+        socket.send_fds(server, [json.dumps(request).encode()], [0, 1, 2])
 
         def forward(number: int, frame: FrameType | None) -> None:
             # Nobody can pass SIGKILL on: SIGUSR1 stands for it. When it has ended this process, the fork is gone too.
@@ -25,7 +25,6 @@ def main(address: str, arguments: list[str]) -> int:
 
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
             signal.signal(number, forward)
-        socket.send_fds(server, [json.dumps(request).encode()], [0, 1, 2])
         answer = server.recv(16)
     if not answer:
         print("the fork server ended", file=sys.stderr)
