@@ -15,7 +15,7 @@ from torch.distributed.tensor import distribute_tensor
 from thinktwice_fast.config import UpdateOptions
 from thinktwice_fast.errors import UserError
 from thinktwice_fast.update import optimizer as module_under_test
-from thinktwice_fast.update.optimizer import build_optimizer
+from thinktwice_fast.update.optimizer import build_optimizer, few_threads
 
 
 def rates(steps: int, total: int = 10, **options: Any) -> list[float]:
@@ -109,3 +109,16 @@ def test_eight_bits_need_their_library_and_whole_weights(one_process: None, monk
     module.weight = torch.nn.Parameter(distribute_tensor(module.weight.detach(), init_device_mesh("cpu", (1,))))
     with pytest.raises(UserError, match="can't take sharded weights: start one process"):
         build_optimizer(module, EIGHT_BIT, 10)
+
+
+@pytest.mark.parametrize(("size", "threads"), [(8, 1), (300, 2)])
+def test_small_weights_are_stepped_by_one_thread(size: int, threads: int) -> None:
+    optimizer, _ = build_optimizer(torch.nn.Linear(size, size, bias=False), UpdateOptions(), 10)
+    torch.set_num_threads(2)
+    try:
+        with pytest.raises(KeyError), few_threads(optimizer):
+            assert torch.get_num_threads() == threads
+            raise KeyError
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(1)

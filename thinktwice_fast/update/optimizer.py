@@ -1,7 +1,8 @@
 """AdamW and its learning-rate schedule."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
@@ -15,6 +16,7 @@ from thinktwice_fast.errors import UserError
 
 MOMENT_BYTES = {"adamw": 8, "adamw8bit": 2}
 """Of both moments of a parameter, by `update.optimizer`."""
+_SMALL = 1 << 16  # elements of a weight, on average
 
 
 def build_optimizer(
@@ -38,6 +40,25 @@ def build_optimizer(
         make = import_module("bitsandbytes.optim").AdamW8bit
     optimizer = make(trained, lr=options.learning_rate, betas=options.adam_betas, weight_decay=options.weight_decay)
     return optimizer, LambdaLR(optimizer, _shape(options, options.lr_decay_steps or total_steps))
+
+
+@contextmanager
+def few_threads(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """One thread for what goes over an optimizer's weights one by one, where they are small ones on the CPU.
+
+    To wake another for each takes longer than what it would do.
+    """
+    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+    small = sum(weight.numel() for weight in weights) < _SMALL * len(weights)
+    threads = torch.get_num_threads()
+    if not small or weights[0].device.type != "cpu" or threads == 1:
+        yield
+        return
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def continue_schedule(optimizer: torch.optim.Optimizer, schedule: LRScheduler, steps: int) -> None:

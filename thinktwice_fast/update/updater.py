@@ -26,6 +26,7 @@ from thinktwice_fast.rollout.records import Rollout
 from thinktwice_fast.update.batches import Example, PackedRow, Trainable, pack, pack_shared
 from thinktwice_fast.update.microbatches import plan_microbatches
 from thinktwice_fast.update.objective import loss_arguments
+from thinktwice_fast.update.optimizer import few_threads
 from thinktwice_kernels import combine_metrics, grpo_loss, linear_grpo_loss, linear_logits, linear_logprobs
 
 S = TypeVar("S", bound=Trainable)
@@ -172,7 +173,8 @@ class Updater:
             (loss * parallel.world_size()).backward()
             shares.append(loss.detach())
             collected.append(metrics)
-        norm = self._clip()
+        with few_threads(self.optimizer):
+            norm = self._clip()
         self._learning_rate = float(self.optimizer.param_groups[0]["lr"])
         total = sum(parallel.gather_flat([float(share) for share in shares]))
         if not (math.isfinite(total) and math.isfinite(norm)):
@@ -182,7 +184,8 @@ class Updater:
                 "--update.learning_rate",
                 {"sequences": list(chain.from_iterable(microbatches)), "loss": total, "grad_norm": norm},
             )
-        self.optimizer.step()
+        with few_threads(self.optimizer):
+            self.optimizer.step()
         self.models.stepped()
         self.schedule.step()
         self.optimizer.zero_grad()
