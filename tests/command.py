@@ -58,7 +58,10 @@ def forked_python(environment: tuple[tuple[str, str], ...]) -> str:
 
 
 def _end(server: "subprocess.Popen[bytes]", folder: Path) -> None:
-    server.communicate(timeout=60)  # its standard input ends
+    try:
+        server.communicate(timeout=60)  # its standard input ends
+    except subprocess.TimeoutExpired:
+        server.kill()
     shutil.rmtree(folder)
 
 

@@ -20,7 +20,8 @@ def main(address: str, arguments: list[str]) -> int:
         socket.send_fds(server, [json.dumps(request).encode()], [0, 1, 2])
 
         def forward(number: int, frame: FrameType | None) -> None:
-            # Nobody can pass SIGKILL on: SIGUSR1 stands for it. When it has ended this process, the fork is gone too.
+            # Nobody can pass SIGKILL on: SIGUSR1 stands for it. From here on, when it has ended this process, the fork
+            # is gone too; before, the fork ends once the server sees the connection closed.
             server.send(bytes([signal.SIGKILL if number == signal.SIGUSR1 else number]))
 
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):

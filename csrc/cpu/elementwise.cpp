@@ -82,13 +82,11 @@ class WeightSums {
   float* of_task(int64_t task) { return parts_.data() + task * size_; }
 
   Tensor total() const {
+    std::vector<double> sums(size_);
+    for (int64_t task = 0; task < tasks_; ++task)
+      for (int64_t i = 0; i < size_; ++i) sums[i] += parts_[task * size_ + i];
     Tensor out = new_tensor({size_}, ScalarType::Float);
-    auto* const to = out.mutable_data_ptr<float>();
-    for (int64_t i = 0; i < size_; ++i) {
-      double sum = 0;
-      for (int64_t task = 0; task < tasks_; ++task) sum += parts_[task * size_ + i];
-      to[i] = static_cast<float>(sum);
-    }
+    std::copy(sums.begin(), sums.end(), out.mutable_data_ptr<float>());
     return out;
   }
 

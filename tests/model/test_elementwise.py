@@ -152,25 +152,49 @@ def test_what_does_not_fit_is_refused() -> None:
         qkv_heads(x, cos, sin, (1, 1), (torch.ones(2), torch.ones(3)), EPS)
 
 
-def results(model: Any) -> list[Tensor]:
-    """Logits and gradients of a prompt and two responses to it."""
-    ids = torch.arange(40) * 11 % VOCABULARY
-    positions = torch.tensor([*range(16), *range(16, 28), *range(16, 28)])
-    attention = PrefixAttention.from_segments([16, 12, 12], [-1, 0, 0], ids.device)
-    logits = Policy(model)(ids, positions, attention, torch.arange(40), linear_head)
-    cross_entropy(logits, torch.arange(40) % VOCABULARY).backward()
+def results(model: Any, response: int = 12) -> list[Tensor]:
+    """Logits and gradients of a prompt of 16 tokens and two responses to it."""
+    tokens = 16 + 2 * response
+    ids = torch.arange(tokens) * 11 % VOCABULARY
+    positions = torch.tensor([*range(16), *range(16, 16 + response), *range(16, 16 + response)])
+    attention = PrefixAttention.from_segments([16, response, response], [-1, 0, 0], ids.device)
+    logits = Policy(model)(ids, positions, attention, torch.arange(tokens), linear_head)
+    cross_entropy(logits, torch.arange(tokens) % VOCABULARY).backward()
     return [logits.detach(), *(parameter.grad for parameter in model.parameters())]
 
 
+# 40 tokens are too few for joint products, 80 are enough.
+@pytest.mark.parametrize("response", [12, 32])
+@pytest.mark.parametrize("biases", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_models(family: str) -> None:
+def test_models(family: str, biases: bool, response: int) -> None:
     plain = random_model(family, NAME)
+    if biases:
+        for layer in plain.model.layers:
+            for module in (layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj, layer.mlp.gate_proj):
+                module.bias = torch.nn.Parameter(torch.linspace(-1, 1, module.out_features))
     fused, exact = copy.deepcopy(plain), copy.deepcopy(plain).double()
     fuse_elementwise(fused)
     kinds = [type(module).__name__ for module in fused.modules()]
     assert kinds.count(f"Fused{family.capitalize()}MLP") == kinds.count(f"Fused{family.capitalize()}Attention") == 3
     assert all(kind.startswith("Fused") for kind in kinds if kind.endswith("RMSNorm"))
-    assert_as_exact(results(fused), results(plain), results(exact))
+    assert_as_exact(results(fused, response), results(plain, response), results(exact, response))
+
+
+def test_joint_products_keep_no_copy_of_the_weights() -> None:
+    model = random_model("llama", NAME)
+    fuse_elementwise(model)
+    kept: set[tuple[int, ...]] = set()
+
+    def note(tensor: Tensor) -> Tensor:
+        kept.add(tuple(tensor.shape))
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        results(model, 28)
+    hidden, inner, heads = 64, 96, 64 + 2 * 32
+    assert {(72, 2 * inner), (inner, hidden)} < kept  # gate and up, and the weight of each
+    assert not {(2 * inner, hidden), (heads, hidden)} & kept
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])

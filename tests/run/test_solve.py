@@ -106,6 +106,8 @@ def test_a_stop_string_ends_a_turn_and_is_not_shown(solver: Solver) -> None:
     assert "".join(piece.text for piece in own) == own[-1].ended.text == whole.text.partition(stop)[0]
     assert own[-1].ended.finished and own[-1].ended.tokens < whole.tokens
     assert solver.solve(QUESTIONS, sampling=replace(drawn, stop_strings=("no such text",)))[0].solution == whole
+    with pytest.raises(UserError, match="stop_strings: an empty string"):
+        replace(drawn, stop_strings=("\\boxed", ""))
 
 
 @pytest.mark.parametrize("stop_string", ["## Question", None])

@@ -38,8 +38,13 @@ def fuse_elementwise(model: nn.Module) -> None:
 
 
 def fuses(model: nn.Module) -> bool:
-    """Whether ``fuse_elementwise`` knows the model's modules."""
+    """Whether ``fuse_elementwise`` knows modules of the model, and has not been asked to fuse them yet."""
     return any(type(module) in _FUSED for module in model.modules())
+
+
+def own_class(module: nn.Module) -> type[nn.Module]:
+    """The class that a module had before ``fuse_elementwise``."""
+    return _OWN.get(type(module), type(module))
 
 
 def rms_norm(
@@ -139,6 +144,28 @@ class _Gate(torch.autograd.Function):
         return ops.swiglu_backward(grad.contiguous(), ctx.saved_tensors[0].contiguous())
 
 
+class _JointProduct(torch.autograd.Function):
+    """x [W1; W2; ...]^T; keeps the weights as they are, not the copy that has them side by side."""
+
+    @staticmethod
+    def forward(x: Tensor, *weights: Tensor) -> Tensor:
+        return linear(x, torch.cat(weights))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        x, *weights = ctx.saved_tensors
+        of_x = grad @ torch.cat(weights) if ctx.needs_input_grad[0] else None
+        of_weights: list[Tensor | None] = [None] * len(weights)
+        if any(ctx.needs_input_grad[1:]):
+            of_weights = list((grad.T @ x).split([len(weight) for weight in weights]))
+        return of_x, *of_weights
+
+
 def _joint(x: Tensor, *modules: nn.Module) -> Tensor:  # [T, inputs] -> [T, outputs of all]
     """The modules' results side by side: one product, where they are plain linear layers with or without biases.
 
@@ -148,8 +175,8 @@ def _joint(x: Tensor, *modules: nn.Module) -> Tensor:  # [T, inputs] -> [T, outp
     biases = [module.bias for module in linears if module.bias is not None]
     if len(x) < _FEW or len(linears) < len(modules) or len(biases) not in (0, len(linears)):
         return torch.cat([module(x) for module in modules], 1)
-    weight = torch.cat(tuple(module.weight for module in linears))
-    return linear(x, weight, torch.cat(tuple(biases)) if biases else None)
+    out = cast(Tensor, _JointProduct.apply(x, *(module.weight for module in linears)))
+    return out + torch.cat(tuple(biases)) if biases else out
 
 
 def _fits(x: Tensor) -> bool:
@@ -225,3 +252,4 @@ _NORMS = _before(_FusedNorm, LlamaRMSNorm, Olmo3RMSNorm, Qwen3RMSNorm)
 _MLPS = _before(_FusedMLP, LlamaMLP, Olmo3MLP, Qwen3MLP)
 _ATTENTIONS = _before(_FusedAttention, LlamaAttention, Olmo3Attention, Qwen3Attention)
 _FUSED = _NORMS | _ATTENTIONS | _MLPS
+_OWN = {fused: own for own, fused in _FUSED.items()}

@@ -22,6 +22,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
 
 from thinktwice_fast.model.agreement import TOLERANCE, agrees
 from thinktwice_fast.model.attention import PagedAttention
+from thinktwice_fast.model.elementwise import own_class
 from thinktwice_fast.model.policy import Policy, linear_head
 from thinktwice_fast.model.rotary import Rotation, has_fixed_angles, rotary_tables
 
@@ -83,8 +84,8 @@ def unfuse_attention(model: PreTrainedModel) -> None:
 
 
 def _attentions(model: nn.Module) -> list[tuple[Any, _Family]]:
-    """The known attention modules and what they have; also those that ``fuse_elementwise`` made of them."""
-    kinds = ((module, kind) for module in model.modules() for kind in type(module).__mro__)
+    """The known attention modules and what they have."""
+    kinds = ((module, own_class(module)) for module in model.modules())
     return [(module, _FAMILIES[kind]) for module, kind in kinds if kind in _FAMILIES]
 
 

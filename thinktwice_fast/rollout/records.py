@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass, field
 
+from thinktwice_fast.errors import UserError
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -13,6 +15,10 @@ class Sampling:
     min_p: float = 0.0
     max_tokens: int = 64  # longest response, stop token included
     stop_strings: tuple[str, ...] = ()  # a response ends with the token that completes one of them
+
+    def __post_init__(self) -> None:
+        if "" in self.stop_strings:
+            raise UserError("stop_strings: an empty string would end every response at once: leave it out")
 
 
 @dataclass
@@ -30,7 +36,7 @@ class Rollout:
     text: str = ""  # the response decoded, without stop token or string; for graders and transcripts
     reward: float | None = None  # None: the reward function left this sample out
     advantage: float = 0.0
-    ended: bool = False  # nothing more will be drawn: a stop token came, or max_tokens were drawn
+    ended: bool = False  # nothing more will be drawn: a stop token or string came, or max_tokens were drawn
     kept: int | None = None  # name of its kept cache, for a request that extends it (see `Request.keep`)
 
 

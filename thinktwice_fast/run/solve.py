@@ -188,7 +188,8 @@ class Solver:
         """Text of all turns of all problems as it is sampled; problems are worked on beside each other.
 
         A refinement begins when what it refines has ended, and with its cache, where the chat template lets the refine
-        prompt continue it token for token. The n-th refinement sees the whole chat before it.
+        prompt continue it token for token. The n-th refinement sees the whole chat before it, with the tokens that a
+        stop string cut off the shown text.
 
         Args:
             questions: each a text, or chat messages that end with the question.

@@ -175,16 +175,15 @@ class Updater:
             collected.append(metrics)
         with few_threads(self.optimizer):
             norm = self._clip()
-        self._learning_rate = float(self.optimizer.param_groups[0]["lr"])
-        total = sum(parallel.gather_flat([float(share) for share in shares]))
-        if not (math.isfinite(total) and math.isfinite(norm)):
-            self.optimizer.zero_grad()
-            raise NonFiniteLoss(
-                f"the loss or its gradient is not finite (loss {total}, gradient norm {norm}): lower "
-                "--update.learning_rate",
-                {"sequences": list(chain.from_iterable(microbatches)), "loss": total, "grad_norm": norm},
-            )
-        with few_threads(self.optimizer):
+            self._learning_rate = float(self.optimizer.param_groups[0]["lr"])
+            total = sum(parallel.gather_flat([float(share) for share in shares]))
+            if not (math.isfinite(total) and math.isfinite(norm)):
+                self.optimizer.zero_grad()
+                raise NonFiniteLoss(
+                    f"the loss or its gradient is not finite (loss {total}, gradient norm {norm}): lower "
+                    "--update.learning_rate",
+                    {"sequences": list(chain.from_iterable(microbatches)), "loss": total, "grad_norm": norm},
+                )
             self.optimizer.step()
         self.models.stepped()
         self.schedule.step()
