@@ -129,14 +129,18 @@ class _Heads(torch.autograd.Function):
         return of_x, None, None, None, None, *of_norms, None
 
 
-class _Gate(torch.autograd.Function):
-    @staticmethod
-    def forward(x: Tensor) -> Tensor:
-        return cast(Tensor, ops.swiglu(x.contiguous()))
+class _KeepsInputs(torch.autograd.Function):
+    """Of tensors alone; the gradient needs all of them."""
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
         ctx.save_for_backward(*inputs)
+
+
+class _Gate(_KeepsInputs):
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return cast(Tensor, ops.swiglu(x.contiguous()))
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -144,16 +148,12 @@ class _Gate(torch.autograd.Function):
         return ops.swiglu_backward(grad.contiguous(), ctx.saved_tensors[0].contiguous())
 
 
-class _JointProduct(torch.autograd.Function):
+class _JointProduct(_KeepsInputs):
     """x [W1; W2; ...]^T; keeps the weights as they are, not the copy that has them side by side."""
 
     @staticmethod
     def forward(x: Tensor, *weights: Tensor) -> Tensor:
         return linear(x, torch.cat(weights))
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
