@@ -20,7 +20,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 
 from tests.kernels.batches import LAYOUTS, gradients, make_batch
 from tests.kernels.cases import AGGREGATIONS, CASES
-from tests.kernels.interpreter import patch_language_once
+from tests.kernels.interpreter import patch_language_once, round_bfloat16_to_nearest
 from thinktwice_kernels import reference
 from thinktwice_kernels.backends import Head, LossInputs, triton_backend
 from thinktwice_kernels.options import LossOptions
@@ -29,6 +29,7 @@ from thinktwice_kernels.totals import loss_weights, metrics_of, totals_of
 from thinktwice_kernels.triton_kernels import launch
 
 patch_language_once()
+round_bfloat16_to_nearest()
 ROWS = 5
 SPLIT = pytest.mark.parametrize("processors", [1, 132], ids=["a program to a row", "several programs to a row"])
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 2e-6}
