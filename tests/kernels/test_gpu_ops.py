@@ -34,6 +34,7 @@ from thinktwice_kernels import (
     reference,
     token_logprobs,
 )
+from thinktwice_kernels.backends import backend_of
 
 pytestmark = [
     pytest.mark.gpu,
@@ -322,6 +323,27 @@ def test_hardly_any_tokens(tokens: int) -> None:
     assert int(metrics["tokens"]) == tokens
     assert all(bool(gradient.isfinite().all()) for gradient in found.values())
     assert bool(found["d_weight"].any()) == bool(tokens)
+
+
+@pytest.mark.parametrize("out_dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("size", [1, 4096 * 7, 4096 * 7 + 13])
+def test_scaling_rounds_as_torch_does(size: int, out_dtype: torch.dtype) -> None:
+    values, by = normal(size).float().to(DEVICE), torch.tensor(-1 / 3, device=DEVICE)
+    out = torch.empty(size, dtype=out_dtype, device=DEVICE)
+    backend_of(values).scale(values, by, out)
+    assert torch.equal(out, (values * by).to(out_dtype))
+    want = values * by
+    backend_of(values).scale(values, by, values)
+    assert torch.equal(values, want)
+
+
+def test_scaling_more_than_2_31_numbers() -> None:
+    size = 2**31 + 4097
+    values = torch.zeros(size, dtype=torch.bfloat16, device=DEVICE)
+    values[[0, 2**31 - 1, 2**31, -1]] = torch.tensor([1.0, 2, 3, 4], dtype=torch.bfloat16, device=DEVICE)
+    backend_of(values).scale(values, torch.tensor(0.5, device=DEVICE), values)
+    assert values[[0, 2**31 - 1, 2**31, -1]].tolist() == [0.5, 1, 1.5, 2]
+    assert int(values.count_nonzero()) == 4
 
 
 def test_more_than_2_31_logits() -> None:

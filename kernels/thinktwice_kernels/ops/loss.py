@@ -194,8 +194,8 @@ def _scaled(gradient: Tensor, by: Tensor, dtype: torch.dtype, consume: bool) -> 
     if type(by) is Tensor and by.device.type == "cpu" and by == 1:  # a GPU would wait, a tracer's tensors have no value
         # What a graph that runs again hands out must be memory of its own.
         return gradient.to(dtype, copy=not consume)
-    if consume and gradient.dtype == dtype:
-        return gradient.mul_(by)
     if type(by) is not Tensor:
         return (gradient * by).to(dtype)
-    return torch.mul(gradient, by, out=torch.empty_like(gradient, dtype=dtype))  # rounds in the same pass
+    out = gradient if consume and gradient.dtype == dtype else torch.empty_like(gradient, dtype=dtype)
+    backend_of(gradient).scale(gradient, by, out)
+    return out
