@@ -39,11 +39,15 @@ mkdir -p "$WORK"
 export PYTHON PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1
 export PYTHONPATH="$SITE:$PWD/kernels:$PWD${PYTHONPATH:+:$PYTHONPATH}"
 
-# The lines of a log as they come, shortened, but for those of tests that pass.
+# The lines of a log as they come, shortened, but for those of tests that start or pass.
 show() {
   local line
   while IFS= read -r line; do
-    case "$line" in *PASSED* | '') ;; *) printf '   %s\n' "${line:0:180}" ;; esac
+    case "$line" in
+      *FAILED* | *ERROR*) ;;
+      *PASSED* | tests/*::* | '') continue ;;
+    esac
+    printf '   %s\n' "${line:0:180}"
   done
 }
 
@@ -54,7 +58,7 @@ part() {
   shift 2
   echo "== $name, after $SECONDS s"
   : >"$log"
-  tail -f -n +1 "$log" > >(show) 2>/dev/null &
+  tail -f -s 0.2 -n +1 "$log" > >(show) 2>/dev/null &
   shower=$!
   if [ "$left" -lt 5 ]; then
     echo "no time is left" >"$log"
@@ -63,7 +67,7 @@ part() {
     timeout --signal=INT --kill-after=5 $((seconds < left ? seconds : left)) "$@" >"$log" 2>&1
     status=$?
   fi
-  sleep 0.2
+  sleep 0.4
   kill "$shower"
   wait "$shower" 2>/dev/null
   printf '%s\t%s\t%s\n' "$name" "$status" $((SECONDS - start)) >>"$WORK/parts.tsv"
@@ -71,7 +75,8 @@ part() {
 
 # What the extension is built from: a file's time says little where a tree was copied.
 sources() {
-  { find csrc -type f -print0 | sort -z | xargs -0 cat setup.py; "$PYTHON" --version; } | sha256sum
+  find csrc -type f -print0 | sort -z | xargs -0 cat setup.py | sha256sum
+  "$PYTHON" -c 'import importlib.metadata; print(importlib.metadata.version("torch"))'
 }
 
 build() {
@@ -90,13 +95,14 @@ tests() {
   part "$name" "$seconds" "$PYTHON" -m pytest -v -p no:cacheprovider --tb=short "$@"
 }
 
+if [ -n "${WHEELS:-}" ] && [ "$(ls "$WHEELS")" != "$(cat "$SITE.list" 2>/dev/null)" ]; then
+  rm -rf "$SITE"
+  part wheels 40 "$PYTHON" -m pip install --quiet --no-index --no-deps --no-compile --target "$SITE" "$WHEELS"/*.whl
+  ls "$WHEELS" >"$SITE.list"
+fi
 "$PYTHON" -m bench.hardware >"$WORK/machine.json" || exit 2
 if [ -z "$CPU" ] && grep -q '"gpu": null' "$WORK/machine.json"; then
   usage "torch sees no GPU here; a dry run is --cpu"
-fi
-if [ -n "${WHEELS:-}" ]; then
-  part wheels 40 "$PYTHON" -m pip install --quiet --no-index --no-deps --no-compile --upgrade --target "$SITE" \
-    "$WHEELS"/*.whl
 fi
 build
 case "$STAGE$CPU" in

@@ -31,7 +31,7 @@ def profiled(work: Callable[[], Any], device: torch.device) -> Profiled:
         seconds = timed(work, device)
     events = profiler.key_averages()
     calls = [_Row(e.key, e.count, e.self_cpu_time_total) for e in events if not _on_device(e)]
-    kernels = [_Row(e.key, e.count, e.self_device_time_total) for e in events if _on_device(e)]
+    kernels = [_Row(e.key, e.count, e.self_device_time_total) for e in events if _on_device(e) and not _only_named(e)]
     tables = [_table("calls on the host", calls, _CALLS)]
     if on_gpu:
         tables.insert(0, _table("kernels", kernels, _KERNELS))
@@ -56,6 +56,11 @@ class _Row:
 
 def _on_device(event: Any) -> bool:
     return event.device_type == torch.autograd.DeviceType.CUDA
+
+
+def _only_named(event: Any) -> bool:
+    """A range of time that the program named, over kernels that have rows of their own."""
+    return bool(event.is_user_annotation)
 
 
 def _table(what: str, rows: list[_Row], most: int) -> str:

@@ -5,12 +5,17 @@ it in ``details.txt``.
 """
 
 import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
-from bench.targets import Outcome
+from bench.measure import OURS, Op, Setting, measure_case
+from bench.report import case_table
+from bench.shapes import Case
+from bench.targets import Target, outcome
 
+Row = Mapping[str, Any]
 _LINES, _DETAILS = "lines.jsonl", "details.txt"
 
 
@@ -34,11 +39,6 @@ class Line:
 def result(check: str, figure: str, goal: str, right: bool) -> Line:
     """A line on whether something was computed right."""
     return Line(check, figure, goal, right, wrong=not right)
-
-
-def goal(outcome: Outcome) -> Line:
-    """A line on whether something was fast or small enough."""
-    return Line(outcome.name, outcome.figure, outcome.bound, outcome.met)
 
 
 class Notes:
@@ -65,11 +65,30 @@ class Notes:
             file.write(block + "\n")
         print(block, flush=True)
 
+    def measure(
+        self, op: Op, case: Case, setting: Setting, contenders: Sequence[str], own: Sequence[str] = (OURS,)
+    ) -> list[Row]:
+        """Measure some contenders of a case, those that there are; of our ``own`` ones note whether they are right."""
+        present = {name: op.contenders[name] for name in contenders if name in op.contenders}
+        rows: list[Row] = [record.as_dict() for record in measure_case(replace(op, contenders=present), case, setting)]
+        self.tell(f"{op.name}, {case.name}", case_table(rows))
+        for row in rows:
+            name = row["contender"]
+            if name in own and not present[name].unable(setting.device):
+                error = f"off by {max(row['errors'].values()):.1e}" if row["errors"] else row["reason"]
+                right = row["status"] == "ok"
+                self.add(result(f"{op.name}, {case.name}{f', {name}' * (name != OURS)}", error, "right", right))
+        return rows
+
+    def judge(self, targets: Iterable[Target], rows: Sequence[Row]) -> None:
+        """Note whether what was measured meets the goals."""
+        for found in (outcome(target, rows) for target in targets):
+            self.add(Line(found.name, found.figure, found.bound, found.met))
+
     def lines(self) -> list[Line]:
         if not self._lines.exists():
             return []
-        rows: list[Mapping[str, str]] = [json.loads(row) for row in self._lines.read_text().splitlines()]
-        return [Line(**row) for row in rows]  # type: ignore[arg-type]
+        return [Line(**json.loads(row)) for row in self._lines.read_text().splitlines()]
 
     def details(self) -> str:
         return self._details.read_text() if self._details.exists() else ""

@@ -41,6 +41,24 @@ def test_correct(tmp_path: Path) -> None:
     assert found["pair: log-probabilities of rollout and training"] == "met"
 
 
+def test_ops(tmp_path: Path) -> None:
+    found = dry_run("ops", tmp_path)
+    right = [verdict for name, verdict in found.items() if "toy" in name]
+    assert right == ["met", "met"]
+    assert found["linear_grpo_loss: ms, 4096 rows"] == "not measured"
+    details = (tmp_path / "ops.txt").read_text()
+    assert "ceiling: torch.matmul, three products" in details and "ceiling: copy of the logits" in details
+
+
+def test_decode(tmp_path: Path) -> None:
+    found = dry_run("decode", tmp_path)
+    right = [verdict for name, verdict in found.items() if "toy" in name]
+    assert right == ["met", "met"]  # without CUDA graphs there is nothing to compare on a CPU
+    assert found["rollout: tokens/s, 4 B, 8 x 8"] == "not measured"
+    details = (tmp_path / "decode.txt").read_text()
+    assert "calls on the host" in details and "without CUDA graphs: not run: runs on cuda only" in details
+
+
 def test_step(tmp_path: Path) -> None:
     found = dry_run("step", tmp_path)
     for name in ("update row: loss and gradient norm", "steps of the race", "predicted peak memory"):
