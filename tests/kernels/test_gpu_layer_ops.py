@@ -1,7 +1,11 @@
 """The ops of a decoder layer on CUDA, where there is one, against their definitions in float64 on the CPU."""
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
+from torch import Tensor
 
 from tests.kernels.accuracy import normal
 from tests.kernels.layers import CASES, EPS, Case, check, gate_case, norm_case, rotary_case, run
@@ -41,7 +45,13 @@ def test_rows_do_not_depend_on_the_batch() -> None:
     assert torch.equal(rms_norm(x, weight, EPS)[700:701], rms_norm(x[700:701], weight, EPS))
     assert torch.equal(swiglu(x)[700:701], swiglu(x[700:701]))
     angles = normal(2, 900, 128).float().to(CUDA)
-    heads = {"query_heads": 16, "kv_heads": 8, "q_norm": weight[:128], "k_norm": weight[:128], "eps": EPS}
+    heads: dict[str, Any] = {
+        "query_heads": 16,
+        "kv_heads": 8,
+        "q_norm": weight[:128],
+        "k_norm": weight[:128],
+        "eps": EPS,
+    }
     whole, part = rotary(x, *angles, **heads), rotary(x[700:703], *angles[:, 700:703], **heads)
     assert all(torch.equal(a[700:703], b) for a, b in zip(whole, part, strict=True))
 
@@ -65,3 +75,46 @@ def test_under_a_graph() -> None:
     x.copy_(normal(9, 2048))
     graph.replay()
     torch.testing.assert_close(y, rms_norm(x, weight, EPS))
+
+
+def with_gradients(function: Callable[..., Any], *inputs: Tensor) -> list[Tensor]:
+    leaves = [x.detach().clone().requires_grad_() for x in inputs]
+    found = function(*leaves)
+    outputs = found if isinstance(found, tuple) else (found,)
+    incoming = [normal(*x.shape, seed=5 + i).to(x) for i, x in enumerate(outputs)]
+    # Liger's functions write gradients over what flows in.
+    return [*(x.detach().clone() for x in outputs), *torch.autograd.grad(outputs, leaves, incoming)]
+
+
+def assert_near(got: list[Tensor], want: list[Tensor]) -> None:
+    for mine, its in zip(got, want, strict=True):
+        assert float((mine - its).float().norm() / its.float().norm()) < 0.01
+
+
+@pytest.mark.parametrize(("casting_mode", "cast_first"), [("llama", True), ("gemma", False)])
+def test_norm_is_that_of_liger(casting_mode: str, cast_first: bool) -> None:
+    function = pytest.importorskip("liger_kernel.ops").LigerRMSNormFunction
+    x, weight = normal(300, 2560).to(CUDA, torch.bfloat16), 1 + 0.3 * normal(2560, seed=1).to(CUDA, torch.bfloat16)
+    theirs = with_gradients(lambda x, w: function.apply(x, w, EPS, 0.0, casting_mode, False), x, weight)
+    assert_near(with_gradients(lambda x, w: rms_norm(x, w, EPS, cast_first=cast_first), x, weight), theirs)
+
+
+def test_gate_is_that_of_liger() -> None:
+    function = pytest.importorskip("liger_kernel.ops").LigerSiLUMulFunction
+    gate_up = normal(300, 2 * 9728).to(CUDA, torch.bfloat16)
+    theirs = with_gradients(lambda x: function.apply(*(half.contiguous() for half in x.chunk(2, 1))), gate_up)
+    assert_near(with_gradients(swiglu, gate_up), theirs)
+
+
+def test_rotation_is_that_of_liger() -> None:
+    function = pytest.importorskip("liger_kernel.ops").LigerRopeFunction
+    qkv = normal(300, 48 * 128).to(CUDA, torch.bfloat16)
+    cos, sin = normal(2, 300, 64, seed=2).repeat(1, 1, 2).float().to(CUDA)
+
+    def theirs(x: Tensor) -> tuple[Tensor, ...]:
+        q, k, v = x.unflatten(1, (48, 128)).split([32, 8, 8], 1)
+        turned = function.apply(*(part.transpose(0, 1)[None].clone() for part in (q, k)), cos[None], sin[None])
+        return *(part[0].transpose(0, 1) for part in turned), v
+
+    ours = with_gradients(lambda x: rotary(x, cos, sin, query_heads=32, kv_heads=8), qkv)
+    assert_near(ours, with_gradients(theirs, qkv))

@@ -52,3 +52,14 @@ def test_strides_and_frozen_norms() -> None:
         q, k, v = rotary(rows, *angles, query_heads=4, kv_heads=2, q_norm=weight[:4], eps=EPS)
         found.append((y, q, k, v, *torch.autograd.grad([y.sum(), q.square().sum(), k.sum(), v.sum()], rows)))
     assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True))
+
+
+def test_rotation_is_that_of_liger() -> None:
+    """Its other two kernels don't run in the interpreter: test_gpu_layer_ops.py has all three."""
+    function = pytest.importorskip("liger_kernel.ops").LigerRopeFunction
+    q, k = normal(5, 4, 8).float(), normal(5, 2, 8, seed=1).float()
+    cos, sin = normal(2, 5, 4, seed=2).float().repeat(1, 1, 2)
+    theirs = function.apply(q.transpose(0, 1)[None].clone(), k.transpose(0, 1)[None].clone(), cos[None], sin[None])
+    got = rotary(torch.cat([q, k, k], 1).flatten(1), cos, sin, query_heads=4, kv_heads=2)
+    for mine, its in zip(got, theirs, strict=False):
+        torch.testing.assert_close(mine, its[0].transpose(0, 1))

@@ -144,7 +144,7 @@ def test_rows_do_not_depend_on_the_batch(dtype: torch.dtype) -> None:
     assert torch.equal(rms_norm(x, weight, EPS)[7:9], rms_norm(x[7:9], weight, EPS))
     assert torch.equal(swiglu(x)[7:9], swiglu(x[7:9]))
     angles = normal(2, 40, 12).float()
-    heads = {"query_heads": 4, "kv_heads": 2, "q_norm": weight[:12], "k_norm": weight[:12], "eps": EPS}
+    heads: dict[str, Any] = {"query_heads": 4, "kv_heads": 2, "q_norm": weight[:12], "k_norm": weight[:12], "eps": EPS}
     whole, part = rotary(x, *angles, **heads), rotary(x[7:9], *angles[:, 7:9], **heads)
     assert all(torch.equal(a[7:9], b) for a, b in zip(whole, part, strict=True))
 
@@ -158,7 +158,7 @@ def test_frozen_weights_and_unused_results() -> None:
         torch.testing.assert_close(*(torch.autograd.grad(out.square().sum(), x)[0] for out in (y, want)))
     qkv, norm = normal(4, 16).float().requires_grad_(), torch.ones(4)
     for index in range(3):
-        arguments = {"query_heads": 2, "kv_heads": 1, "q_norm": norm, "k_norm": norm, "eps": EPS}
+        arguments: dict[str, Any] = {"query_heads": 2, "kv_heads": 1, "q_norm": norm, "k_norm": norm, "eps": EPS}
         got, want = (op(qkv, *normal(2, 4, 4).float(), **arguments)[index] for op in (rotary, reference.rotary))
         torch.testing.assert_close(*(torch.autograd.grad(out.square().sum(), qkv)[0] for out in (got, want)))
 
