@@ -40,4 +40,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    from thinktwice_fast.launch import grow_segments
+
+    grow_segments()
     sys.exit(main())

@@ -1,6 +1,9 @@
 """No plan exceeds its prediction, whatever the lengths: micro-batches, blocks of the KV cache, a GPU's memory."""
 
+import os
 import random
+import subprocess
+import sys
 from collections.abc import Iterator, Sequence
 from functools import cache
 from types import SimpleNamespace
@@ -15,8 +18,9 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
 from tests.algorithms.stubs import Grading, problem
+from tests.command import LIMIT, TRAIN, environment
 from tests.small_models import family_config, random_model
-from thinktwice_fast import parallel
+from thinktwice_fast import launch, parallel
 from thinktwice_fast.algorithms.groups import Group
 from thinktwice_fast.algorithms.pair_draw import fill_joint
 from thinktwice_fast.algorithms.sampler import Draw, Sampler
@@ -320,3 +324,30 @@ def test_the_size_that_options_state_is_taken() -> None:
     options = Config().rollout
     options.cache_tokens = 33
     assert cache_blocks(options, 100, 10, room=1) == 3
+
+
+def test_the_allocator_is_told_to_grow_segments_unless_the_user_said_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    for said, expected in (
+        ({}, {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}),
+        ({"PYTORCH_ALLOC_CONF": "max_split_size_mb:64"}, {}),
+        ({"PYTORCH_CUDA_ALLOC_CONF": "backend:native"}, {}),
+    ):
+        monkeypatch.setattr(os, "environ", dict(said))
+        launch.grow_segments()
+        assert os.environ == said | expected
+
+
+def test_it_is_told_before_torch_is_there() -> None:
+    """In the place of what trains stands what looks."""
+    looks = "lambda: print('torch' in sys.modules, os.environ['PYTORCH_ALLOC_CONF'])"
+    code = (
+        "import os, runpy, sys, types\n"
+        "signals = types.ModuleType('signals')\n"
+        f"signals.StopSignals = {looks}\n"
+        "sys.modules['thinktwice_fast.run.signals'] = signals\n"
+        f"runpy.run_path({str(TRAIN)!r}, run_name='__main__')\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment(), capture_output=True, text=True, timeout=LIMIT
+    )
+    assert done.stdout == "False expandable_segments:True\n", done.stderr

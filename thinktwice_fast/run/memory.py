@@ -26,9 +26,10 @@ V vocabulary; S sequences that decode at once; T tokens and R response tokens of
     activations, rollout b t (2 H + 3 I) of t tokens in one pass, and 2 * 4 S V for logits
     loss head            a tile of logits with their gradients (``linear_head.bytes_per_logit``) of as many of the R as
                          its budget holds, 4 V H of the weight's gradient, 2 b R H of hidden states and theirs
+    CUDA graphs          b S (2 H + 3 I) + 8 S V on a GPU: the memory of decoding steps, which they keep
     libraries            1 GiB on a GPU: CUDA's context with the kernels, the workspaces of its libraries
     allocator            4 m on the CPU: holes that the C library keeps where gradients lay among activations
-                         (measured); on a GPU 3 % of it: gaps between tensors that fit none, the pools of CUDA graphs
+                         (measured); on a GPU 3 % of it: gaps between tensors that no other fits into
 
 T and R are bounds that hold however long the responses are, see ``workload``. Keys and values that shared prefixes
 gather on a GPU are left out.
@@ -174,6 +175,9 @@ def predict(
     parts = [Part("program", base, base, base), *_weights(config, shape, model, device, dtype, world)]
     parts += _working(config, shape, model, device, dtype, load)
     if device.type == "cuda":
+        if config.rollout.cuda_graphs is not False:
+            graphs = _sampling_bytes(shape, dtype, load.sequences, load.sequences)
+            parts.append(Part("CUDA graphs", graphs, graphs))
         margin = _margin(room)
         parts.append(Part("libraries", _GPU_LIBRARIES, _GPU_LIBRARIES, _GPU_LIBRARIES))
         parts.append(Part("allocator", margin, margin))
@@ -250,9 +254,10 @@ def sampling_reserve(model: PreTrainedModel, options: RolloutOptions, device: to
     """
     if device.type != "cuda":
         return 0
-    tokens = min(options.max_batch_tokens, options.max_sequences * max_tokens)
-    sampling = _sampling_bytes(Shape.of(model, ModelOptions()), model.dtype, tokens, options.max_sequences)
-    return sampling + _margin(device_bytes(device, 1))
+    shape, sequences = Shape.of(model, ModelOptions()), options.max_sequences
+    tokens = min(options.max_batch_tokens, sequences * max_tokens)
+    passes, graphs = (_sampling_bytes(shape, model.dtype, rows, sequences) for rows in (tokens, sequences))
+    return passes + graphs + _margin(device_bytes(device, 1))
 
 
 def _sampling_bytes(shape: Shape, dtype: torch.dtype, pass_tokens: int, sequences: int) -> int:
