@@ -111,9 +111,8 @@ def main(work: Path, seconds: float, cpu: bool) -> int:
 
 
 def _plan(command: Sequence[str]) -> str:
-    dry_run = [*command, "--dry-run"]
-    finished = subprocess.run(dry_run, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    return finished.stdout.decode()
+    """What ``--dry-run`` says; what goes wrong with it goes to the log."""
+    return subprocess.run([*command, "--dry-run"], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True).stdout
 
 
 def _table(records: Sequence[Record]) -> str:

@@ -39,6 +39,9 @@ def test_correct(tmp_path: Path) -> None:
     right = {"tests", "errors", "pair", *(f"error: {name}" for name in CASES)}
     assert {name: found[name] for name in right} == dict.fromkeys(right, "met")
     assert found["pair: log-probabilities of rollout and training"] == "met"
+    # Saving would take most of the time.
+    written = {path.name for path in (ROOT / "build" / "gpu_check" / "correct" / "pair-run").iterdir()}
+    assert "metrics.jsonl" in written and not written & {"model", "checkpoints"}
 
 
 def test_ops(tmp_path: Path) -> None:
