@@ -108,7 +108,7 @@ build
 case "$STAGE$CPU" in
   correct)
     # shellcheck disable=SC2046,SC2086 # a list of files, and an option with its value
-    "$PYTHON" -c 'import xdist' 2>/dev/null && MANY="-n 8"
+    "$PYTHON" -c 'import xdist' 2>/dev/null && MANY="-n 8 --dist worksteal"
     tests tests 125 ${MANY:-} --timeout=100 -m gpu $(grep -l --include='test_*.py' -r 'mark\.gpu' tests)
     part errors 40 "$PYTHON" -m bench.error_paths "$WORK"
     part pair 45 "$PYTHON" -m bench.pair "Qwen3-0.6B shape" "$WORK"

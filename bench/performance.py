@@ -95,7 +95,7 @@ def _steps(path: Path) -> str:
 
 
 def _cell(record: dict[str, Any], name: str) -> str:
-    value = record.get(name, record.get(f"{record['phase']}/{name}"))
+    value = record[name if name in record else f"{record['phase']}/{name}"]
     if name == "peak_memory_bytes":
         value /= 1e9
     if not isinstance(value, float):

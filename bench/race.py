@@ -102,12 +102,22 @@ def main(work: Path, seconds: float, cpu: bool) -> int:
         if training.poll() is None:
             os.killpg(training.pid, signal.SIGKILL)
     metrics = race.output / "metrics.jsonl"
-    records = [record for record in read_metrics(metrics) if f"{record['phase']}/loss" in record]
+    records = read_metrics(metrics) if metrics.exists() else []
     if records:
         notes.tell("metrics", _table(records))
-    lines = [*_results(records, status), *_speeds(records, race), *_memory(records, planned, race)]
+    lines = judge(race, records, planned, status)
     notes.add(*lines)
     return int(any(line.wrong for line in lines))
+
+
+def judge(race: Race, records: Sequence[Record], planned: str, status: int | None) -> list[Line]:
+    """What the steps that were done say.
+
+    Args:
+        planned: what ``--dry-run`` printed.
+        status: of the run; None if it was cut off.
+    """
+    return [*_results(records, status), *_speeds(records, race), *_memory(records, planned, race)]
 
 
 def _plan(command: Sequence[str]) -> str:
