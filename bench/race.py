@@ -6,6 +6,7 @@ saved. While it trains, the memory it will take is predicted by ``--dry-run``.
 """
 
 import json
+import math
 import os
 import random
 import re
@@ -142,8 +143,10 @@ def _results(records: Sequence[Record], status: int | None) -> Iterator[Line]:
     ended = "cut off" if status is None else f"status {status}"
     done = f"{len(records)} of {_STEPS}, {ended}"
     yield Line("steps of the race", done, f"{_STEPS}", len(records) == _STEPS, wrong=bool(status))
-    worst = max((record[f"{record['phase']}/mismatch"] for record in records), default=None)
-    if worst is not None:
+    # What is not finite is written as null.
+    apart = [record[f"{record['phase']}/mismatch"] for record in records]
+    if records:
+        worst = math.inf if None in apart else max(apart)
         name = "log-probabilities of rollout and training"
         yield result(name, f"{worst:.1e} apart", f"< {_MISMATCH}", worst < _MISMATCH)
 
