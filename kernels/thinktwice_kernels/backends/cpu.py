@@ -12,6 +12,9 @@ from torch import Tensor
 from thinktwice_kernels.backends import Head, LossInputs
 from thinktwice_kernels.options import LossOptions, ScaleRewards
 from thinktwice_kernels.packed import accumulation_dtype
+from thinktwice_kernels.selection import select_tokens
+
+__all__ = ["group_advantages", "row_gradient", "row_statistics", "scale", "select_tokens", "sequence_loss"]
 
 _REMEDY = "run `make`, or `pip install .` in the repository"
 
@@ -92,6 +95,11 @@ def sequence_loss(inputs: LossInputs, options: LossOptions, want_gradient: bool)
         torch.tensor(options.encode(), dtype=torch.float64),
         want_gradient,
     )
+
+
+def scale(values: Tensor, by: Tensor, out: Tensor) -> None:
+    """`Backend.scale`."""
+    torch.mul(values, by, out=out)
 
 
 def group_advantages(
