@@ -168,6 +168,15 @@ def shape_config(name: str) -> Qwen3Config:
     return Qwen3Config(**shape, tie_word_embeddings=True, max_position_embeddings=8192)  # type: ignore[arg-type]
 
 
+def untrained_folder(shape: str, folder: Path) -> Path:
+    """A shape's config and the shipped model's tokenizer, for ``--model.random_init``; gives the folder back."""
+    tokenizer, config = load_tokenizer(ModelOptions()), shape_config(shape)
+    tokenizer.save_pretrained(folder)
+    config.eos_token_id = tokenizer.eos_token_id
+    config.save_pretrained(folder)
+    return folder
+
+
 def rollout_cases(size: Size) -> list[Case]:
     return _ROLLOUTS[size]
 

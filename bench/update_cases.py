@@ -102,10 +102,12 @@ def update_batch(case: Case, device: torch.device) -> UpdateBatch:
     ours.set_attn_implementation(NAME)
     if workload.checkpointing:
         checkpoint_layers(ours)
-    return UpdateBatch(workload, theirs, pair_models(ours, case.dtype), _rollouts(workload, theirs.config.vocab_size))
+    rollouts = made_rollouts(workload, theirs.config.vocab_size)
+    return UpdateBatch(workload, theirs, pair_models(ours, case.dtype), rollouts)
 
 
-def _rollouts(workload: UpdateWorkload, vocabulary: int) -> tuple[Rollout, ...]:
+def made_rollouts(workload: UpdateWorkload, vocabulary: int) -> tuple[Rollout, ...]:
+    """Of random tokens."""
     numbers = random.Random(0)
 
     def ids(count: int) -> list[int]:

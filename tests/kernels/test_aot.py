@@ -21,10 +21,12 @@ from tests.kernels.cases import CASES
 from thinktwice_kernels.backends import Head, LossInputs, triton_backend
 from thinktwice_kernels.options import LossOptions
 from thinktwice_kernels.triton_kernels import aot
-from thinktwice_kernels.triton_kernels.launch import recording
+from thinktwice_kernels.triton_kernels.launch import SHAPES, recording
 
 ROOT = Path(__file__).parent.parent.parent
 ROW_KERNELS = ("row_statistics", "combine_statistics", "row_gradient")
+# Kernels that nothing may spill in.
+STREAMING = (*ROW_KERNELS, "scale", "count_tokens", "compact_tokens")
 
 
 @pytest.fixture(scope="module")
@@ -50,11 +52,11 @@ def test_everything_compiles(lines: list[aot.Compiled]) -> None:
     wanted = {(key, architecture) for key in aot.configurations(pairs=False) for architecture in aot.ARCHITECTURES}
     assert {(line.configuration, line.architecture) for line in lines} == wanted
     assert len(lines) == len(wanted)
-    assert {line.configuration.kernel for line in lines} == {*ROW_KERNELS, "sequence_loss", "group_advantages"}
+    assert {line.configuration.kernel for line in lines} == {*STREAMING, "sequence_loss", "group_advantages"}
 
 
-def test_no_row_kernel_spills(lines: list[aot.Compiled]) -> None:
-    assert not [line for line in lines if line.configuration.kernel in ROW_KERNELS and line.stack]
+def test_no_streaming_kernel_spills(lines: list[aot.Compiled]) -> None:
+    assert not [line for line in lines if line.configuration.kernel in STREAMING and line.stack]
     assert all(16 <= line.registers <= 255 for line in lines)
 
 
@@ -68,6 +70,15 @@ def test_aligned_rows_are_read_and_written_16_bytes_at_a_time(lines: list[aot.Co
         assert aligned == ("ld" in wide)
         if "out_ptr" in kinds:
             assert aligned == ("st" in wide)
+
+
+def test_scaling_moves_16_bytes_at_a_time(lines: list[aot.Compiled]) -> None:
+    found = [line.ptx for line in lines if line.configuration.kernel == "scale"]
+    for ptx in found:
+        loads, stores = (re.findall(rf"{way}\.global\S*\.(?:v4\.b32|v2\.b64)", ptx) for way in ("ld", "st"))
+        assert len(loads) == SHAPES["scale"].vectors
+        assert stores
+    assert found
 
 
 def test_pairs_are_covered() -> None:
@@ -101,6 +112,32 @@ def test_new_numbers_of_rows_compile_nothing(head: Head) -> None:
     assert len(few) == len(first)
     for rows, start in ((1, 0), (1, 1), (2, 3), (17, 5)):
         assert row_launches(rows, start, head) == few
+
+
+def selection_launches(lengths: list[int], case: str, start: int = 0) -> set[aot.Configuration]:
+    """What finding the computed tokens compiles."""
+    options, tensors = CASES[case]
+    batch = make_batch([start, *lengths], 3, **dict.fromkeys(tensors, True), loss_mask=True)
+    batch = {name: value.detach() for name, value in batch.items()}
+    sequences, total = len(lengths), sum(lengths)
+    own = {name: batch[name][start:] for name in batch if name not in ("advantages", "cu_seqlens", "entropy")}
+    inputs = LossInputs(
+        **own,
+        advantages=batch["advantages"][1:],
+        cu_seqlens=torch.tensor([0, *lengths]).cumsum(0),
+        weights=torch.ones(start + sequences, dtype=torch.float64)[start:],
+    )
+    with recording() as launches:
+        triton_backend.compacted(inputs, total, LossOptions(**options))
+    return {aot.configuration_of(launch) for launch in launches}
+
+
+@pytest.mark.parametrize("case", ["clip", "gspo", "guided, released code"])
+def test_finding_the_tokens_of_new_lengths_compiles_nothing(case: str) -> None:
+    first = selection_launches([5, 7, 3], case)
+    assert len(first) == 2
+    for lengths, start in (([16, 16], 0), ([1], 1), ([3, 0, 70], 1), ([1, 1, 1, 5], 3)):
+        assert selection_launches(lengths, case, start) == first
 
 
 def loss_launches(lengths: list[int], case: str, start: int = 0, **numbers: float) -> set[aot.Configuration]:
@@ -141,6 +178,7 @@ def test_every_launch_is_made_of_what_is_compiled() -> None:
     """Each parameter's type, alignment or value, in each kernel, is among those that `lines` compiles."""
     known = {(key.kernel, *parameter) for key in aot.configurations(pairs=False) for parameter in key.parameters}
     launched = {key for case in CASES for lengths in ([3, 0, 4], [1]) for key in loss_launches(lengths, case)}
+    launched |= {key for case in ("k3", "gspo", "guided, released code") for key in selection_launches([3, 4], case)}
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         for head in (Head(), Head(torch.empty(4096), torch.empty(1), 30.0)):
             launched |= row_launches(600, 0, head, dtype) | row_launches(1, 1, head, dtype)

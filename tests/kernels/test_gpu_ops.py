@@ -3,6 +3,7 @@
 Letters: T tokens, S sequences, V vocabulary, H hidden size.
 """
 
+import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, cast
@@ -12,6 +13,17 @@ import torch
 import triton
 from torch import Tensor
 
+from tests.kernels.accuracy import (
+    FP32_ERROR,
+    Tensors,
+    assert_accurate,
+    check_token_logprobs,
+    error,
+    gradients,
+    moved_to,
+    normal,
+    with_leaves,
+)
 from tests.kernels.batches import make_batch
 from tests.kernels.cases import AGGREGATIONS, CASES
 from thinktwice_kernels import (
@@ -21,19 +33,21 @@ from thinktwice_kernels import (
     linear_grpo_loss,
     linear_logprobs,
     reference,
+    selection,
     token_logprobs,
 )
+from thinktwice_kernels.backends import LossInputs, backend_of
+from thinktwice_kernels.options import LossOptions
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
 ]
 DEVICE = torch.device("cuda")
-FP32_ERROR = 1e-5
 LENGTHS = [5, 0, 40, 1, 130, 64]
 T, V, H = sum(LENGTHS), 517, 64
 DTYPES = [torch.float32, torch.bfloat16]
-Tensors = dict[str, Tensor]
+on_device = partial(moved_to, DEVICE)
 
 
 @pytest.fixture(autouse=True)
@@ -43,23 +57,6 @@ def poisoned_memory() -> Iterator[None]:
     assert torch.empty(5, device=DEVICE).isnan().all()
     yield
     torch.use_deterministic_algorithms(False)
-
-
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-
-
-def error(got: Tensor, want: Tensor) -> float:
-    """Relative; a loss, which is a sum of terms of both signs and of size 1, is not taken for smaller than 0.01."""
-    want = want.detach()
-    return float((got.detach().cpu().double() - want).norm() / want.norm().clamp(min=1e-30 if want.dim() else 0.01))
-
-
-def assert_accurate(got: Tensors, want: Tensors, plain: Tensors | None = None) -> None:
-    """Below 1e-5; or no more than twice the error of what plain torch makes of bfloat16 inputs."""
-    for name, value in want.items():
-        limit = FP32_ERROR if plain is None else max(FP32_ERROR, 2 * error(plain[name], value))
-        assert error(got[name], value) <= limit, name
 
 
 def head(tokens: int, vocabulary: int, dtype: torch.dtype, **wanted: bool) -> dict[str, Any]:
@@ -74,59 +71,11 @@ def head(tokens: int, vocabulary: int, dtype: torch.dtype, **wanted: bool) -> di
     return found
 
 
-def on_device(batch: dict[str, Any], dtype: torch.dtype, leaves: tuple[str, ...]) -> dict[str, Any]:
-    """The batch on the GPU: the leaves in `dtype`, with gradients; the other floating tensors in fp32."""
-    moved = {}
-    for name, value in batch.items():
-        if isinstance(value, Tensor):
-            value = value.detach().to(DEVICE)
-            if name in leaves:
-                value = value.to(dtype).requires_grad_()
-            elif value.is_floating_point() and dtype != torch.float64:
-                value = value.float()
-        moved[name] = value
-    return moved
-
-
-def with_leaves(batch: dict[str, Any], leaves: tuple[str, ...]) -> dict[str, Any]:
-    return {**batch, **{name: batch[name].detach().clone().requires_grad_() for name in leaves if name in batch}}
-
-
-def gradients(outputs: Any, batch: dict[str, Any], leaves: tuple[str, ...], incoming: Any = None) -> Tensors:
-    present = [name for name in leaves if name in batch]
-    found = torch.autograd.grad(outputs, [batch[name] for name in present], incoming)
-    return {f"d_{name}": gradient for name, gradient in zip(present, found, strict=True)}
-
-
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float16, torch.float64])
 @pytest.mark.parametrize("vocabulary", [1, 7, 50_257, 128_256, 151_936])
 @pytest.mark.parametrize("inplace", [False, True])
 def test_token_logprobs(dtype: torch.dtype, vocabulary: int, inplace: bool) -> None:
-    rows = 9
-    logits = (4 * normal(rows, vocabulary)).to(dtype)
-    batch = {
-        "logits": logits.double(),
-        "targets": torch.arange(rows) * 7919 % vocabulary,
-        "temperature": torch.linspace(0.6, 1.4, rows, dtype=torch.float64),
-    }
-    incoming = normal(rows, seed=5), normal(rows, seed=6)
-
-    def run(op: Callable[..., Any], inputs: dict[str, Any], **options: Any) -> Tensors:
-        logps, entropy = op(**inputs, return_entropy=True, **options)
-        probes = [probe.to(logps.device, logps.dtype) for probe in incoming]
-        return {"logps": logps, "entropy": entropy, **gradients((logps, entropy), inputs, ("logits",), probes)}
-
-    want = run(reference.token_logprobs, with_leaves(batch, ("logits",)))
-    leaf = on_device(batch, dtype, ("logits",))
-    plain = None
-    if dtype != torch.float64:
-        plain = run(reference.token_logprobs, with_leaves({**batch, "logits": logits}, ("logits",)))
-    # A leaf may not be overwritten while autograd owns it: in place works on what a model computed.
-    inputs = {**leaf, "logits": leaf["logits"] * 1}
-    got = run(token_logprobs, inputs, inplace_backward=inplace)
-    assert_accurate(got, want, plain)
-    if inplace:
-        assert got["d_logits"].data_ptr() == inputs["logits"].data_ptr()
+    check_token_logprobs(DEVICE, dtype, vocabulary, inplace)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -367,6 +316,59 @@ def test_no_op_but_the_fused_one_waits_for_the_gpu() -> None:
         torch.cuda.set_sync_debug_mode("default")
 
 
+def times_waited(call: Callable[[], Any]) -> int:
+    """How often the second run of a call waits for the GPU."""
+    call()
+    torch.use_deterministic_algorithms(False)
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            call()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return sum("synchroniz" in str(warning.message) for warning in caught)
+
+
+@pytest.mark.parametrize(
+    ("options", "waits"),
+    [
+        ({}, 1),
+        ({"entropy_coef": 0.1}, 0),
+        ({"entropy_coef": 0.1, "importance_sampling_level": "sequence"}, 1),
+    ],
+    ids=str,
+)
+def test_the_fused_one_waits_once_at_most(options: dict[str, Any], waits: int) -> None:
+    batch = loss_batch()
+    assert times_waited(lambda: linear_grpo_loss(**batch, **options)[0].backward()) == waits
+
+
+@pytest.mark.parametrize("case", ["defaults", "gspo", "k3", "guided, released code", "sequence-mask"])
+@pytest.mark.parametrize("lengths", [LENGTHS, [70_001], [3] * 5000, [0]], ids=lambda lengths: f"{len(lengths)}")
+def test_the_computed_tokens(case: str, lengths: list[int]) -> None:
+    options, tensors = CASES[case]
+    parsed, tokens = LossOptions(**options), sum(lengths)
+    wanted = dict.fromkeys({"loss_mask", "token_advantages", "zero_advantages", *tensors}, True)
+    batch = {name: value.detach() for name, value in make_batch(lengths, 7, **wanted).items() if name != "entropy"}
+    inputs = LossInputs(**batch, weights=normal(len(lengths), seed=3))
+    want = selection.select_tokens(inputs, tokens, parsed)
+    on_gpu: Any = {name: x.to(DEVICE) for name, x in vars(inputs).items() if isinstance(x, Tensor)}
+    got = backend_of(on_gpu["logps"]).select_tokens(LossInputs(**on_gpu), tokens, parsed)
+    assert torch.equal(got.rows.cpu(), want.rows)
+    assert (got.everything, int(got.in_loss), got.borders) == (want.everything, int(want.in_loss), want.borders)
+    for name in on_gpu.keys() - {"logps", "loss_mask"}:
+        assert torch.equal(getattr(got.inputs, name).cpu(), getattr(want.inputs, name)), name
+
+
+def test_small_inputs_may_lie_on_the_cpu() -> None:
+    batch = loss_batch() | {"loss_mask": torch.arange(T, device=DEVICE) % 5 != 2}
+    want, _ = linear_grpo_loss(**batch)
+    moved = {name: batch[name].cpu() for name in ("advantages", "cu_seqlens", "loss_mask")}
+    got, _ = linear_grpo_loss(**(batch | moved))
+    assert torch.equal(got, want)
+
+
 @pytest.mark.parametrize("tokens", [0, 1])
 def test_hardly_any_tokens(tokens: int) -> None:
     batch = on_device(head(tokens, V, torch.bfloat16), torch.bfloat16, ("hidden", "weight"))
@@ -377,6 +379,27 @@ def test_hardly_any_tokens(tokens: int) -> None:
     assert int(metrics["tokens"]) == tokens
     assert all(bool(gradient.isfinite().all()) for gradient in found.values())
     assert bool(found["d_weight"].any()) == bool(tokens)
+
+
+@pytest.mark.parametrize("out_dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("size", [1, 4096 * 7, 4096 * 7 + 13])
+def test_scaling_rounds_as_torch_does(size: int, out_dtype: torch.dtype) -> None:
+    values, by = normal(size).float().to(DEVICE), torch.tensor(-1 / 3, device=DEVICE)
+    out = torch.empty(size, dtype=out_dtype, device=DEVICE)
+    backend_of(values).scale(values, by, out)
+    assert torch.equal(out, (values * by).to(out_dtype))
+    want = values * by
+    backend_of(values).scale(values, by, values)
+    assert torch.equal(values, want)
+
+
+def test_scaling_more_than_2_31_numbers() -> None:
+    size = 2**31 + 4097
+    values = torch.zeros(size, dtype=torch.bfloat16, device=DEVICE)
+    values[[0, 2**31 - 1, 2**31, -1]] = torch.tensor([1.0, 2, 3, 4], dtype=torch.bfloat16, device=DEVICE)
+    backend_of(values).scale(values, torch.tensor(0.5, device=DEVICE), values)
+    assert values[[0, 2**31 - 1, 2**31, -1]].tolist() == [0.5, 1, 1.5, 2]
+    assert int(values.count_nonzero()) == 4
 
 
 def test_more_than_2_31_logits() -> None:

@@ -203,6 +203,8 @@ def test_the_tiny_configuration_is_the_default() -> None:
         '--eval.sets {"a":"mine.jsonl"} --eval.subset main',
         "--eval.sets {} --eval.limit 10",
         "--eval.sets {} --eval.every 10",
+        "--run.save false --resume auto",
+        "--run.save false --run.checkpoint_every 5",
         "--data.source mine.jsonl --eval.limit 10",  # a file holds nothing back, so there are no sets
     ],
 )

@@ -13,6 +13,7 @@ from thinktwice_fast.model.csrc import torch_versions
 from thinktwice_fast.model.decoder import Decoder
 from thinktwice_fast.model.exact import ExactLinear, exact_logits, make_exact, make_plain, pack_weights
 from thinktwice_fast.model.fused import fuse_attention, unfuse_attention
+from thinktwice_fast.model.lists import int64, upload
 from thinktwice_fast.model.paged import PagedKVCache, Plan
 from thinktwice_fast.model.policy import Policy, linear_head
 from thinktwice_fast.rollout.graphs import GraphRunner
@@ -64,11 +65,12 @@ class ModuleRunner:
 
     @torch.inference_mode()
     def logits(self, tokens: list[int], plan: Plan, last: list[int]) -> torch.Tensor:
+        ids, rows = upload([int64(tokens), int64(last)], self.device)
         return self._policy(
-            torch.tensor(tokens, device=self.device),
+            ids,
             plan.positions,
             PagedAttention(self._cache, plan),
-            torch.tensor(last, dtype=torch.int64, device=self.device),
+            rows,
             self._exact_head if self.exact else linear_head,
         )
 
