@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 CSRC := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inc' -o -name '*.cu' -o -name '*.cuh')
 RUN := $(BIN)/torchrun --standalone --nproc-per-node 1 thinktwice_fast/train.py
 
-.PHONY: setup train test lint types format learning bench warm-start tables clean
+.PHONY: setup train test lint types format headers learning bench warm-start tables clean
 
 train: $(VENV)/built
 	$(RUN) --resume auto
@@ -32,6 +32,10 @@ format: $(VENV)/built
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CSRC)
+
+# csrc/ against the headers of the oldest versions of torch and of the newest; fetches 2 GB once, needs nvcc.
+headers: $(VENV)/installed
+	$(BIN)/python -m tests.csrc.stable_abi
 
 # Three whole runs of the default job, held against what the README says of them.
 learning: $(VENV)/built

@@ -1,106 +1,128 @@
 #!/usr/bin/env bash
-# Builds, tests and measures the ops on a machine with an NVIDIA GPU, nvcc, Python, torch and Triton; no network.
-# Under nine minutes, or half an hour. Ends with a table (check, figure, target, met or not); status 1 if a result was
-# wrong.
+# One stage of the check of a machine with an NVIDIA GPU, nvcc, Python, torch and Triton; no network; under four minutes.
+# It needs no other stage and ends with a table (check, figure, goal, met or not); status 1 if a result was wrong.
 #
-#   [WHEELS=dir] [PYTHON=python3] bench/gpu_check.sh [--cpu | --steps] [OUTPUT]
+#   [WHEELS=dir] [PYTHON=python3] bench/gpu_check.sh correct|ops|decode|step [--cpu] [OUTPUT]
 #
-# WHEELS: wheels of what is missing there (pytest-benchmark, and peers such as liger-kernel, trl).
+# correct: tests on the GPU, errors that users can cause, a pair of training steps of 0.6 billion parameters.
+# ops: the loss head and log-probabilities against their peers and torch's own products.
+# decode: rollouts with CUDA graphs and group attention on and off, and their kernels.
+# step: one update under the profiler, then whole steps of configs/race/qwen3-1.7b-gsm8k.yaml.
+# WHEELS: wheels of what is missing there (the trainer's packages, and peers such as liger-kernel, trl).
 # --cpu: a dry run with tiny shapes, where there is no GPU.
-# --steps: updates and whole training steps against TRL in place of the ops, in half an hour; needs the trainer's
-# packages, trl and accelerate.
-# OUTPUT: where everything is written, build/gpu_check.
+# OUTPUT: where STAGE.txt and STAGE.json go, bench/results/<gpu>-<date>; of a dry run build/gpu_check/results.
 set -u
 cd "$(dirname "$0")/.." || exit 2
-MODE=ops
-case "${1:-}" in
-  --cpu | --steps)
-    MODE=${1#--}
-    shift
-    ;;
+usage() {
+  echo "gpu_check.sh: $1: bench/gpu_check.sh correct|ops|decode|step [--cpu] [OUTPUT]" >&2
+  exit 2
+}
+STAGE=${1:-}
+case "$STAGE" in
+  correct | ops | decode | step) shift ;;
+  *) usage "give a stage, not '$STAGE'" ;;
 esac
-OUTPUT=${1:-build/gpu_check}
+CPU=
+if [ "${1:-}" = --cpu ]; then
+  CPU=--cpu
+  shift
+fi
+[ $# -le 1 ] || usage "one OUTPUT, not '$*'"
+case "${1:-}" in -*) usage "unknown option $1" ;; esac
+WORK=build/gpu_check/$STAGE
+OUTPUT=${1:-${CPU:+build/gpu_check/results}}
 PYTHON=${PYTHON:-python3}
-LIMIT=525 # seconds for everything
-[ "$MODE" = steps ] && LIMIT=1800
-SITE=$OUTPUT/site
-mkdir -p "$OUTPUT"
-rm -f "$OUTPUT"/steps.tsv "$OUTPUT"/results.json
-export PYTHONPATH="$SITE:$PWD/kernels:$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1
+LIMIT=205 # seconds for the parts together; the table takes a few more
+SITE=$PWD/build/gpu_check/site
+rm -rf "$WORK"
+mkdir -p "$WORK"
+export PYTHON PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1
+export PYTHONPATH="$SITE:$PWD/kernels:$PWD${PYTHONPATH:+:$PYTHONPATH}"
 
-# step NAME KIND SECONDS COMMAND...: runs it, with a log and a line in steps.tsv. KIND: correctness, or other.
-step() {
-  local name=$1 kind=$2 seconds=$3 start=$SECONDS left=$((LIMIT - SECONDS)) status
-  shift 3
-  echo "== $name"
+# The lines of a log as they come, shortened, but for those of tests that start or pass.
+show() {
+  local line
+  while IFS= read -r line; do
+    case "$line" in
+      *FAILED* | *ERROR*) ;;
+      *PASSED* | tests/*::* | '') continue ;;
+    esac
+    printf '   %s\n' "${line:0:180}"
+  done
+}
+
+# part NAME SECONDS COMMAND...: runs it, with a log and a line in parts.tsv. It is interrupted first, so that it can say
+# how far it has come.
+part() {
+  local name=$1 seconds=$2 start=$SECONDS left=$((LIMIT - SECONDS)) log=$WORK/$1.log status shower
+  shift 2
+  echo "== $name, after $SECONDS s"
+  : >"$log"
+  tail -f -s 0.2 -n +1 "$log" > >(show) 2>/dev/null &
+  shower=$!
   if [ "$left" -lt 5 ]; then
+    echo "no time is left" >"$log"
     status=124
-    echo "no time is left" >"$OUTPUT/$name.log"
   else
-    timeout --kill-after=10 $((seconds < left ? seconds : left)) "$@" >"$OUTPUT/$name.log" 2>&1
+    timeout --signal=INT --kill-after=5 $((seconds < left ? seconds : left)) "$@" >"$log" 2>&1
     status=$?
   fi
-  tail -n 4 "$OUTPUT/$name.log"
-  printf '%s\t%s\t%s\t%s\n' "$name" "$kind" "$status" $((SECONDS - start)) >>"$OUTPUT/steps.tsv"
+  sleep 0.4
+  kill "$shower"
+  wait "$shower" 2>/dev/null
+  printf '%s\t%s\t%s\n' "$name" "$status" $((SECONDS - start)) >>"$WORK/parts.tsv"
+}
+
+# What the extension is built from: a file's time says little where a tree was copied.
+sources() {
+  find csrc -type f -print0 | sort -z | xargs -0 cat setup.py | sha256sum
+  "$PYTHON" -c 'import importlib.metadata; print(importlib.metadata.version("torch"))'
+}
+
+build() {
+  local built=build/gpu_check/built
+  if compgen -G 'thinktwice_fast/_csrc*.so' >/dev/null && compgen -G 'kernels/thinktwice_kernels/_csrc*.so' >/dev/null; then
+    if [ -n "$CPU" ] || [ "$(cat $built 2>/dev/null)" = "$(sources)" ]; then return; fi
+  fi
+  rm -f thinktwice_fast/_csrc*.so kernels/thinktwice_kernels/_csrc*.so
+  part build 120 "$PYTHON" setup.py build_ext --inplace
+  if compgen -G 'kernels/thinktwice_kernels/_csrc*.so' >/dev/null; then sources >$built; fi
 }
 
 tests() {
-  step "$1" correctness "$2" "$PYTHON" -m pytest -q -p no:cacheprovider "${@:3}"
+  local name=$1 seconds=$2
+  shift 2
+  part "$name" "$seconds" "$PYTHON" -m pytest -v -p no:cacheprovider --tb=short "$@"
 }
 
-environment() {
-  "$PYTHON" - <<'END'
-import json
-from bench import hardware
-print(json.dumps(hardware.describe(), indent=1))
-END
-  nvidia-smi
-  nvcc --version
-  "$PYTHON" -m pip list
-}
-export -f environment
-export PYTHON
-
-if [ -n "${WHEELS:-}" ]; then
-  step wheels other 40 "$PYTHON" -m pip install --quiet --no-index --no-deps --no-compile --upgrade --target "$SITE" \
-    "$WHEELS"/*.whl
+if [ -n "${WHEELS:-}" ] && [ "$(ls "$WHEELS")" != "$(cat "$SITE.list" 2>/dev/null)" ]; then
+  rm -rf "$SITE"
+  part wheels 40 "$PYTHON" -m pip install --quiet --no-index --no-deps --no-compile --target "$SITE" "$WHEELS"/*.whl
+  ls "$WHEELS" >"$SITE.list"
 fi
-step environment other 25 bash -c environment
-BENCHMARKS="bench/bench_linear_loss.py bench/bench_token_logprobs.py bench/bench_linear_logprobs.py
-  bench/bench_grpo_loss.py bench/bench_advantages.py" # the most important first
-if [ "$MODE" = cpu ]; then
-  if ! compgen -G 'kernels/thinktwice_kernels/_csrc*.so' >/dev/null; then
-    step build correctness 500 "$PYTHON" setup.py build_ext --inplace
-  fi
-  tests tests-kernels 100 tests/kernels/test_options.py
-  step pair correctness 120 "$PYTHON" -m bench.pair toy "$OUTPUT/pair"
-  BENCHMARKS="bench/bench_linear_loss.py bench/bench_advantages.py"
-  SIZE=toy
-elif [ "$MODE" = steps ]; then
-  step build correctness 120 "$PYTHON" setup.py build_ext --inplace
-  tests tests-gpu-trainer 60 -m gpu tests/test_gpu.py tests/rollout
-  step pair correctness 60 "$PYTHON" -m bench.pair "Qwen3-0.6B shape" "$OUTPUT/pair"
-  BENCHMARKS="bench/bench_update.py bench/bench_step.py"
-  SIZE=gpu
-else
-  # Together with what is above they leave 150 seconds for the benchmarks, whatever they take.
-  step build correctness 120 "$PYTHON" setup.py build_ext --inplace
-  tests tests-gpu-ops 90 -m gpu tests/kernels
-  if "$PYTHON" -c 'import datasets, jsonargparse, math_verify, pebble' 2>/dev/null; then
-    BENCHMARKS="$BENCHMARKS bench/bench_rollout.py" # needs the trainer's packages too
-    tests tests-gpu-trainer 60 -m gpu tests/test_gpu.py tests/csrc tests/rollout
-    step pair correctness 45 "$PYTHON" -m bench.pair "Qwen3-0.6B shape" "$OUTPUT/pair"
-    if command -v compute-sanitizer >/dev/null; then
-      step compute-sanitizer correctness 30 compute-sanitizer --error-exitcode 9 \
-        "$PYTHON" -m pytest -q -p no:cacheprovider -m gpu tests/csrc/test_cuda_ops.py -k "write_kv or copy_blocks"
-    fi
-  fi
-  SIZE=gpu
+"$PYTHON" -m bench.hardware >"$WORK/machine.json" || exit 2
+if [ -z "$CPU" ] && grep -q '"gpu": null' "$WORK/machine.json"; then
+  usage "torch sees no GPU here; a dry run is --cpu"
 fi
-LEFT=$((LIMIT - SECONDS))
-# shellcheck disable=SC2086 # a list of files
-step benchmarks other "$LEFT" "$PYTHON" -m pytest -q -p no:cacheprovider $BENCHMARKS \
-  -o 'python_files=bench_*.py' -o timeout=0 --benchmark-only --benchmark-quiet \
-  --benchmark-json "$OUTPUT/pytest_benchmark.json" --bench-size "$SIZE" --bench-output "$OUTPUT" \
-  --bench-seconds $((LEFT - 60))
-"$PYTHON" -m bench.gpu_table "$OUTPUT"
+build
+case "$STAGE$CPU" in
+  correct)
+    # shellcheck disable=SC2046,SC2086 # a list of files, and an option with its value
+    "$PYTHON" -c 'import xdist' 2>/dev/null && MANY="-n 8"
+    tests tests 125 ${MANY:-} --timeout=100 -m gpu $(grep -l --include='test_*.py' -r 'mark\.gpu' tests)
+    part errors 40 "$PYTHON" -m bench.error_paths "$WORK"
+    part pair 45 "$PYTHON" -m bench.pair "Qwen3-0.6B shape" "$WORK"
+    ;;
+  correct--cpu)
+    tests tests 60 tests/kernels/test_options.py
+    part errors 60 "$PYTHON" -m bench.error_paths "$WORK" --cpu
+    part pair 60 "$PYTHON" -m bench.pair toy "$WORK"
+    ;;
+  ops*) part ops "$LIMIT" "$PYTHON" -m bench.ops_check "$WORK" $((LIMIT - SECONDS - 30)) $CPU ;;
+  decode*) part decode "$LIMIT" "$PYTHON" -m bench.decode_check "$WORK" $CPU ;;
+  step*)
+    part update 60 "$PYTHON" -m bench.update_check "$WORK" $CPU
+    part steps "$LIMIT" "$PYTHON" -m bench.race "$WORK" $((LIMIT - SECONDS - 10)) $CPU
+    ;;
+esac
+"$PYTHON" -m bench.gpu_table "$STAGE" "$WORK" ${OUTPUT:+"$OUTPUT"}

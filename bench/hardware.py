@@ -1,8 +1,10 @@
-"""What the figures were measured on."""
+"""What the figures were measured on: ``python -m bench.hardware`` prints it."""
 
 import importlib.metadata
+import json
 import os
 import platform
+import re
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,8 @@ _PACKAGES = (
     "pytest-benchmark",
 )
 
+_PEAK_FLOP = {"a100": 312e12, "h100": 989e12, "h200": 989e12, "b200": 2250e12}  # dense
+
 
 def describe() -> dict[str, Any]:
     """Hardware and versions; what is not there is None."""
@@ -36,6 +40,18 @@ def describe() -> dict[str, Any]:
         "driver": _driver(),
         "cuda": torch.version.cuda,
     }
+
+
+def peak_flop() -> float | None:
+    """Of bfloat16 products a second by the data sheet of this GPU; None where it is not known."""
+    return _PEAK_FLOP.get(short_name(torch.cuda.get_device_name())) if torch.cuda.is_available() else None
+
+
+def short_name(gpu: str) -> str:
+    """Of a GPU, for folders: "NVIDIA H100 80GB HBM3" is "h100"; its words up to the first with a digit."""
+    words = [word for word in re.split(r"[^a-z0-9]+", gpu.lower()) if word not in ("nvidia", "geforce")]
+    number = next((place for place, word in enumerate(words) if re.search(r"\d", word)), len(words))
+    return "-".join(words[: number + 1])
 
 
 def _version(package: str) -> str | None:
@@ -59,3 +75,7 @@ def _driver() -> str | None:
     except OSError:
         return None
     return finished.stdout.strip() or None
+
+
+if __name__ == "__main__":
+    print(json.dumps(describe(), indent=1))

@@ -39,12 +39,17 @@ def render(document: Mapping[str, Any]) -> str:
     parts = [machine_line(document)]
     for op, cases in by_case(document["results"]).items():
         for case, rows in cases.items():
-            parts.append(f"{op}, {case}\n" + table([_COLUMNS, *(_cells(row) for row in rows)]))
-            parts[-1] += "".join(f"\n  {row['contender']}: {row['status']}: {row['reason']}" for row in _untimed(rows))
-            parts[-1] += "".join(f"\n  {row['contender']}: {_details(row)}" for row in rows if row.get("details"))
+            parts.append(f"{op}, {case}\n" + case_table(rows))
     verdicts = [(one.name, one.figure, one.bound, one.words) for one in outcomes(document)]
     parts.append(table([("target", "figure", "bound", ""), *verdicts]))
     return "\n\n".join(parts)
+
+
+def case_table(rows: Sequence[Row]) -> str:
+    """The contenders of one case."""
+    text = table([_COLUMNS, *(_cells(row) for row in rows)])
+    text += "".join(f"\n  {row['contender']}: {row['status']}: {row['reason']}" for row in _untimed(rows))
+    return text + "".join(f"\n  {row['contender']}: {_details(row)}" for row in rows if row.get("details"))
 
 
 def machine_line(document: Mapping[str, Any]) -> str:

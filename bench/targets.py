@@ -57,6 +57,23 @@ def _of(model: str) -> Callable[[Row], bool]:
     return lambda row: row["case"].startswith(model)
 
 
+def _rows_of(tokens: int) -> Callable[[Row], bool]:
+    return lambda row: (row["tokens"], row["vocabulary"]) == (tokens, _QWEN3_4B)
+
+
+def _milliseconds(rows: Mapping[str, Row]) -> float | None:
+    return 1000 * rows[OURS]["median"]
+
+
+def _gigabytes(rows: Mapping[str, Row]) -> float | None:
+    memory = rows[OURS]["memory"]
+    return None if memory is None else memory / 1e9
+
+
+def _rate(rows: Mapping[str, Row]) -> float | None:
+    return rows[OURS]["rate"]
+
+
 def _of_ceiling(rows: Mapping[str, Row]) -> float | None:
     return rows[OURS]["of_ceiling"]
 
@@ -84,7 +101,7 @@ def _most_tokens(records: Iterable[Row], op: str) -> int:
     return max((row["tokens"] for row in records if row["op"] == op and row["memory"] is not None), default=0)
 
 
-LINEAR = "linear_grpo_loss"
+LINEAR, LOGPROBS = "linear_grpo_loss", "token_logprobs"
 ROLLOUT, SWITCHES, EXTEND = "rollout", "rollout switches", "rollout two turns"
 HF, VLLM_EAGER, VLLM_COMPILED = "transformers generate", "vllm eager", "vllm compiled"
 WITHOUT_GROUPS, WITHOUT_GRAPHS = "without group attention", "without CUDA graphs"
@@ -98,7 +115,7 @@ GPU_TARGETS = [
     Target("times as fast as verl's kernel + loss", LINEAR, times_slower("verl + loss"), 2.5),
     Target("times as fast as the fastest peer", LINEAR, _fastest_peer, 1),
     Target("share of the copy bandwidth, forward", "token_logprobs forward", _of_ceiling, 0.85),
-    Target("share of the copy bandwidth, with backward", "token_logprobs", _of_ceiling, 0.85),
+    Target("share of the copy bandwidth, with backward", LOGPROBS, _of_ceiling, 0.85),
     Target("share of the ceiling", ROLLOUT, _of_ceiling, 0.7),
     Target("times as fast as without group attention", SWITCHES, times_slower(WITHOUT_GROUPS), 1.5),
     Target("times as fast as TRL", STEP, times_slower(TRL), 4, only=_of(LARGE)),
@@ -128,6 +145,22 @@ STEP_CPU_TARGETS = [
 ]
 
 
+_QWEN3_4B = 151_936  # tokens of its vocabulary
+# Of the stages of gpu_check.sh, on an H200.
+OPS_GOALS = [
+    Target("ms, 4096 rows", LINEAR, _milliseconds, 13.0, at_most=True, only=_rows_of(4096)),
+    Target("GB beyond the inputs, 4096 rows", LINEAR, _gigabytes, 2.1, at_most=True, only=_rows_of(4096)),
+    Target("times as fast as the fastest peer", LINEAR, _fastest_peer, 1),
+    Target("ms, 8192 rows", LOGPROBS, _milliseconds, 1.6, at_most=True, only=_rows_of(8192)),
+    Target("ms, 1024 rows", LOGPROBS, _milliseconds, 0.5, at_most=True, only=_rows_of(1024)),
+]
+DECODE_GOALS = [
+    Target("tokens/s, 4 B, 8 x 8", ROLLOUT, _rate, 12_000, only=_of("Qwen3-4B shape, 8 x 8 ")),
+    Target("tokens/s, 4 B, 32 x 8", ROLLOUT, _rate, 28_000, only=_of("Qwen3-4B shape, 32 x 8 ")),
+    Target("tokens/s, 0.6 B, 8 x 8", ROLLOUT, _rate, 35_000, only=_of(SMALL)),
+]
+
+
 def cpu_targets(records: Iterable[Row]) -> list[Target]:
     """The memory target is for the most tokens: gradient and tile, which do not grow with them, are a floor."""
     most = _most_tokens(records, LINEAR)
@@ -151,10 +184,11 @@ def outcomes(document: Mapping[str, Any]) -> list[Outcome]:
     """Each target for the device of a run."""
     records = document["results"]
     targets = GPU_TARGETS if document["device"] == "cuda" else cpu_targets(records)
-    return [_outcome(target, records) for target in targets]
+    return [outcome(target, records) for target in targets]
 
 
-def _outcome(target: Target, records: Iterable[Row]) -> Outcome:
+def outcome(target: Target, records: Iterable[Row]) -> Outcome:
+    """Whether the records meet it."""
     cases: dict[str, dict[str, Row]] = {}
     for row in records:
         if row["op"] == target.op and row["main"]:

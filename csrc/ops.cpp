@@ -33,7 +33,7 @@ STABLE_TORCH_LIBRARY(thinktwice, m) {
   m.def(
       "sample(Tensor logits, Tensor temperature, Tensor top_k, Tensor top_p, Tensor min_p, int seed,"
       " Tensor sample_ids, Tensor positions)"
-      " -> (Tensor tokens, Tensor logps, Tensor raw_logps, Tensor entropy)");
+      " -> (Tensor tokens, Tensor logps, Tensor raw_logps, Tensor entropy, Tensor statuses)");
   // Training's attention: thinktwice_fast/model/shared_prefix.py.
   m.def(
       "prefix_attention(Tensor q, Tensor k, Tensor v, Tensor lengths, Tensor prefix, float scale, int "

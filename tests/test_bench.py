@@ -1,9 +1,5 @@
 """The benchmark suite itself: what it calls wrong, how it takes turns, what it writes. Speeds are not checked here."""
 
-import json
-import os
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -20,7 +16,6 @@ from bench import (
     bench_linear_logprobs,
     bench_linear_loss,
     bench_token_logprobs,
-    gpu_table,
     measure,
     report,
     targets,
@@ -30,7 +25,6 @@ from bench.memory import peak_memory
 from bench.replay import Measured
 from bench.shapes import Case
 from bench.stats import median, median_ratio, quantile
-from tests.command import LIMIT, ROOT, environment
 
 TOY = SETTINGS["toy"]
 MIB = 1 << 20
@@ -66,53 +60,6 @@ def made_up_op(contenders: Mapping[str, Callable[[Tensor], Any]]) -> Op:
 
 
 OPS = [made_up_op({"allocating": allocating})]  # for the subprocess that measures memory
-
-
-@pytest.fixture(scope="module")
-def dry_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What the script for GPUs leaves behind; on a CPU, with tiny shapes."""
-    folder = tmp_path_factory.mktemp("gpu_check")
-    finished = subprocess.run(
-        [ROOT / "bench" / "gpu_check.sh", "--cpu", folder],
-        env=environment() | {"PYTHON": sys.executable, "PATH": os.environ["PATH"]},
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        timeout=LIMIT,
-    )
-    assert finished.returncode == 0, finished.stdout + finished.stderr
-    (folder / "stdout.txt").write_text(finished.stdout)
-    return folder
-
-
-def test_the_dry_run_measures_checks_and_reports(dry_run: Path) -> None:
-    document = json.loads((dry_run / report.RESULTS).read_text())
-    assert document["machine"]["versions"]["torch"] == torch.__version__
-    rows = [row for row in document["results"] if row["contender"] in (OURS, PLAIN)]
-    assert {row["op"] for row in rows} == {"linear_grpo_loss", "group_advantages"}
-    for row in rows:
-        assert row["status"] == "ok"
-        assert row["errors"] and max(row["errors"].values()) < 1e-4
-        assert len(row["seconds"]) >= TOY.rounds[0]
-        assert 0 < row["p20"] <= row["median"] <= row["p80"]
-    assert [row["memory"] for row in rows if "memory" in row and row["memory"] is not None]
-    assert {row["contender"] for row in document["results"] if row["status"] == "not run" and row["reason"]}
-    for name in ("linear_grpo_loss.png", "group_advantages.png", report.TABLE, "summary.json"):
-        assert (dry_run / name).stat().st_size > 100
-    end = (dry_run / "stdout.txt").read_text().splitlines()
-    checks = [line.split("  ")[0] for line in (dry_run / "summary.txt").read_text().splitlines()]
-    assert [line.split("  ")[0] for line in end[-len(checks) :]] == checks
-    assert {"environment", "tests-kernels", "benchmarks", "results in the benchmarks"} <= set(checks)
-
-
-def test_pytest_benchmark_gets_the_rounds_as_they_were_measured(dry_run: Path) -> None:
-    results = json.loads((dry_run / report.RESULTS).read_text())["results"]
-    timed = {(row["op"], row["case"], row["contender"]): row["seconds"] for row in results if row["seconds"]}
-    replayed = {}
-    for benchmark in json.loads((dry_run / "pytest_benchmark.json").read_text())["benchmarks"]:
-        about = benchmark["extra_info"]
-        replayed[about["op"], about["case"], about["contender"]] = benchmark["stats"]["data"]
-    assert replayed == timed
 
 
 @pytest.mark.parametrize("op", EVERY_OP, ids=lambda op: op.name)
@@ -275,23 +222,3 @@ def test_gpu_targets_that_were_not_measured_are_not_met() -> None:
         "MFU of the update": None,
     }
     assert found["times as fast as verl's kernel + loss"].words == "not measured"
-
-
-@pytest.mark.parametrize("status, wrong", [("0", False), ("1", True), ("124", True)])
-def test_a_failed_correctness_step_fails_the_gpu_check(tmp_path: Path, status: str, wrong: bool) -> None:
-    (tmp_path / "steps.tsv").write_text(f"environment\tother\t1\t2\ntests\tcorrectness\t{status}\t7\n")
-    (tmp_path / "environment.log").write_text("nothing")
-    (tmp_path / "tests.log").write_text("...\n1 failed, 3 passed in 7.00s\n")
-    (tmp_path / report.RESULTS).write_text(json.dumps(document([record(OURS, "case", 1.0)])))
-    assert gpu_table.main(tmp_path) == int(wrong)
-    lines = (tmp_path / "summary.txt").read_text().splitlines()
-    assert lines[2].split("  ")[0] == "tests" and "7 s, 1 failed, 3 passed" in lines[2]
-    assert lines[2].endswith("NOT MET") == wrong
-
-
-def test_our_wrong_result_fails_the_gpu_check(tmp_path: Path) -> None:
-    (tmp_path / "steps.tsv").write_text("")
-    records = [record(OURS, "case", 1.0), replace(record(OURS, "other", 1.0), status="wrong", seconds=[])]
-    (tmp_path / report.RESULTS).write_text(json.dumps(document(records)))
-    assert gpu_table.main(tmp_path) == 1
-    assert "1 of 2 right" in (tmp_path / "summary.txt").read_text()

@@ -238,6 +238,8 @@ class RunOptions:
     """Write a checkpoint every so many steps (and at the end); 0 = only at the end."""
     keep_checkpoints: int = 2
     """Newest checkpoints kept."""
+    save: bool = True
+    """Write checkpoints and the trained model. Off, as where only speed is of interest, the run can't be continued."""
     transcripts_every: int = 20
     """Write a sample of transcripts of the first pair of steps, then every so many; 0 = none."""
     distributed_timeout: float = 1800.0

@@ -263,11 +263,11 @@ Decoded decode(int64_t decoder, int64_t cache, Tensor k_cache, Tensor v_cache, T
     check_vector(tensor, (std::string(op) + ": " + name).c_str(), dtype, n);
   check_vector(stop_ids, "decoder_decode: stop_ids", ScalarType::Long, stop_ids.numel());
   check(steps > 0, op, ": steps must be at least 1");
-  check_options(op,
-                {temperature.const_data_ptr<float>(), top_p.const_data_ptr<float>(),
-                 min_p.const_data_ptr<float>(), top_k.const_data_ptr<int32_t>(),
-                 sample_ids.const_data_ptr<int64_t>(), positions.const_data_ptr<int64_t>()},
-                n);
+  const RowOptions options{temperature.const_data_ptr<float>(),  top_p.const_data_ptr<float>(),
+                           min_p.const_data_ptr<float>(),        top_k.const_data_ptr<int32_t>(),
+                           sample_ids.const_data_ptr<int64_t>(), positions.const_data_ptr<int64_t>()};
+  for (int64_t i = 0; i < n; ++i)
+    check(options_status(options, i) == kOk, op, ": a sampling option of row ", i, " is out of range");
   std::vector<Drawing> drawings;
   for (int64_t i = 0; i < n; ++i) {
     drawings.push_back(

@@ -87,13 +87,16 @@ double truncate(const Truncation& truncation, int64_t vocabulary, float* weights
   return mass;
 }
 
+constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
+constexpr RowResult kRefused{-1, kNaN, kNaN, kNaN};
+
 template <typename T>
 RowResult sample_row_of(const T* logits, int64_t vocabulary, float temperature, const Truncation& truncation,
                         const Draw& draw) {
   const RowBuffers work = thread_buffers(vocabulary);
   const bool greedy = temperature == 0.0f;
   const float max = ISA_DISPATCH(scale_row<T>)(logits, vocabulary, greedy ? 1.0f : temperature, work);
-  if (!std::isfinite(max)) return {-1, 0.0f, 0.0f, 0.0f};
+  if (!std::isfinite(max)) return kRefused;
   const SoftmaxSums sums = ISA_DISPATCH(softmax_sums)(vocabulary, max, work);
   int64_t token;
   double mass = sums.total;
@@ -109,7 +112,7 @@ RowResult sample_row_of(const T* logits, int64_t vocabulary, float temperature, 
           static_cast<float>(log_total - sums.moment / sums.total)};
 }
 
-using Sampled = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+using Sampled = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 template <typename T>
 Sampled sample_rows(const Tensor& logits, const RowOptions& o, int64_t seed) {
@@ -117,25 +120,27 @@ Sampled sample_rows(const Tensor& logits, const RowOptions& o, int64_t seed) {
   const auto* const from = static_cast<const T*>(logits.const_data_ptr());
   Tensor tokens = new_tensor({rows}, ScalarType::Long), logps = new_tensor({rows}, ScalarType::Float);
   Tensor raw_logps = new_tensor({rows}, ScalarType::Float), entropy = new_tensor({rows}, ScalarType::Float);
+  Tensor statuses = new_tensor({rows}, ScalarType::Int);
   auto* const token = tokens.mutable_data_ptr<int64_t>();
   auto* const logp = logps.mutable_data_ptr<float>();
   auto* const raw_logp = raw_logps.mutable_data_ptr<float>();
   auto* const nats = entropy.mutable_data_ptr<float>();
+  auto* const status = statuses.mutable_data_ptr<int32_t>();
   constexpr int64_t kGrainTokens = 4096;
   parallel_tasks(rows, 1 + kGrainTokens / vocabulary, [&](int64_t n) {
     const Draw draw{static_cast<uint64_t>(seed), static_cast<uint64_t>(o.sample_ids[n]),
                     static_cast<uint32_t>(o.positions[n])};
-    const RowResult row = sample_row_of(from + n * stride, vocabulary, o.temperature[n],
-                                        {o.top_k[n], o.top_p[n], o.min_p[n]}, draw);
+    status[n] = options_status(o, n);
+    const RowResult row = status[n] == kOk ? sample_row_of(from + n * stride, vocabulary, o.temperature[n],
+                                                           {o.top_k[n], o.top_p[n], o.min_p[n]}, draw)
+                                           : kRefused;
+    if (status[n] == kOk && row.token < 0) status[n] = kBadLogits;
     token[n] = row.token;
     logp[n] = row.logp;
     raw_logp[n] = row.raw_logp;
     nats[n] = row.entropy;
   });
-  for (int64_t n = 0; n < rows; ++n)
-    check(token[n] >= 0, "sample: logits of row ", n, " (sample ", o.sample_ids[n], ", position ",
-          o.positions[n], ") hold NaN or +inf, or nothing but -inf");
-  return {tokens, logps, raw_logps, entropy};
+  return {tokens, logps, raw_logps, entropy, statuses};
 }
 
 Sampled sample(Tensor logits, Tensor temperature, Tensor top_k, Tensor top_p, Tensor min_p, int64_t seed,
@@ -154,7 +159,6 @@ Sampled sample(Tensor logits, Tensor temperature, Tensor top_k, Tensor top_p, Te
   const RowOptions options{temperature.const_data_ptr<float>(),  top_p.const_data_ptr<float>(),
                            min_p.const_data_ptr<float>(),        top_k.const_data_ptr<int32_t>(),
                            sample_ids.const_data_ptr<int64_t>(), positions.const_data_ptr<int64_t>()};
-  check_options("sample", options, rows);
   const ScalarType dtype = logits.scalar_type();
   if (dtype == ScalarType::Float) return sample_rows<float>(logits, options, seed);
   if (dtype == ScalarType::BFloat16) return sample_rows<BFloat16>(logits, options, seed);
@@ -164,20 +168,6 @@ Sampled sample(Tensor logits, Tensor temperature, Tensor top_k, Tensor top_p, Te
 }
 
 }  // namespace
-
-void check_options(const char* op, const RowOptions& o, int64_t rows) {
-  for (int64_t n = 0; n < rows; ++n) {
-    check(o.temperature[n] >= 0 && std::isfinite(o.temperature[n]), op, ": temperature of row ", n, " is ",
-          o.temperature[n], ", must be finite and at least 0");
-    check(o.top_k[n] >= 0, op, ": top_k of row ", n, " is ", o.top_k[n], ", must be at least 0");
-    check(o.top_p[n] > 0 && o.top_p[n] <= 1, op, ": top_p of row ", n, " is ", o.top_p[n],
-          ", must be above 0 and at most 1");
-    check(o.min_p[n] >= 0 && o.min_p[n] <= 1, op, ": min_p of row ", n, " is ", o.min_p[n],
-          ", must be from 0 to 1");
-    check(o.positions[n] >= 0 && o.positions[n] <= std::numeric_limits<uint32_t>::max(), op,
-          ": position of row ", n, " is ", o.positions[n], ", must be from 0 to 2^32 - 1");
-  }
-}
 
 RowResult sample_row(const float* logits, int64_t vocabulary, float temperature, const Truncation& truncation,
                      const Draw& draw) {

@@ -4,6 +4,8 @@
 #include <cstdint>
 #include <vector>
 
+#include "sample_status.h"
+
 namespace thinktwice {
 
 struct Draw {
@@ -29,8 +31,10 @@ struct RowOptions {
   const int64_t *sample_ids, *positions;
 };
 
-// Throws for the first row with an option out of range.
-void check_options(const char* op, const RowOptions& options, int64_t rows);
+// Why a row's options are refused; kOk if they are not.
+inline RowStatus options_status(const RowOptions& o, int64_t row) {
+  return options_status(o.temperature[row], o.top_k[row], o.top_p[row], o.min_p[row], o.positions[row]);
+}
 
 // One row on this thread; the rule stands in thinktwice_fast/model/csrc.py.
 RowResult sample_row(const float* logits, int64_t vocabulary, float temperature, const Truncation& truncation,

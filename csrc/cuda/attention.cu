@@ -59,6 +59,7 @@ __global__ void __launch_bounds__(kThreads) shared_prefix_kernel(Attention a) {
   const int split = blockIdx.z;
   if (group < 0 || split >= shared_splits(a, group)) return;
   rows.first_item = rows.first_token;
+  if (!keep_items(a, rows)) return;
   rows.kv_head = blockIdx.y;
   rows.context_lens = a.context_lens + rows.first_token;
   rows.blocks = a.block_tables + int64_t{rows.first_token} * a.table_width;
@@ -161,31 +162,32 @@ __global__ void __launch_bounds__(kThreads) prefill_kernel(Attention a) {
 }
 
 template <typename Tile>
-void decode_parts(const Attention& a, bool single_queries, cudaStream_t stream) {
+cudaError_t decode_parts(const Attention& a, bool single_queries, cudaStream_t stream) {
   const int tiles = (a.group + Tile::kRows - 1) / Tile::kRows;
-  launch(decode_kernel<Tile>, grid_of(int64_t{a.items} * tiles, a.kv_heads, a.splits), kThreads,
-         sizeof(typename Tile::Shared), stream, a, single_queries);
+  return launch(decode_kernel<Tile>, grid_of(int64_t{a.items} * tiles, a.kv_heads, a.splits), kThreads,
+                sizeof(typename Tile::Shared), stream, a, single_queries);
 }
 
 template <typename Tile>
-void shared_parts(const Attention& a, cudaStream_t stream) {
+cudaError_t shared_parts(const Attention& a, cudaStream_t stream) {
   const int tiles = most_tiles(a.tokens, a.groups, a.group, Tile::kRows);
-  launch(shared_prefix_kernel<Tile>, grid_of(tiles, a.kv_heads, a.splits), kThreads,
-         sizeof(typename Tile::Shared), stream, a);
+  return launch(shared_prefix_kernel<Tile>, grid_of(tiles, a.kv_heads, a.splits), kThreads,
+                sizeof(typename Tile::Shared), stream, a);
 }
 
 template <typename T>
-void merge(const Attention& a, bool single_queries, cudaStream_t stream) {
+cudaError_t merge(const Attention& a, bool single_queries, cudaStream_t stream) {
   const int64_t warps = int64_t{a.items} * a.heads;
-  launch(merge_kernel<T>, grid_of((warps + kWarps - 1) / kWarps), kThreads, 0, stream, a, single_queries);
+  return launch(merge_kernel<T>, grid_of((warps + kWarps - 1) / kWarps), kThreads, 0, stream, a,
+                single_queries);
 }
 
 template <typename Tile, typename T>
-void prefill(const Attention& a, cudaStream_t stream) {
+cudaError_t prefill(const Attention& a, cudaStream_t stream) {
   const int tiles = most_tiles(a.tokens, a.sequences, a.group, Tile::kRows);
   const size_t merged_bytes = Tile::kRows * Tile::kMaxColumns * sizeof(float);
-  launch(prefill_kernel<Tile, T>, grid_of(tiles, a.kv_heads), kThreads,
-         sizeof(typename Tile::Shared) + merged_bytes, stream, a);
+  return launch(prefill_kernel<Tile, T>, grid_of(tiles, a.kv_heads), kThreads,
+                sizeof(typename Tile::Shared) + merged_bytes, stream, a);
 }
 
 // The tiles for numbers of type T and heads of up to kMaxDim elements: as many rows as registers and shared
@@ -207,49 +209,45 @@ struct Built<float, kMaxDim> {
 
 // Calls run(Built) with the smallest size of a head that the kernels are built for.
 template <typename T, typename Run>
-void with_dim(int dim, const Run& run) {
-  if (dim <= 64)
-    run(Built<T, 64>());
-  else if (dim <= 128)
-    run(Built<T, 128>());
-  else
-    run(Built<T, 256>());
+cudaError_t with_dim(int dim, const Run& run) {
+  if (dim <= 64) return run(Built<T, 64>());
+  if (dim <= 128) return run(Built<T, 128>());
+  return run(Built<T, 256>());
 }
 
 template <typename Run>
-void with_type(Type type, int dim, const Run& run) {
-  if (type == Type::kFloat)
-    with_dim<float>(dim, run);
-  else if (type == Type::kBFloat16)
-    with_dim<__nv_bfloat16>(dim, run);
-  else
-    with_dim<__half>(dim, run);
+cudaError_t with_type(Type type, int dim, const Run& run) {
+  if (type == Type::kFloat) return with_dim<float>(dim, run);
+  if (type == Type::kBFloat16) return with_dim<__nv_bfloat16>(dim, run);
+  return with_dim<__half>(dim, run);
 }
 
 }  // namespace
 
-void launch_decode(const Attention& a, Type type, bool single_queries, cudaStream_t stream) {
-  with_type(type, a.dim, [&](auto built) {
+cudaError_t launch_decode(const Attention& a, Type type, bool single_queries, cudaStream_t stream) {
+  return with_type(type, a.dim, [&](auto built) {
     using BuiltFor = decltype(built);
-    decode_parts<typename BuiltFor::Decode>(a, single_queries, stream);
-    merge<typename BuiltFor::Number>(a, single_queries, stream);
+    return in_turn([&] { return decode_parts<typename BuiltFor::Decode>(a, single_queries, stream); },
+                   [&] { return merge<typename BuiltFor::Number>(a, single_queries, stream); });
   });
 }
 
-void launch_prefill(const Attention& a, Type type, cudaStream_t stream) {
-  with_type(type, a.dim, [&](auto built) {
+cudaError_t launch_prefill(const Attention& a, Type type, cudaStream_t stream) {
+  return with_type(type, a.dim, [&](auto built) {
     using BuiltFor = decltype(built);
-    if constexpr (!std::is_same_v<typename BuiltFor::Number, float>)
-      prefill<typename BuiltFor::Prefill, typename BuiltFor::Number>(a, stream);
+    if constexpr (std::is_same_v<typename BuiltFor::Number, float>)
+      return cudaErrorInvalidValue;
+    else
+      return prefill<typename BuiltFor::Prefill, typename BuiltFor::Number>(a, stream);
   });
 }
 
-void launch_grouped_decode(const Attention& a, Type type, cudaStream_t stream) {
-  with_type(type, a.dim, [&](auto built) {
+cudaError_t launch_grouped_decode(const Attention& a, Type type, cudaStream_t stream) {
+  return with_type(type, a.dim, [&](auto built) {
     using BuiltFor = decltype(built);
-    shared_parts<typename BuiltFor::Prefix>(a, stream);
-    decode_parts<typename BuiltFor::Decode>(a, false, stream);
-    merge<typename BuiltFor::Number>(a, false, stream);
+    return in_turn([&] { return shared_parts<typename BuiltFor::Prefix>(a, stream); },
+                   [&] { return decode_parts<typename BuiltFor::Decode>(a, false, stream); },
+                   [&] { return merge<typename BuiltFor::Number>(a, false, stream); });
   });
 }
 

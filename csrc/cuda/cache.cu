@@ -44,39 +44,35 @@ __global__ void __launch_bounds__(kCopyThreads) copy_blocks_kernel(BlockCopy w, 
 bool is_aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % sizeof(uint4) == 0; }
 
 template <typename Unit>
-void write_in_units(CacheWrite w, cudaStream_t stream) {
+cudaError_t write_in_units(CacheWrite w, cudaStream_t stream) {
   const int64_t per_unit = static_cast<int64_t>(sizeof(Unit)) / w.element_size;
   for (int64_t* size : {&w.dim, &w.k_token_stride, &w.k_head_stride, &w.v_token_stride, &w.v_head_stride})
     *size /= per_unit;
-  launch(write_kv_kernel<Unit>, grid_of(w.tokens, 2), kCopyThreads, 0, stream, w);
+  return launch(write_kv_kernel<Unit>, grid_of(w.tokens, 2), kCopyThreads, 0, stream, w);
 }
 
 template <typename Unit>
-void copy_in_units(const BlockCopy& w, cudaStream_t stream) {
+cudaError_t copy_in_units(const BlockCopy& w, cudaStream_t stream) {
   const int64_t units = w.block_bytes / static_cast<int64_t>(sizeof(Unit));
-  launch(copy_blocks_kernel<Unit>, grid_of((units + kCopyThreads - 1) / kCopyThreads, w.layers, 2),
-         kCopyThreads, 0, stream, w, units);
+  return launch(copy_blocks_kernel<Unit>, grid_of((units + kCopyThreads - 1) / kCopyThreads, w.layers, 2),
+                kCopyThreads, 0, stream, w, units);
 }
 
 }  // namespace
 
-void launch_write_kv(const CacheWrite& w, cudaStream_t stream) {
+cudaError_t launch_write_kv(const CacheWrite& w, cudaStream_t stream) {
   bool wide = is_aligned(w.k) && is_aligned(w.v) && is_aligned(w.k_cache) && is_aligned(w.v_cache);
   for (const int64_t size : {w.dim, w.k_token_stride, w.k_head_stride, w.v_token_stride, w.v_head_stride})
     wide = wide && size * w.element_size % static_cast<int64_t>(sizeof(uint4)) == 0;
-  if (wide)
-    write_in_units<uint4>(w, stream);
-  else if (w.element_size == sizeof(uint32_t))
-    write_in_units<uint32_t>(w, stream);
-  else
-    write_in_units<uint16_t>(w, stream);
+  if (wide) return write_in_units<uint4>(w, stream);
+  if (w.element_size == sizeof(uint32_t)) return write_in_units<uint32_t>(w, stream);
+  return write_in_units<uint16_t>(w, stream);
 }
 
-void launch_copy_blocks(const BlockCopy& w, cudaStream_t stream) {
+cudaError_t launch_copy_blocks(const BlockCopy& w, cudaStream_t stream) {
   if (w.block_bytes % sizeof(uint4) == 0 && is_aligned(w.k_cache) && is_aligned(w.v_cache))
-    copy_in_units<uint4>(w, stream);
-  else
-    copy_in_units<uint16_t>(w, stream);
+    return copy_in_units<uint4>(w, stream);
+  return copy_in_units<uint16_t>(w, stream);
 }
 
 }  // namespace thinktwice::gpu

@@ -1,10 +1,12 @@
 // What the CUDA kernels work on and how they are launched; knows nothing about torch. Pointers are to device
-// memory, sizes and strides count elements.
+// memory, sizes and strides count elements. A launch returns the first error of those it is made of.
 #pragma once
 
 #include <cuda_runtime.h>
 
 #include <cstdint>
+
+#include "sample_status.h"
 
 namespace thinktwice::gpu {
 
@@ -17,7 +19,7 @@ struct CacheWrite {
   int64_t tokens, k_token_stride, k_head_stride, v_token_stride, v_head_stride;
   int64_t blocks, heads, block_size, dim, element_size;
 };
-void launch_write_kv(const CacheWrite& work, cudaStream_t stream);
+cudaError_t launch_write_kv(const CacheWrite& work, cudaStream_t stream);
 
 // Heads of a multiple of 8 elements, up to 256.
 struct Rotary {
@@ -33,14 +35,14 @@ struct Rotary {
   int q_norm_is_whole, k_norm_is_whole;  // one mean over all heads
   float eps;
 };
-void launch_rotary_write_kv(const Rotary& work, Type type, cudaStream_t stream);
+cudaError_t launch_rotary_write_kv(const Rotary& work, Type type, cudaStream_t stream);
 
 struct BlockCopy {
   void *k_cache, *v_cache;
   const int64_t* pairs;
   int64_t num_pairs, layers, blocks, block_bytes;
 };
-void launch_copy_blocks(const BlockCopy& work, cudaStream_t stream);
+cudaError_t launch_copy_blocks(const BlockCopy& work, cudaStream_t stream);
 
 constexpr int kChunk = 64;   // keys per step of the online softmax; chunks start at its multiples
 constexpr int kSplit = 256;  // keys per part of a row's softmax; the parts are merged in their order
@@ -59,20 +61,18 @@ struct Attention {
   int num_blocks, block_size, table_width, splits;
   int window;  // 0 = none
   float scale, softcap;
-  int first_item, items;  // of those that one launch decodes
+  int first_item, items;  // of those that one launch decodes; its parts count from the first
 };
 
 // One query per item, its keys split over the multiprocessors. An item is a token of q, or with
 // `single_queries` a sequence, which is left out unless it has exactly one query.
-void launch_decode(const Attention& a, Type type, bool single_queries, cudaStream_t stream);
+cudaError_t launch_decode(const Attention& a, Type type, bool single_queries, cudaStream_t stream);
 
 // The sequences with more than one query; not for float32.
-void launch_prefill(const Attention& a, Type type, cudaStream_t stream);
+cudaError_t launch_prefill(const Attention& a, Type type, cudaStream_t stream);
 
 // One query per sequence; the splits that a group shares are read once for its members.
-void launch_grouped_decode(const Attention& a, Type type, cudaStream_t stream);
-
-enum RowStatus : int32_t { kOk, kBadTemperature, kBadTopK, kBadTopP, kBadMinP, kBadPosition, kBadLogits };
+cudaError_t launch_grouped_decode(const Attention& a, Type type, cudaStream_t stream);
 
 struct Sampling {
   const void* logits;
@@ -81,10 +81,10 @@ struct Sampling {
   const int32_t* top_k;
   const int64_t *sample_ids, *positions;
   uint64_t seed;
-  int64_t* tokens;  // -1 where the status is not kOk
-  float *logps, *raw_logps, *entropies;
+  int64_t* tokens;                       // -1 where the status is not kOk,
+  float *logps, *raw_logps, *entropies;  // NaN
   int32_t* statuses;
 };
-void launch_sample(const Sampling& work, Type type, cudaStream_t stream);
+cudaError_t launch_sample(const Sampling& work, Type type, cudaStream_t stream);
 
 }  // namespace thinktwice::gpu

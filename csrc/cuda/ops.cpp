@@ -1,6 +1,6 @@
 // The CUDA side of the ops: checks, outputs and workspace. What would take a look at the GPU's memory is not
-// checked, but for the sampler's rows: a wait for the GPU costs more than these ops, and a captured graph
-// cannot hold one.
+// checked: a wait for the GPU costs more than these ops, and a captured graph cannot hold one. The sampler
+// says of each row whether it was refused.
 #include <cuda_runtime.h>
 #include <torch/csrc/stable/accelerator.h>
 
@@ -31,6 +31,13 @@ struct OnDevice {
   }
 };
 
+// Torch's own checks are macros that 2.10 and 2.11 do not have.
+void check_cuda(const char* op, cudaError_t error) {
+  if (error == cudaSuccess) return;
+  (void)cudaGetLastError();  // else torch's next look at it would report this one again
+  check(false, op, ": CUDA error: ", cudaGetErrorString(error));
+}
+
 Tensor new_like(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType dtype) {
   const std::vector<int64_t> shape(sizes);
   return torch::stable::new_empty(like, shape, dtype);
@@ -50,10 +57,11 @@ void check_tensor(const Tensor& tensor, const std::string& name, const Tensor& l
     ok = ok && (size < 0 || tensor.size(d) == size);
     ++d;
   }
-  std::ostringstream shape;
+  if (ok) return;
+  std::string shape;
   for (const int64_t size : sizes)
-    shape << (shape.str().empty() ? "" : ", ") << (size < 0 ? "any" : std::to_string(size));
-  check(ok, name, " must be a contiguous ", torch::headeronly::toString(dtype), " tensor [", shape.str(),
+    shape += (shape.empty() ? "" : ", ") + (size < 0 ? "any" : std::to_string(size));
+  check(false, name, " must be a contiguous ", torch::headeronly::toString(dtype), " tensor [", shape,
         "] on the GPU that the other tensors are on");
 }
 
@@ -96,12 +104,22 @@ void write_kv(Tensor k, Tensor v, Tensor k_cache, Tensor v_cache, Tensor slots) 
   check_rows("write_kv", "k", k, k_cache, tokens, k_cache.size(1));
   check_rows("write_kv", "v", v, k_cache, tokens, k_cache.size(1));
   const OnDevice device(k_cache);
-  launch_write_kv({k.const_data_ptr(), v.const_data_ptr(), k_cache.mutable_data_ptr(),
-                   v_cache.mutable_data_ptr(), slots.const_data_ptr<int64_t>(), tokens, k.stride(0),
-                   k.stride(1), v.stride(0), v.stride(1), k_cache.size(0), k_cache.size(1), k_cache.size(2),
-                   k_cache.size(3), static_cast<int64_t>(k_cache.element_size())},
-                  device.stream);
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  const CacheWrite work{k.const_data_ptr(),
+                        v.const_data_ptr(),
+                        k_cache.mutable_data_ptr(),
+                        v_cache.mutable_data_ptr(),
+                        slots.const_data_ptr<int64_t>(),
+                        tokens,
+                        k.stride(0),
+                        k.stride(1),
+                        v.stride(0),
+                        v.stride(1),
+                        k_cache.size(0),
+                        k_cache.size(1),
+                        k_cache.size(2),
+                        k_cache.size(3),
+                        static_cast<int64_t>(k_cache.element_size())};
+  check_cuda("write_kv", launch_write_kv(work, device.stream));
 }
 
 // The weight's elements, null without one; `is_whole`: one mean over all heads.
@@ -162,8 +180,7 @@ void rotary_write_kv(Tensor q, Tensor k, Tensor v, std::optional<Tensor> q_norm,
   w.dim = static_cast<int>(dim);
   w.eps = static_cast<float>(eps);
   const OnDevice device(k_cache);
-  launch_rotary_write_kv(w, type_of(op, k_cache), device.stream);
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  check_cuda(op, launch_rotary_write_kv(w, type_of(op, k_cache), device.stream));
 }
 
 void copy_blocks(Tensor k_cache, Tensor v_cache, Tensor pairs) {
@@ -172,10 +189,14 @@ void copy_blocks(Tensor k_cache, Tensor v_cache, Tensor pairs) {
   const int64_t block_bytes =
       k_cache.size(2) * k_cache.size(3) * k_cache.size(4) * static_cast<int64_t>(k_cache.element_size());
   const OnDevice device(k_cache);
-  launch_copy_blocks({k_cache.mutable_data_ptr(), v_cache.mutable_data_ptr(), pairs.const_data_ptr<int64_t>(),
-                      pairs.size(0), k_cache.size(0), k_cache.size(1), block_bytes},
-                     device.stream);
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  const BlockCopy work{k_cache.mutable_data_ptr(),
+                       v_cache.mutable_data_ptr(),
+                       pairs.const_data_ptr<int64_t>(),
+                       pairs.size(0),
+                       k_cache.size(0),
+                       k_cache.size(1),
+                       block_bytes};
+  check_cuda("copy_blocks", launch_copy_blocks(work, device.stream));
 }
 
 void check_attention(const char* op, const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
@@ -230,23 +251,21 @@ Attention describe(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache
   return a;
 }
 
-// Memory for the parts of some items at a time.
-struct Parts {
-  int64_t items;
-  Tensor sums, states;
-
-  Parts(const Tensor& like, const Attention& a, int64_t most_items) {
-    const int64_t item = int64_t{a.heads} * a.splits;
-    items = std::clamp<int64_t>(kPartBytes / (item * (a.dim + 2) * 4), 1, std::max<int64_t>(1, most_items));
-    sums = new_like(like, {items, item, a.dim}, ScalarType::Float);
-    states = new_like(like, {items, item, 2}, ScalarType::Float);
+// Calls launch(a) for `all` items, as many at a time as there is memory for the parts of.
+template <typename Launch>
+void in_slices(const char* op, const Tensor& like, Attention a, int all, const Launch& launch) {
+  const int64_t item = int64_t{a.heads} * a.splits;
+  const int most =
+      static_cast<int>(std::clamp<int64_t>(kPartBytes / (item * (a.dim + 2) * 4), 1, std::max(1, all)));
+  Tensor sums = new_like(like, {most, item, a.dim}, ScalarType::Float);
+  Tensor states = new_like(like, {most, item, 2}, ScalarType::Float);
+  a.part_sums = sums.mutable_data_ptr<float>();
+  a.part_states = static_cast<float2*>(states.mutable_data_ptr());
+  for (a.first_item = 0; a.first_item < all; a.first_item += a.items) {
+    a.items = std::min(most, all - a.first_item);
+    check_cuda(op, launch(a));
   }
-
-  void attach(Attention& a) {
-    a.part_sums = sums.mutable_data_ptr<float>();
-    a.part_states = static_cast<float2*>(states.mutable_data_ptr());
-  }
-};
+}
 
 Tensor paged_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_tables, Tensor context_lens,
                        Tensor cu_seqlens_q, double scale, int64_t window, double softcap) {
@@ -263,15 +282,9 @@ Tensor paged_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_ta
   // As many tokens as sequences: decoding, most likely, which any token can go through. Otherwise the
   // sequences with one query do, and the others are prefilled; which they are only the GPU knows.
   const bool by_token = type == Type::kFloat || a.tokens == a.sequences;
-  const int all = by_token ? a.tokens : a.sequences;
-  Parts parts(q, a, all);
-  parts.attach(a);
-  for (a.first_item = 0; a.first_item < all; a.first_item += a.items) {
-    a.items = static_cast<int>(std::min<int64_t>(parts.items, all - a.first_item));
-    launch_decode(a, type, !by_token, device.stream);
-  }
-  if (!by_token) launch_prefill(a, type, device.stream);
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  in_slices(op, q, a, by_token ? a.tokens : a.sequences,
+            [&](const Attention& slice) { return launch_decode(slice, type, !by_token, device.stream); });
+  if (!by_token) check_cuda(op, launch_prefill(a, type, device.stream));
   return out;
 }
 
@@ -293,51 +306,12 @@ Tensor grouped_decode_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor
   a.group_offsets = group_offsets.const_data_ptr<int32_t>();
   a.shared_blocks = shared_blocks.const_data_ptr<int32_t>();
   a.groups = static_cast<int>(shared_blocks.numel());
-  const int64_t item = int64_t{a.heads} * a.splits;
-  Tensor sums = new_like(q, {a.tokens, item, a.dim}, ScalarType::Float);
-  Tensor states = new_like(q, {a.tokens, item, 2}, ScalarType::Float);
-  a.part_sums = sums.mutable_data_ptr<float>();
-  a.part_states = static_cast<float2*>(states.mutable_data_ptr());
-  a.items = a.tokens;
-  launch_grouped_decode(a, type, device.stream);
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  in_slices(op, q, a, a.tokens,
+            [&](const Attention& slice) { return launch_grouped_decode(slice, type, device.stream); });
   return out;
 }
 
-// Throws for the first row that the kernel refused. Not while a graph is captured, which nothing may wait
-// for: there the token -1 is all there is to see.
-void check_statuses(const Tensor& statuses, const Sampling& work, cudaStream_t stream) {
-  cudaStreamCaptureStatus capture;
-  STD_CUDA_CHECK(cudaStreamIsCapturing(stream, &capture));
-  if (capture != cudaStreamCaptureStatusNone || work.rows == 0) return;
-  const auto fetch = [stream](auto* to, const void* from, int64_t count) {
-    STD_CUDA_CHECK(cudaMemcpyAsync(to, from, count * sizeof *to, cudaMemcpyDeviceToHost, stream));
-    STD_CUDA_CHECK(cudaStreamSynchronize(stream));
-  };
-  std::vector<int32_t> codes(work.rows);
-  fetch(codes.data(), statuses.const_data_ptr(), work.rows);
-  const auto bad = std::find_if(codes.begin(), codes.end(), [](int32_t code) { return code != kOk; });
-  if (bad == codes.end()) return;
-  const int64_t n = bad - codes.begin();
-  const auto of_row = [&](auto type, const auto* column) {
-    fetch(&type, column + n, 1);
-    return type;
-  };
-  check(*bad != kBadTemperature, "sample: temperature of row ", n, " is ", of_row(0.0f, work.temperature),
-        ", must be finite and at least 0");
-  check(*bad != kBadTopK, "sample: top_k of row ", n, " is ", of_row(0, work.top_k), ", must be at least 0");
-  check(*bad != kBadTopP, "sample: top_p of row ", n, " is ", of_row(0.0f, work.top_p),
-        ", must be above 0 and at most 1");
-  check(*bad != kBadMinP, "sample: min_p of row ", n, " is ", of_row(0.0f, work.min_p),
-        ", must be from 0 to 1");
-  const int64_t position = of_row(int64_t{}, work.positions);
-  check(*bad != kBadPosition, "sample: position of row ", n, " is ", position,
-        ", must be from 0 to 2^32 - 1");
-  check(false, "sample: logits of row ", n, " (sample ", of_row(int64_t{}, work.sample_ids), ", position ",
-        position, ") hold NaN or +inf, or nothing but -inf");
-}
-
-using Sampled = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+using Sampled = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 Sampled sample(Tensor logits, Tensor temperature, Tensor top_k, Tensor top_p, Tensor min_p, int64_t seed,
                Tensor sample_ids, Tensor positions) {
@@ -375,10 +349,8 @@ Sampled sample(Tensor logits, Tensor temperature, Tensor top_k, Tensor top_p, Te
                       raw_logps.mutable_data_ptr<float>(),
                       entropies.mutable_data_ptr<float>(),
                       statuses.mutable_data_ptr<int32_t>()};
-  launch_sample(work, type, device.stream);
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
-  check_statuses(statuses, work, device.stream);
-  return {tokens, logps, raw_logps, entropies};
+  check_cuda("sample", launch_sample(work, type, device.stream));
+  return {tokens, logps, raw_logps, entropies, statuses};
 }
 
 }  // namespace

@@ -217,23 +217,20 @@ bool moves_in_quads(const Rotary& w, size_t element) {
 }
 
 template <typename T>
-void launch_of_type(const Rotary& w, cudaStream_t stream) {
+cudaError_t launch_of_type(const Rotary& w, cudaStream_t stream) {
   int lanes = 1;
   while (lanes * kQuad < w.dim / 2) lanes *= 2;
   auto* const kernel =
       moves_in_quads(w, sizeof(T)) ? rotary_write_kv_kernel<T, true> : rotary_write_kv_kernel<T, false>;
-  launch(kernel, grid_of(w.tokens, 3), kRotaryThreads, 0, stream, w, lanes);
+  return launch(kernel, grid_of(w.tokens, 3), kRotaryThreads, 0, stream, w, lanes);
 }
 
 }  // namespace
 
-void launch_rotary_write_kv(const Rotary& w, Type type, cudaStream_t stream) {
-  if (type == Type::kFloat)
-    launch_of_type<float>(w, stream);
-  else if (type == Type::kBFloat16)
-    launch_of_type<__nv_bfloat16>(w, stream);
-  else
-    launch_of_type<__half>(w, stream);
+cudaError_t launch_rotary_write_kv(const Rotary& w, Type type, cudaStream_t stream) {
+  if (type == Type::kFloat) return launch_of_type<float>(w, stream);
+  if (type == Type::kBFloat16) return launch_of_type<__nv_bfloat16>(w, stream);
+  return launch_of_type<__half>(w, stream);
 }
 
 }  // namespace thinktwice::gpu

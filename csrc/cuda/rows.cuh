@@ -66,6 +66,15 @@ __device__ inline int find_tile(const int32_t* offsets, int n, int group, int ti
   return tile.rows > 0 ? run : -1;
 }
 
+// Leaves a tile the rows of the items that this launch takes; false if these are none.
+__device__ inline bool keep_items(const Attention& a, RowTile& tile) {
+  const int first = max(tile.first_row, (a.first_item - tile.first_item) * a.group);
+  const int end = min(tile.first_row + tile.rows, (a.first_item + a.items - tile.first_item) * a.group);
+  tile.first_row = first;
+  tile.rows = end - first;
+  return tile.rows > 0;
+}
+
 inline int most_tiles(int tokens, int runs, int group, int tile_rows) {
   return tokens * group / tile_rows + runs;
 }

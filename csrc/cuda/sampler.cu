@@ -126,13 +126,11 @@ __device__ Totals block_totals(Totals totals, Shared& shared) {
   return all;
 }
 
-__device__ RowStatus check_options(const Sampling& w, int64_t n) {
-  if (!(w.temperature[n] >= 0.0f && isfinite(w.temperature[n]))) return kBadTemperature;
-  if (w.top_k[n] < 0) return kBadTopK;
-  if (!(w.top_p[n] > 0.0f && w.top_p[n] <= 1.0f)) return kBadTopP;
-  if (!(w.min_p[n] >= 0.0f && w.min_p[n] <= 1.0f)) return kBadMinP;
-  if (w.positions[n] < 0 || w.positions[n] > int64_t{0xffffffff}) return kBadPosition;
-  return kOk;
+// By one thread of the row's block.
+__device__ void refuse(const Sampling& w, int64_t n, RowStatus why) {
+  w.statuses[n] = why;
+  w.tokens[n] = -1;
+  w.logps[n] = w.raw_logps[n] = w.entropies[n] = NAN;
 }
 
 // Chooses the bin in which the cut lies, by one warp: each lane sums a stretch of bins, the highest bins
@@ -234,12 +232,10 @@ template <typename T>
 __global__ void __launch_bounds__(kRowThreads) sample_kernel(Sampling w) {
   __shared__ Shared shared;
   const int64_t n = blockIdx.x;
-  const RowStatus options = check_options(w, n);
+  const RowStatus options =
+      options_status(w.temperature[n], w.top_k[n], w.top_p[n], w.min_p[n], w.positions[n]);
   if (options != kOk) {
-    if (threadIdx.x == 0) {
-      w.statuses[n] = options;
-      w.tokens[n] = -1;
-    }
+    if (threadIdx.x == 0) refuse(w, n, options);
     return;
   }
   const bool greedy = w.temperature[n] == 0.0f;
@@ -255,10 +251,7 @@ __global__ void __launch_bounds__(kRowThreads) sample_kernel(Sampling w) {
   bad = __syncthreads_or(bad);
   max = block_max(max, shared);
   if (bad || !isfinite(max)) {
-    if (threadIdx.x == 0) {
-      w.statuses[n] = kBadLogits;
-      w.tokens[n] = -1;
-    }
+    if (threadIdx.x == 0) refuse(w, n, kBadLogits);
     return;
   }
   uint64_t last = 0;
@@ -278,14 +271,11 @@ __global__ void __launch_bounds__(kRowThreads) sample_kernel(Sampling w) {
 
 }  // namespace
 
-void launch_sample(const Sampling& w, Type type, cudaStream_t stream) {
+cudaError_t launch_sample(const Sampling& w, Type type, cudaStream_t stream) {
   const dim3 grid = grid_of(w.rows);
-  if (type == Type::kFloat)
-    launch(sample_kernel<float>, grid, kRowThreads, 0, stream, w);
-  else if (type == Type::kBFloat16)
-    launch(sample_kernel<__nv_bfloat16>, grid, kRowThreads, 0, stream, w);
-  else
-    launch(sample_kernel<__half>, grid, kRowThreads, 0, stream, w);
+  if (type == Type::kFloat) return launch(sample_kernel<float>, grid, kRowThreads, 0, stream, w);
+  if (type == Type::kBFloat16) return launch(sample_kernel<__nv_bfloat16>, grid, kRowThreads, 0, stream, w);
+  return launch(sample_kernel<__half>, grid, kRowThreads, 0, stream, w);
 }
 
 }  // namespace thinktwice::gpu

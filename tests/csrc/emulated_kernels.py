@@ -82,10 +82,13 @@ class EmulatedKernels:
     def __init__(self, library: Path, *, backwards: bool):
         self._library = ctypes.CDLL(str(library))
         self._backwards = backwards
+        self.launches_left = -1  # calls of CUDA that succeed before one fails; below 0: none fails
 
     def _call(self, name: str, work: ctypes.Structure, *rest: Any) -> None:
-        self._library.prepare(c_bool(self._backwards))
-        getattr(self._library, name)(ctypes.byref(work), *rest)
+        self._library.prepare(c_bool(self._backwards), c_int(self.launches_left))
+        error = getattr(self._library, name)(ctypes.byref(work), *rest)
+        if error:
+            raise RuntimeError(f"{name}: CUDA error {error}")
 
     def write_kv(self, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:
         pointers = [x.data_ptr() for x in (k, v, k_cache, v_cache, slots)]
@@ -142,11 +145,7 @@ class EmulatedKernels:
         work.starts = cu_seqlens_q.data_ptr()
         by_token = q.dtype == torch.float32 or len(q) == len(context_lens)
         everything = len(q) if by_token else len(context_lens)
-        for first in range(0, everything, items or everything):
-            work.first_item, work.items = first, min(items or everything, everything - first)
-            for part in kept:
-                part.fill_(torch.nan)
-            self._call("decode", work, TYPES[q.dtype], c_bool(not by_token))
+        self._in_slices("decode", work, kept, everything, items, TYPES[q.dtype], c_bool(not by_token))
         if not by_token:
             self._call("prefill", work, TYPES[q.dtype])
         return out
@@ -163,13 +162,25 @@ class EmulatedKernels:
         scale: float,
         window: int = 0,
         softcap: float = 0.0,
+        *,
+        items: int | None = None,
     ) -> Tensor:
         work, out, kept = _describe(q, k_cache, v_cache, block_tables, context_lens, scale, window, softcap)
         work.group_offsets, work.shared_blocks = group_offsets.data_ptr(), shared_blocks.data_ptr()
-        work.groups, work.items = len(shared_blocks), len(q)
-        self._call("grouped_decode", work, TYPES[q.dtype])
-        del kept
+        work.groups = len(shared_blocks)
+        self._in_slices("grouped_decode", work, kept, len(q), items, TYPES[q.dtype])
         return out
+
+    def _in_slices(
+        self, name: str, work: Any, parts: tuple[Tensor, Tensor], everything: int, items: int | None, *rest: Any
+    ) -> None:
+        """A launch for so many of the items at a time, which must not touch the parts of others."""
+        for first in range(0, everything, items or everything):
+            work.first_item, work.items = first, min(items or everything, everything - first)
+            for part in parts:
+                part.fill_(torch.nan)
+            self._call(name, work, *rest)
+            assert all(part[work.items :].isnan().all() for part in parts)
 
     def sample(
         self,

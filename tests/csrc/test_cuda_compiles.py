@@ -1,6 +1,7 @@
 """The CUDA sources compile without a GPU, for several generations of them, and their kernels fit the registers."""
 
 import re
+import runpy
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -11,11 +12,12 @@ from typing import NamedTuple
 import pytest
 from torch.utils.cpp_extension import include_paths
 
+from tests.csrc.stable_abi import LIST, NVCC, VERSIONS, compile_gpu_ops, known_names, used_names
+
 ROOT = Path(__file__).parents[2]
 SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"), key=lambda path: -path.stat().st_size)
+INCLUDE = Path(include_paths()[0])
 GPUS = ["80", "90a", "100"]  # compute capabilities
-NVCC = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
-TORCH_2_10 = "0x020a000000000000"
 # What torch's build adds for every CUDA source.
 TORCH_MACROS = [
     f"-D__CUDA_NO_{name}__"
@@ -92,18 +94,32 @@ def test_every_kernel_compiles_and_spills_no_registers(tmp_path: Path) -> None:
 
 
 def test_the_ops_compile_against_torch(tmp_path: Path) -> None:
-    """With torch's headers of this machine, also where its torch is built without CUDA."""
-    includes = [f"-I{ROOT / 'csrc'}", *(f"-isystem={path}" for path in include_paths())]
-    flags = ["-std=c++17", "-Xcompiler=-Wall,-Wextra,-Werror", "-DUSE_CUDA", f"-DTORCH_TARGET_VERSION={TORCH_2_10}"]
-    # For C++ nvcc is g++ with the headers of CUDA.
-    command = [
-        str(NVCC),
-        *flags,
-        *includes,
-        "-c",
-        str(ROOT / "csrc" / "cuda" / "ops.cpp"),
-        "-o",
-        str(tmp_path / "ops.o"),
+    """With torch's headers of this machine, also where its torch is built without CUDA; `make headers` takes others."""
+    assert not compile_gpu_ops(INCLUDE, tmp_path)
+
+
+def test_csrc_uses_no_name_that_an_older_torch_lacks() -> None:
+    new = used_names(ROOT / "csrc", INCLUDE) - set(LIST.read_text().split())
+    assert not new, f"run `make headers`, which looks whether torch {', '.join(VERSIONS)} have {sorted(new)}"
+
+
+def test_names_of_torch_are_found_in_sources(tmp_path: Path) -> None:
+    (tmp_path / "some.cpp").write_text(
+        "using torch::stable::Tensor;  // torch::stable::Old\n"
+        "STD_CUDA_CHECK(call(x.numel(), y->mutable_data_ptr<float>(), z.own()), aoti_torch_some);\n"
+    )
+    expected = {"Tensor", "STD_CUDA_CHECK", "numel", "mutable_data_ptr", "aoti_torch_some"}
+    assert used_names(tmp_path, INCLUDE) == expected
+    assert expected - known_names(INCLUDE) == {"aoti_torch_some"}
+
+
+def test_the_build_holds_ptx_for_later_gpus() -> None:
+    build = runpy.run_path(str(ROOT / "setup.py"), run_name="setup")
+    assert build["gpu_targets"]("8.0;9.0a 10.0+PTX") == [
+        "-gencode=arch=compute_80,code=sm_80",
+        "-gencode=arch=compute_90a,code=sm_90a",
+        "-gencode=arch=compute_100,code=sm_100",
+        "-gencode=arch=compute_100,code=compute_100",
     ]
-    built = subprocess.run(command, capture_output=True, text=True)
-    assert built.returncode == 0, built.stderr
+    # What is made for one GPU alone ("a") runs on no later one, nor does its PTX.
+    assert build["gpu_targets"]("9.0a")[-1] == "-gencode=arch=compute_90,code=compute_90"

@@ -3,6 +3,7 @@ operands, barriers, merging and truncation. What only a GPU can show is in test_
 
 import math
 import os
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
@@ -111,6 +112,8 @@ def test_grouped_decoding_has_the_bits_of_each_sequence_alone(
     torch.testing.assert_close(alone, given.alone(window), atol=tolerance(dtype, given.v_cache), rtol=0)
     tables = (given.group_offsets, given.shared_blocks)
     assert torch.equal(kernels.grouped_decode_attention(*common, *tables, 0.3, window), alone)
+    # With memory for the parts of a few sequences at a time, whose borders cut groups.
+    assert torch.equal(kernels.grouped_decode_attention(*common, *tables, 0.3, window, items=2), alone)
 
 
 def test_groups_without_members_and_wide_tables(kernels: EmulatedKernels) -> None:
@@ -240,15 +243,45 @@ def test_ties_are_cut_by_id(kernels: EmulatedKernels) -> None:
     ],
 )
 def test_options_out_of_range(kernels: EmulatedKernels, options: dict[str, Any], status: int) -> None:
-    tokens, *_, statuses = kernels.sample(**arguments(torch.zeros(2, 4), **options))
+    tokens, *numbers, statuses = kernels.sample(**arguments(torch.zeros(2, 4), **options))
     assert statuses.tolist() == [status] * 2
     assert tokens.tolist() == [-1, -1]
+    assert all(column.isnan().all() for column in numbers)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_broken_logits(kernels: EmulatedKernels, value: float) -> None:
     logits = torch.zeros(3, 70)
     logits[1, 65 if value != -math.inf else slice(None)] = value
-    tokens, *_, statuses = kernels.sample(**arguments(logits))
+    tokens, *numbers, statuses = kernels.sample(**arguments(logits))
     assert statuses.tolist() == [0, 6, 0]
-    assert (tokens < 0).tolist() == [False, True, False]
+    refused = statuses != 0
+    assert torch.equal(tokens < 0, refused)
+    assert all(torch.equal(column.isnan(), refused) for column in numbers)
+
+
+@pytest.mark.parametrize("launches", range(3))
+def test_a_launch_that_fails_is_reported(kernels: EmulatedKernels, launches: int) -> None:
+    """Whichever of an op's launches it is; later ones are not made."""
+    given = decoding([300], [[5, 9]], dtype=torch.bfloat16)
+    tables = (given.block_tables, given.context_lens)
+    shared = (given.group_offsets, given.shared_blocks)
+    starts = torch.arange(3, dtype=torch.int32)
+    row = torch.zeros(1, given.k_cache.shape[1], given.k_cache.shape[3], dtype=torch.bfloat16)
+    calls: list[tuple[int, Callable[[], object]]] = [
+        (3, lambda: kernels.grouped_decode_attention(given.q, given.k_cache, given.v_cache, *tables, *shared, 0.3)),
+        (2, lambda: kernels.paged_attention(given.q, given.k_cache, given.v_cache, *tables, starts, 0.3)),
+        (1, lambda: kernels.write_kv(row, row, given.k_cache, given.v_cache, torch.tensor([3]))),
+        (1, lambda: kernels.copy_blocks(given.k_cache[None], given.v_cache[None], torch.tensor([[0, 1]]))),
+        (1, lambda: kernels.sample(**arguments(torch.zeros(2, 4)))),
+    ]
+    kernels.launches_left = launches
+    try:
+        for made, call in calls:
+            if launches < made:
+                with pytest.raises(RuntimeError, match="CUDA error 1"):
+                    call()
+            else:
+                call()
+    finally:
+        kernels.launches_left = -1

@@ -1,6 +1,7 @@
 """The C++ parts on their own, under the address and undefined-behaviour sanitizers, and the built library's face."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -32,6 +33,14 @@ def test_block_manager_against_a_model_of_it(tmp_path: Path) -> None:
 @pytest.mark.parametrize("program", ["kernels_test.cpp", "prefix_kernels_test.cpp"])
 def test_kernels_of_every_instruction_set(program: str, tmp_path: Path) -> None:
     build_and_run(tmp_path, [HERE / program])
+
+
+def test_no_stream_formats_a_message() -> None:
+    """Built by g++ 13 and run beside a torch built by an older one, streams crashed at the first number."""
+    sources = [path for path in (ROOT / "csrc").rglob("*") if path.suffix in (".cpp", ".h", ".inc", ".cu", ".cuh")]
+    assert not [
+        path for path in sources if re.search(r"<(sstream|iostream|ostream|locale)>|stringstream", path.read_text())
+    ]
 
 
 def test_library_needs_only_the_stable_abi() -> None:

@@ -1,7 +1,8 @@
-"""Triton's interpreter without the work that it does again for every call of a device function."""
+"""Triton's interpreter: without the work that it does again for every call of a device function, and rounding right."""
 
 from typing import Any
 
+import numpy as np
 import triton.language as tl
 from triton.runtime import interpreter
 
@@ -21,3 +22,18 @@ def patch_language_once() -> None:
         return patch(function)
 
     interpreter._patch_lang = patch_once
+
+
+def round_bfloat16_to_nearest() -> None:
+    """Let fp32 be rounded to bfloat16 as a GPU does it, to nearest even: the interpreter would cut bits off."""
+    cast = interpreter.InterpreterBuilder.cast_impl
+
+    def cast_rounding(self: Any, handle: Any, dst_type: Any) -> Any:
+        target = dst_type.scalar
+        if (handle.get_element_ty(), target) != (tl.float32, tl.bfloat16):
+            return cast(self, handle, dst_type)
+        bits = np.ascontiguousarray(handle.data).view(np.uint32)
+        rounded = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16
+        return interpreter.TensorHandle(np.where(np.isnan(handle.data), 0x7FC0, rounded).astype(np.uint16), target)
+
+    interpreter.InterpreterBuilder.cast_impl = cast_rounding

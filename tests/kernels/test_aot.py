@@ -21,10 +21,12 @@ from tests.kernels.cases import CASES
 from thinktwice_kernels.backends import Head, LossInputs, triton_backend
 from thinktwice_kernels.options import LossOptions
 from thinktwice_kernels.triton_kernels import aot
-from thinktwice_kernels.triton_kernels.launch import recording
+from thinktwice_kernels.triton_kernels.launch import SHAPES, recording
 
 ROOT = Path(__file__).parent.parent.parent
 ROW_KERNELS = ("row_statistics", "combine_statistics", "row_gradient")
+# Kernels that nothing may spill in.
+STREAMING = (*ROW_KERNELS, "scale")
 
 
 @pytest.fixture(scope="module")
@@ -50,11 +52,11 @@ def test_everything_compiles(lines: list[aot.Compiled]) -> None:
     wanted = {(key, architecture) for key in aot.configurations(pairs=False) for architecture in aot.ARCHITECTURES}
     assert {(line.configuration, line.architecture) for line in lines} == wanted
     assert len(lines) == len(wanted)
-    assert {line.configuration.kernel for line in lines} == {*ROW_KERNELS, "sequence_loss", "group_advantages"}
+    assert {line.configuration.kernel for line in lines} == {*STREAMING, "sequence_loss", "group_advantages"}
 
 
-def test_no_row_kernel_spills(lines: list[aot.Compiled]) -> None:
-    assert not [line for line in lines if line.configuration.kernel in ROW_KERNELS and line.stack]
+def test_no_streaming_kernel_spills(lines: list[aot.Compiled]) -> None:
+    assert not [line for line in lines if line.configuration.kernel in STREAMING and line.stack]
     assert all(16 <= line.registers <= 255 for line in lines)
 
 
@@ -68,6 +70,15 @@ def test_aligned_rows_are_read_and_written_16_bytes_at_a_time(lines: list[aot.Co
         assert aligned == ("ld" in wide)
         if "out_ptr" in kinds:
             assert aligned == ("st" in wide)
+
+
+def test_scaling_moves_16_bytes_at_a_time(lines: list[aot.Compiled]) -> None:
+    found = [line.ptx for line in lines if line.configuration.kernel == "scale"]
+    for ptx in found:
+        loads, stores = (re.findall(rf"{way}\.global\S*\.(?:v4\.b32|v2\.b64)", ptx) for way in ("ld", "st"))
+        assert len(loads) == SHAPES["scale"].vectors
+        assert stores
+    assert found
 
 
 def test_pairs_are_covered() -> None:

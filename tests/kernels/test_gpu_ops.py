@@ -12,6 +12,17 @@ import torch
 import triton
 from torch import Tensor
 
+from tests.kernels.accuracy import (
+    FP32_ERROR,
+    Tensors,
+    assert_accurate,
+    check_token_logprobs,
+    error,
+    gradients,
+    moved_to,
+    normal,
+    with_leaves,
+)
 from tests.kernels.batches import make_batch
 from tests.kernels.cases import AGGREGATIONS, CASES
 from thinktwice_kernels import (
@@ -23,17 +34,17 @@ from thinktwice_kernels import (
     reference,
     token_logprobs,
 )
+from thinktwice_kernels.backends import backend_of
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
 ]
 DEVICE = torch.device("cuda")
-FP32_ERROR = 1e-5
 LENGTHS = [5, 0, 40, 1, 130, 64]
 T, V, H = sum(LENGTHS), 517, 64
 DTYPES = [torch.float32, torch.bfloat16]
-Tensors = dict[str, Tensor]
+on_device = partial(moved_to, DEVICE)
 
 
 @pytest.fixture(autouse=True)
@@ -43,23 +54,6 @@ def poisoned_memory() -> Iterator[None]:
     assert torch.empty(5, device=DEVICE).isnan().all()
     yield
     torch.use_deterministic_algorithms(False)
-
-
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-
-
-def error(got: Tensor, want: Tensor) -> float:
-    """Relative; a loss, which is a sum of terms of both signs and of size 1, is not taken for smaller than 0.01."""
-    want = want.detach()
-    return float((got.detach().cpu().double() - want).norm() / want.norm().clamp(min=1e-30 if want.dim() else 0.01))
-
-
-def assert_accurate(got: Tensors, want: Tensors, plain: Tensors | None = None) -> None:
-    """Below 1e-5; or no more than twice the error of what plain torch makes of bfloat16 inputs."""
-    for name, value in want.items():
-        limit = FP32_ERROR if plain is None else max(FP32_ERROR, 2 * error(plain[name], value))
-        assert error(got[name], value) <= limit, name
 
 
 def head(tokens: int, vocabulary: int, dtype: torch.dtype, **wanted: bool) -> dict[str, Any]:
@@ -74,59 +68,11 @@ def head(tokens: int, vocabulary: int, dtype: torch.dtype, **wanted: bool) -> di
     return found
 
 
-def on_device(batch: dict[str, Any], dtype: torch.dtype, leaves: tuple[str, ...]) -> dict[str, Any]:
-    """The batch on the GPU: the leaves in `dtype`, with gradients; the other floating tensors in fp32."""
-    moved = {}
-    for name, value in batch.items():
-        if isinstance(value, Tensor):
-            value = value.detach().to(DEVICE)
-            if name in leaves:
-                value = value.to(dtype).requires_grad_()
-            elif value.is_floating_point() and dtype != torch.float64:
-                value = value.float()
-        moved[name] = value
-    return moved
-
-
-def with_leaves(batch: dict[str, Any], leaves: tuple[str, ...]) -> dict[str, Any]:
-    return {**batch, **{name: batch[name].detach().clone().requires_grad_() for name in leaves if name in batch}}
-
-
-def gradients(outputs: Any, batch: dict[str, Any], leaves: tuple[str, ...], incoming: Any = None) -> Tensors:
-    present = [name for name in leaves if name in batch]
-    found = torch.autograd.grad(outputs, [batch[name] for name in present], incoming)
-    return {f"d_{name}": gradient for name, gradient in zip(present, found, strict=True)}
-
-
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float16, torch.float64])
 @pytest.mark.parametrize("vocabulary", [1, 7, 50_257, 128_256, 151_936])
 @pytest.mark.parametrize("inplace", [False, True])
 def test_token_logprobs(dtype: torch.dtype, vocabulary: int, inplace: bool) -> None:
-    rows = 9
-    logits = (4 * normal(rows, vocabulary)).to(dtype)
-    batch = {
-        "logits": logits.double(),
-        "targets": torch.arange(rows) * 7919 % vocabulary,
-        "temperature": torch.linspace(0.6, 1.4, rows, dtype=torch.float64),
-    }
-    incoming = normal(rows, seed=5), normal(rows, seed=6)
-
-    def run(op: Callable[..., Any], inputs: dict[str, Any], **options: Any) -> Tensors:
-        logps, entropy = op(**inputs, return_entropy=True, **options)
-        probes = [probe.to(logps.device, logps.dtype) for probe in incoming]
-        return {"logps": logps, "entropy": entropy, **gradients((logps, entropy), inputs, ("logits",), probes)}
-
-    want = run(reference.token_logprobs, with_leaves(batch, ("logits",)))
-    leaf = on_device(batch, dtype, ("logits",))
-    plain = None
-    if dtype != torch.float64:
-        plain = run(reference.token_logprobs, with_leaves({**batch, "logits": logits}, ("logits",)))
-    # A leaf may not be overwritten while autograd owns it: in place works on what a model computed.
-    inputs = {**leaf, "logits": leaf["logits"] * 1}
-    got = run(token_logprobs, inputs, inplace_backward=inplace)
-    assert_accurate(got, want, plain)
-    if inplace:
-        assert got["d_logits"].data_ptr() == inputs["logits"].data_ptr()
+    check_token_logprobs(DEVICE, dtype, vocabulary, inplace)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -377,6 +323,27 @@ def test_hardly_any_tokens(tokens: int) -> None:
     assert int(metrics["tokens"]) == tokens
     assert all(bool(gradient.isfinite().all()) for gradient in found.values())
     assert bool(found["d_weight"].any()) == bool(tokens)
+
+
+@pytest.mark.parametrize("out_dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("size", [1, 4096 * 7, 4096 * 7 + 13])
+def test_scaling_rounds_as_torch_does(size: int, out_dtype: torch.dtype) -> None:
+    values, by = normal(size).float().to(DEVICE), torch.tensor(-1 / 3, device=DEVICE)
+    out = torch.empty(size, dtype=out_dtype, device=DEVICE)
+    backend_of(values).scale(values, by, out)
+    assert torch.equal(out, (values * by).to(out_dtype))
+    want = values * by
+    backend_of(values).scale(values, by, values)
+    assert torch.equal(values, want)
+
+
+def test_scaling_more_than_2_31_numbers() -> None:
+    size = 2**31 + 4097
+    values = torch.zeros(size, dtype=torch.bfloat16, device=DEVICE)
+    values[[0, 2**31 - 1, 2**31, -1]] = torch.tensor([1.0, 2, 3, 4], dtype=torch.bfloat16, device=DEVICE)
+    backend_of(values).scale(values, torch.tensor(0.5, device=DEVICE), values)
+    assert values[[0, 2**31 - 1, 2**31, -1]].tolist() == [0.5, 1, 1.5, 2]
+    assert int(values.count_nonzero()) == 4
 
 
 def test_more_than_2_31_logits() -> None:

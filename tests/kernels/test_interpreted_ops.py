@@ -8,13 +8,15 @@ import torch
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs TRITON_INTERPRET=1", allow_module_level=True)
 
+from tests.kernels.accuracy import check_token_logprobs
 from tests.kernels.cases import CASES
-from tests.kernels.interpreter import patch_language_once
+from tests.kernels.interpreter import patch_language_once, round_bfloat16_to_nearest
 from tests.kernels.test_linear_loss import ROW, assert_equals_reference, linear_batch
 from thinktwice_kernels import group_advantages, linear_logprobs, reference, token_logprobs
 from thinktwice_kernels.backends import backend_of, triton_backend
 
 patch_language_once()
+round_bfloat16_to_nearest()
 
 
 def test_the_interpreted_backend_is_the_one_used() -> None:
@@ -45,6 +47,13 @@ def test_log_probabilities() -> None:
     torch.testing.assert_close(
         token_logprobs(logits, batch["targets"]), reference.token_logprobs(logits, batch["targets"])
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("vocabulary", [1, 7])
+@pytest.mark.parametrize("inplace", [False, True])
+def test_token_logprobs(dtype: torch.dtype, vocabulary: int, inplace: bool) -> None:
+    check_token_logprobs(torch.device("cpu"), dtype, vocabulary, inplace)
 
 
 def test_group_advantages() -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tests.kernels.batches import LAYOUTS, make_batch
 from tests.kernels.cases import AGGREGATIONS, CASES
+from tests.kernels.dispatched import Dispatched
 from thinktwice_kernels import fused_loss, grpo_loss, linear_grpo_loss, products, reference
 from thinktwice_kernels.options import LossKeywords, LossOptions
 
@@ -212,6 +213,44 @@ def test_backward_twice_and_the_incoming_gradient() -> None:
     (third,) = torch.autograd.grad(loss, [weight])
     torch.testing.assert_close(second, -2.5 * third)
     torch.testing.assert_close(first, 100 * third)
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_backward_fills_no_zeros_in_place_of_gradients_that_nobody_gave(kept: bool) -> None:
+    batch = linear_batch([3, 4], 7)
+    leaves = {name: batch[name].requires_grad_() for name in ("hidden", "weight", "bias")}
+    loss, _ = linear_grpo_loss(**batch)
+    with Dispatched() as dispatched:
+        loss.backward(retain_graph=kept)
+    assert any(isinstance(result, Tensor) and result.shape == (V, H) for _, result in dispatched.calls)
+    assert [dispatched.filled(leaf.shape) for leaf in leaves.values()] == [[], [], []]
+
+
+class WithoutGradient(torch.autograd.Function):
+    """Twice its input, whose backward pass gives nothing."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor) -> Tensor:
+        return 2 * loss
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> None:
+        return None
+
+
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_a_loss_without_gradient_gives_none(create_graph: bool) -> None:
+    batch = linear_batch([3, 4], 7)
+    leaves = [batch[name].requires_grad_() for name in ("hidden", "weight", "bias")]
+    logps = torch.zeros(7, dtype=torch.float64, requires_grad=True)
+    entropy = torch.ones(7, dtype=torch.float64, requires_grad=True)
+    fused, _ = linear_grpo_loss(**batch)
+    plain, _ = grpo_loss(logps, batch["advantages"], batch["cu_seqlens"], entropy=entropy, entropy_coef=0.1)
+    for loss, inputs in ((fused, leaves), (plain, [logps, entropy])):
+        found = torch.autograd.grad(
+            WithoutGradient.apply(loss), inputs, allow_unused=True, create_graph=create_graph, retain_graph=False
+        )
+        assert found == (None,) * len(inputs)
 
 
 def test_a_second_derivative_is_an_error() -> None:

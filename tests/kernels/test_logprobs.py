@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from tests.kernels.accuracy import assert_accurate, check_token_logprobs
 from tests.kernels.formulas import slow_linear_logprobs
 from thinktwice_kernels import linear_logits, linear_logprobs, products, tiles, token_logprobs
 
@@ -117,6 +118,22 @@ def test_without_the_entropy_the_log_probabilities_are_the_same() -> None:
     torch.testing.assert_close(
         linear_logprobs(hidden, weight, targets), linear_logprobs(hidden, weight, targets, return_entropy=True)[0]
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("vocabulary", [1, 7])
+@pytest.mark.parametrize("inplace", [False, True])
+def test_token_logprobs_of_every_type(dtype: torch.dtype, vocabulary: int, inplace: bool) -> None:
+    check_token_logprobs(torch.device("cpu"), dtype, vocabulary, inplace)
+
+
+def test_what_should_be_zero_is_judged_absolutely() -> None:
+    zero = {"x": torch.zeros(4, dtype=torch.float64)}
+    assert_accurate({"x": torch.full((4,), 3e-7)}, zero, rounding={"x": 1e-7})
+    for rounding in ({"x": 1e-8}, None):
+        with pytest.raises(AssertionError, match="x"):
+            assert_accurate({"x": torch.full((4,), 3e-7)}, zero, rounding=rounding)
+    assert_accurate(zero, zero)
 
 
 def test_hidden_need_not_be_contiguous() -> None:

@@ -20,7 +20,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 
 from tests.kernels.batches import LAYOUTS, gradients, make_batch
 from tests.kernels.cases import AGGREGATIONS, CASES
-from tests.kernels.interpreter import patch_language_once
+from tests.kernels.interpreter import patch_language_once, round_bfloat16_to_nearest
 from thinktwice_kernels import reference
 from thinktwice_kernels.backends import Head, LossInputs, triton_backend
 from thinktwice_kernels.options import LossOptions
@@ -29,6 +29,7 @@ from thinktwice_kernels.totals import loss_weights, metrics_of, totals_of
 from thinktwice_kernels.triton_kernels import launch
 
 patch_language_once()
+round_bfloat16_to_nearest()
 ROWS = 5
 SPLIT = pytest.mark.parametrize("processors", [1, 132], ids=["a program to a row", "several programs to a row"])
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 2e-6}
@@ -36,7 +37,7 @@ TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 2e-6}
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("row_statistics", "row_gradient"):
+    for name in ("row_statistics", "row_gradient", "scale"):
         monkeypatch.setitem(launch.SHAPES, name, launch.Shape(num_warps=1, vectors=1))
     for name in ("sequence_loss", "group_advantages"):
         monkeypatch.setitem(launch.SHAPES, name, launch.Shape(num_warps=1, block=4))
@@ -350,6 +351,31 @@ def test_nan_comes_out_as_nan(case: str, name: str) -> None:
     metrics = reference.grpo_loss(**batch, **options)[1]
     found = metrics_of(totals, torch.float64, set())
     assert {n for n in metrics if math.isnan(found[n])} == {n for n in metrics if math.isnan(metrics[n])}
+
+
+@pytest.mark.parametrize("size", [0, 1, 127, 128, 512, 515])  # 128 fp32 numbers a block
+@pytest.mark.parametrize(
+    ("dtype", "out_dtype"),
+    [
+        *((torch.float32, out) for out in (torch.float32, torch.bfloat16, torch.float16)),
+        *((torch.float64, out) for out in (torch.float64, torch.float32, torch.float16)),
+        (torch.bfloat16, torch.bfloat16),
+    ],
+    ids=str,
+)
+def test_scaling_rounds_as_torch_does(dtype: torch.dtype, out_dtype: torch.dtype, size: int) -> None:
+    values = logits_of(size, dtype, rows=1)
+    values[0, :5] = torch.tensor([math.nan, math.inf, -math.inf, 3e38, 1e-6])[:size]
+    by = torch.tensor(-1 / 3, dtype=accumulation_dtype(values))
+    want = (values.to(by.dtype) * by).to(out_dtype)
+    beyond = torch.full((size + 9,), 7.0, dtype=out_dtype)
+    out = beyond[:size]
+    triton_backend.scale(values[0], by, out)
+    torch.testing.assert_close(out, want[0], rtol=0, atol=0, equal_nan=True)
+    assert (beyond[size:] == 7).all()
+    if dtype == out_dtype:
+        triton_backend.scale(values, by, values)
+        torch.testing.assert_close(values, want, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("scale", ["none", "group", "batch"])

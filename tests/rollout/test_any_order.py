@@ -117,7 +117,7 @@ class Session:
             n = len(rollout.response)
             options = (torch.ones(n), torch.zeros(n, dtype=torch.int32), torch.ones(n), torch.zeros(n))
             keys = (SEED, torch.full((n,), rollout.sample_id), torch.arange(n))
-            drawn, _, logps, _ = reference.sample(response_logits(model("sdpa"), rollout), *options, *keys)
+            drawn, _, logps, *_ = reference.sample(response_logits(model("sdpa"), rollout), *options, *keys)
             assert rollout.response == drawn.tolist()
             assert rollout.logps == pytest.approx(logps.tolist(), abs=1e-4)
 

@@ -203,7 +203,9 @@ def test_a_stop_string_ends_a_response_with_the_token_that_completes_it(decoder:
     for number, rollout in draw(engine, with_stops).items():
         whole = plain[number].response
         cut = next((n for n in range(1, len(whole) + 1) if stop in letters(whole[:n])), None)
-        assert rollout.response == whole[:cut] and rollout.logps == plain[number].logps[:cut]
+        assert rollout.response == whole[:cut]
+        # Once the other has ended the products have another shape, and round differently on some processors.
+        assert rollout.logps == pytest.approx(plain[number].logps[:cut], abs=1e-5)
         assert (rollout.stop_string, rollout.finished) == ((stop, True) if cut else (None, False))
         assert rollout.ended
     assert draw(engine, with_stops)[0].stop_string == stop

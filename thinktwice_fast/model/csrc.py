@@ -94,15 +94,24 @@ def _register_fakes() -> None:
     torch.library.register_fake("thinktwice::sample", _sample_fake)
 
 
-def _sample_fake(logits: Tensor, *rest: object) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    def numbers() -> Tensor:
-        return logits.new_empty(logits.shape[0], dtype=torch.float32)
-
-    return logits.new_empty(logits.shape[0], dtype=torch.int64), numbers(), numbers(), numbers()
+def _sample_fake(logits: Tensor, *rest: object) -> tuple[Tensor, ...]:
+    kinds = (torch.int64, torch.float32, torch.float32, torch.float32, torch.int32)
+    return tuple(logits.new_empty(logits.shape[0], dtype=kind) for kind in kinds)
 
 
 _register_fakes()
 _library = _register_torch_versions()  # unregisters its ops when collected
+
+
+# By the status of a row whose option is refused, less one; see csrc/sample_status.h.
+_SAMPLE_OPTIONS = (
+    ("temperature", "finite and at least 0"),
+    ("top_k", "at least 0"),
+    ("top_p", "above 0 and at most 1"),
+    ("min_p", "from 0 to 1"),
+    ("position", "from 0 to 2^32 - 1"),
+)
+_BAD_LOGITS = len(_SAMPLE_OPTIONS) + 1
 
 
 class Sampled(NamedTuple):
@@ -251,6 +260,28 @@ def sample(
 
     Raises:
         RuntimeError: a row's logits hold NaN or +inf or nothing finite, an option is out of range, or shapes or types
-            do not match. While a CUDA graph is captured, a row of the first two kinds gets the token -1 instead.
+            do not match. While a CUDA graph is captured, a row of the first two kinds gets the token -1 and NaN
+            instead.
     """
-    return Sampled(*_sample(logits, temperature, top_k, top_p, min_p, seed, sample_ids, positions))
+    *sampled, statuses = _sample(logits, temperature, top_k, top_p, min_p, seed, sample_ids, positions)
+    if not (logits.is_cuda and torch.cuda.is_current_stream_capturing()):
+        _raise_refused(statuses.tolist(), (temperature, top_k, top_p, min_p, positions, sample_ids))
+    return Sampled(*sampled)
+
+
+def _raise_refused(
+    statuses: list[int],  # csrc/sample_status.h
+    columns: tuple[Tensor, ...],  # temperature, top_k, top_p, min_p, positions, sample_ids, each [N]
+) -> None:
+    row = next((row for row, status in enumerate(statuses) if status), None)
+    if row is None:
+        return
+    position, sample_id = (int(column[row]) for column in columns[-2:])
+    if statuses[row] == _BAD_LOGITS:
+        raise RuntimeError(
+            f"sample: logits of row {row} (sample {sample_id}, position {position}) hold NaN or +inf, or nothing but "
+            "-inf"
+        )
+    name, bounds = _SAMPLE_OPTIONS[statuses[row] - 1]
+    value = columns[statuses[row] - 1][row].item()
+    raise RuntimeError(f"sample: {name} of row {row} is {value:.10g}, must be {bounds}")

@@ -77,9 +77,10 @@ def load_model(options: ModelOptions, seed: int, device: torch.device) -> Loaded
     config = _config(folder, options.path)
     tokenizer = load_tokenizer(options)
     if options.random_init:
-        model = _random_model(config, options, seed).to(device).eval()
+        model = _random_model(config, options, seed, device)
     else:
-        model = _saved_model(folder, config, options, device).eval()
+        model = _saved_model(folder, config, options, device)
+    model.eval()
     _check_vocabulary(config, tokenizer, options)
     if not isinstance(model, Transformer):
         check_head_is_linear(model)
@@ -98,8 +99,7 @@ def outline_model(options: ModelOptions) -> LoadedModel:
     folder = model_folder(options.path)
     config = _config(folder, options.path)
     tokenizer = load_tokenizer(options)
-    with torch.device("meta"):
-        model = _random_model(config, options, 0).eval()
+    model = _random_model(config, options, 0, torch.device("meta")).eval()
     if not options.random_init:
         _require_weights(folder, options.path)
         with contextlib.suppress(OSError):  # has none: the model's own config says what ends a response
@@ -170,14 +170,17 @@ def _config(folder: str, name: str) -> Any:
         ) from error
 
 
-def _random_model(config: Any, options: ModelOptions, seed: int) -> Any:
+def _random_model(config: Any, options: ModelOptions, seed: int, device: torch.device) -> Any:
+    """Drawn on the device itself: a CPU takes a minute for what a GPU does in a second."""
     if Transformer.knows(config):
-        model = Transformer(config)
+        with device:
+            model = Transformer(config)
         model.init_weights(seed)
         return model
     torch.manual_seed(seed)
     try:
-        return AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=ATTENTION_NAME)
+        with device:
+            return AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=ATTENTION_NAME)
     except ValueError as error:
         raise _unloadable(options.path, _first_line(error)) from error
 

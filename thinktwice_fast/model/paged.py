@@ -18,7 +18,7 @@ from thinktwice_fast.model.csrc import (
     rotary_write_kv,
     write_kv,
 )
-from thinktwice_fast.model.lists import int64
+from thinktwice_fast.model.lists import int64, upload
 from thinktwice_fast.model.rotary import Rotation
 
 # Keys that decoding sequences must share to be read together: whole chunks of the CPU's attention, whole splits of
@@ -128,9 +128,7 @@ class PagedKVCache:
             return None
         if not len(plan[-1]):
             del plan[-2:]
-        if not self._on_cpu:
-            plan = [part.to(self.device, non_blocking=True) for part in plan]
-        return Plan(*plan)
+        return Plan(*upload(plan, self.device))
 
     def fork(self, handle: int, n: int) -> list[int]:
         """``n`` new sequences equal to ``handle``, which stays as it is.
@@ -142,7 +140,7 @@ class PagedKVCache:
         """
         handles, pairs = _fork(self.id, handle, n)
         if len(pairs):
-            copy_blocks(self.k_cache, self.v_cache, pairs if self._on_cpu else pairs.to(self.device))
+            copy_blocks(self.k_cache, self.v_cache, *upload([pairs], self.device))
         return handles.tolist()
 
     def release(self, handles: Sequence[int]) -> None:

@@ -234,16 +234,18 @@ def sample(
     seed: int,
     sample_ids: Tensor,  # int64 [N]
     positions: Tensor,  # int64 [N]
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """See ``csrc.sample``; returns tokens, logps, raw_logps and entropies. Rows are taken SAMPLE_BYTES at a time."""
+) -> tuple[Tensor, ...]:
+    """See ``csrc.sample``; returns tokens, logps, raw_logps, entropies and statuses.
+
+    Rows are taken SAMPLE_BYTES at a time.
+    """
     step = max(1, SAMPLE_BYTES // (logits.shape[1] * _ENTRY_BYTES))
     columns = (logits, temperature, top_k, top_p, min_p, sample_ids, positions)
     parts = [
-        _sample_rows(*(column[first : first + step] for column in columns), seed=seed, first=first)
+        _sample_rows(*(column[first : first + step] for column in columns), seed=seed)
         for first in range(0, max(len(logits), 1), step)
     ]
-    tokens, logps, raw_logps, entropies = (torch.cat(column) for column in zip(*parts, strict=True))
-    return tokens, logps, raw_logps, entropies
+    return tuple(torch.cat(column) for column in zip(*parts, strict=True))
 
 
 def _sample_rows(
@@ -256,32 +258,39 @@ def _sample_rows(
     positions: Tensor,  # int64 [n]
     *,
     seed: int,
-    first: int,  # number of the first of these rows
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     greedy = temperature == 0
     scaled = logits.float() / torch.where(greedy, 1.0, temperature)[:, None]
     best = scaled.amax(1, keepdim=True)  # NaN where a row holds one
-    bad = (~best.isfinite()).nonzero()
-    if len(bad):
-        n = int(bad[0, 0])
-        raise RuntimeError(
-            f"sample: logits of row {first + n} (sample {int(sample_ids[n])}, position {int(positions[n])}) "
-            "hold NaN or +inf, or nothing but -inf"
-        )
+    refusals = (
+        ~((temperature >= 0) & temperature.isfinite()),
+        top_k < 0,
+        ~((top_p > 0) & (top_p <= 1)),
+        ~((min_p >= 0) & (min_p <= 1)),
+        (positions < 0) | (positions > _WORD),
+        ~best[:, 0].isfinite(),
+    )
+    statuses = torch.zeros(len(logits), dtype=torch.int32, device=logits.device)
+    for number, refused in reversed([*enumerate(refusals, start=1)]):  # the first that holds is written last
+        statuses.masked_fill_(refused, number)
     below = scaled - best
     weights = below.exp()
     allowed = weights * _may_be_drawn(weights, top_k, top_p, min_p)
     score = allowed / -torch.log1p(-uniforms(seed, sample_ids, positions, logits.shape[1]))
     score = torch.where(greedy[:, None], (below == 0).float(), score)
     ids = torch.arange(logits.shape[1], device=logits.device)
-    tokens = torch.where(score == score.amax(1, keepdim=True), ids, len(ids)).amin(1)
+    # A refused row may have no best score: any token will do there.
+    tokens = torch.where(score == score.amax(1, keepdim=True), ids, len(ids) - 1).amin(1)
 
     log_total = weights.double().sum(1).log()
     log_mass = torch.where(greedy, log_total, allowed.double().sum(1).log())
     chosen = below.gather(1, tokens[:, None])[:, 0].double()
     moment = (weights.double() * below.clamp(min=-1e4)).sum(1)
     entropy = log_total - moment / weights.double().sum(1)
-    return tokens, (chosen - log_mass).float(), (chosen - log_total).float(), entropy.float()
+    numbers = (chosen - log_mass, chosen - log_total, entropy)
+    refused = statuses != 0
+    logps, raw_logps, entropies = (x.float().masked_fill(refused, torch.nan) for x in numbers)
+    return tokens.masked_fill(refused, -1), logps, raw_logps, entropies, statuses
 
 
 def _may_be_drawn(

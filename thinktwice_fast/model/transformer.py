@@ -130,13 +130,15 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
-        """Random ones, of the config's standard deviation; norms of ones, biases of zeros."""
+        """Random ones, of the config's standard deviation; norms of ones, biases and the padding token of zeros."""
         torch.manual_seed(seed)
         for name, parameter in self.named_parameters():
             if parameter.dim() > 1:
                 parameter.normal_(0.0, self.config.initializer_range)
             else:
                 parameter.fill_(0.0 if name.endswith(".bias") else 1.0)
+        if self.config.pad_token_id is not None:
+            self.embed_tokens.weight[self.config.pad_token_id] = 0.0
 
     def parts(self) -> dict[str, list[Part]]:
         """The border: what each of the weights is in transformers, in its order; without adapters."""

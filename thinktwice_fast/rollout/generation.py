@@ -9,6 +9,7 @@ import torch
 
 from thinktwice_fast.errors import UserError
 from thinktwice_fast.model.csrc import Sampled, sample
+from thinktwice_fast.model.lists import int64, upload
 from thinktwice_fast.rollout.records import Request, Rollout
 from thinktwice_fast.rollout.runner import DecoderRunner, Runner
 from thinktwice_fast.rollout.scheduler import Batch, Lane, Scheduler
@@ -188,14 +189,14 @@ class Generation(Iterator[Rollout]):
 
 
 def _draw(logits: torch.Tensor, lanes: list[Lane], seed: int) -> Sampled:
+    members = [lane.members[0] for lane in lanes]
+    sample_ids, positions = upload(
+        [int64([rollout.sample_id for rollout in members]), int64([len(rollout.response) for rollout in members])],
+        logits.device,
+    )
     try:
-        return sample(
-            logits,
-            *_sampling_columns(lanes, logits.device),
-            seed=seed,
-            sample_ids=_column([lane.members[0].sample_id for lane in lanes], torch.int64, logits.device),
-            positions=_column([len(lane.members[0].response) for lane in lanes], torch.int64, logits.device),
-        )
+        columns = _sampling_columns(lanes, logits.device)
+        return sample(logits, *columns, seed=seed, sample_ids=sample_ids, positions=positions)
     except RuntimeError as error:
         if torch.isfinite(logits).all():
             raise

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from thinktwice_fast.model.attention import PagedAttention
+from thinktwice_fast.model.lists import int64, upload
 from thinktwice_fast.model.paged import PagedKVCache, Plan
 from thinktwice_fast.model.policy import Policy, linear_head
 
@@ -82,7 +83,7 @@ class GraphRunner:
     def logits(self, tokens: list[int], plan: Plan, last: list[int]) -> Tensor:  # float32 [len(last), V]
         """Put the plan's tokens into the cache; the logits of rows ``last``, ascending."""
         shape = self._shape(len(tokens), plan)
-        ids, rows = torch.tensor(tokens, device=self.device), torch.tensor(last, dtype=torch.int64, device=self.device)
+        ids, rows = upload([int64(tokens), int64(last)], self.device)
         if shape is None:
             return self._forward(ids, plan, rows)
         self._buffers.fill(shape, ids, plan)

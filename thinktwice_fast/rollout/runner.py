@@ -11,6 +11,7 @@ from thinktwice_fast.errors import UserError
 from thinktwice_fast.model.attention import PagedAttention
 from thinktwice_fast.model.csrc import torch_versions
 from thinktwice_fast.model.decoder import Decoder
+from thinktwice_fast.model.lists import int64, upload
 from thinktwice_fast.model.paged import PagedKVCache, Plan
 from thinktwice_fast.model.policy import Model, Policy, linear_head
 from thinktwice_fast.model.products import PackedProducts
@@ -64,11 +65,12 @@ class ModuleRunner:
 
     @torch.inference_mode()
     def logits(self, tokens: list[int], plan: Plan, last: list[int]) -> torch.Tensor:
+        ids, rows = upload([int64(tokens), int64(last)], self.device)
         return self._policy(
-            torch.tensor(tokens, device=self.device),
+            ids,
             plan.positions,
             PagedAttention(self._cache, plan),
-            torch.tensor(last, dtype=torch.int64, device=self.device),
+            rows,
             self._head,
             self._product,
         )

@@ -246,6 +246,7 @@ def _ignored_in_training(config: Config) -> list[_Ignored]:
          "where rollouts' log-probabilities are the old ones (--rollout.exact true, --update.old_logps rollout)"),
         (config.rollout.exact, ("rollout.decoder", "update.old_logps"), "with --rollout.exact true"),
         (config.update.lr_schedule == "constant", ("update.lr_decay_steps",), "with --update.lr_schedule constant"),
+        (not config.run.save, ("resume", "run.checkpoint_every", "run.keep_checkpoints"), "with --run.save false"),
     ]  # fmt: skip
 
 

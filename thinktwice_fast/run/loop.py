@@ -32,6 +32,7 @@ from thinktwice_fast.run.output import Output
 from thinktwice_fast.run.signals import StopSignals
 from thinktwice_fast.update.updater import NonFiniteLoss
 
+_NOTHING_SAVED = "nothing was saved (--run.save false)"
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # A checkpoint is continued by the same recipe in these: they decide what its data position, its bases and its
 # optimizer's state mean.
@@ -69,7 +70,8 @@ class Trainer:
         self._saved_step = 0  # of the newest checkpoint
         self._generations = 0
         self._elapsed = 0.0  # seconds of training before this session
-        check_room(self._folder, parts.loaded.model, self._config.update)
+        if self._config.run.save:
+            check_room(self._folder, parts.loaded.model, self._config.update)
         resumed = self._resume()
         self._started = time.perf_counter()
         self._output = resources.enter_context(Output(self._config, self._step, resumed))
@@ -78,7 +80,7 @@ class Trainer:
 
     def train(self) -> None:
         """All steps that are left, then the closing evaluation, model and report."""
-        steps = self._config.run.steps
+        steps, saves = self._config.run.steps, self._config.run.save
         self._evaluate_if_due()
         self._stop.training = True
         while self._step < steps:
@@ -86,13 +88,14 @@ class Trainer:
             last = self._step == steps
             stopping = any(parallel.gather(self._stop.requested))
             # Before the evaluation, which may take long: what comes after a checkpoint is made up for on resume.
-            if last or stopping or _due(self._step, self._config.run.checkpoint_every):
+            if saves and (last or stopping or _due(self._step, self._config.run.checkpoint_every)):
                 self._checkpoint()
             if stopping and not last:
-                self._close({}, f"stopped by a signal after step {self._step}; continue with --resume auto")
+                then = "continue with --resume auto" if saves else _NOTHING_SAVED
+                self._close({}, f"stopped by a signal after step {self._step}; {then}")
                 return
             self._evaluate_if_due()
-        self._close(self._save_model(), f"complete: {self._step} of {steps} steps")
+        self._close(self._save_model() if saves else {}, f"complete: {self._step} of {steps} steps")
 
     def _close(self, written: dict[str, Path], outcome: str) -> None:
         self._output.close_report(written, outcome, self._parts.predicted_bytes)
@@ -212,6 +215,8 @@ class Trainer:
         """A failure before the update: the weights are those of the step before."""
         if self._step == 0:
             return "nothing was trained yet"
+        if not self._config.run.save:
+            return _NOTHING_SAVED
         if not all(parallel.gather(all(bool(p.isfinite().all()) for p in self._parts.loaded.model.parameters()))):
             return "the weights are not finite either and were not saved: continue from the last checkpoint"
         if self._step > self._saved_step:

@@ -100,6 +100,14 @@ class Backend(Protocol):
         both are empty, [0]; the second also while `entropy_coef` is 0.
         """
 
+    def scale(
+        self,
+        values: Tensor,  # of any shape, contiguous
+        by: Tensor,  # a number, without dimensions
+        out: Tensor,  # of the same shape, contiguous, any floating type; or `values` itself
+    ) -> None:
+        """The product in the accumulation type of the two, rounded to the type of `out`."""
+
     def group_advantages(
         self,
         rewards: Tensor,  # [S] fp32 or float64

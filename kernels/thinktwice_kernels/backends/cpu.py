@@ -94,6 +94,11 @@ def sequence_loss(inputs: LossInputs, options: LossOptions, want_gradient: bool)
     )
 
 
+def scale(values: Tensor, by: Tensor, out: Tensor) -> None:
+    """`Backend.scale`."""
+    torch.mul(values, by, out=out)
+
+
 def group_advantages(
     rewards: Tensor,  # [S]
     group_ids: Tensor,  # [S] int64

@@ -18,6 +18,7 @@ from thinktwice_kernels.triton_kernels.launch import SHAPES, launch, steps_and_s
 from thinktwice_kernels.triton_kernels.rows import combine_statistics
 from thinktwice_kernels.triton_kernels.rows import row_gradient as _row_gradient
 from thinktwice_kernels.triton_kernels.rows import row_statistics as _row_statistics
+from thinktwice_kernels.triton_kernels.scale import scale as _scale
 from thinktwice_kernels.triton_kernels.sequence import sequence_loss as _sequence_loss
 
 _SCALES = get_args(ScaleRewards)
@@ -126,6 +127,22 @@ def sequence_loss(inputs: LossInputs, options: LossOptions, want_gradient: bool)
     }
     launch(_sequence_loss, "sequence_loss", (sequences,), logps.device, arguments)
     return partials, d_logps, d_entropy
+
+
+def scale(values: Tensor, by: Tensor, out: Tensor) -> None:
+    """`Backend.scale`."""
+    shape = SHAPES["scale"]
+    lanes = shape.lanes(values.itemsize)
+    arguments = {
+        "values_ptr": values,
+        "by_ptr": by,
+        "out_ptr": out,
+        "size": values.numel(),
+        "TYPE": tl.float64 if accumulation_dtype(values, by) == torch.float64 else tl.float32,
+        "VECTORS": shape.vectors,
+        "LANES": lanes,
+    }
+    launch(_scale, "scale", (-(-values.numel() // (shape.vectors * lanes)),), values.device, arguments)
 
 
 def group_advantages(

@@ -90,12 +90,15 @@ def _(logps: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 def _loss_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     _, totals, d_logps, d_entropy = output
+    ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(totals, d_logps, d_entropy)
     ctx.save_for_backward(inputs[0], inputs[11], d_logps, d_entropy)
 
 
 @first_order_only
-def _loss_backward(ctx: Any, gradient: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+def _loss_backward(ctx: Any, gradient: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    if gradient is None:
+        return (None,) * 16
     *_, d_logps, d_entropy = ctx.saved_tensors
     of_logps = d_logps * gradient if ctx.needs_input_grad[0] else None
     of_entropy = d_entropy * gradient if ctx.needs_input_grad[11] and d_entropy.numel() else None
@@ -160,12 +163,15 @@ def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> tuple[
 
 
 def _linear_loss_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.set_materialize_grads(False)  # else each backward pass fills zeros of the shape of every gradient below
     ctx.mark_non_differentiable(*output[1:])
     ctx.save_for_backward(*inputs[:3], *output[2:])
 
 
 @first_order_only
-def _linear_loss_backward(ctx: Any, gradient: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+def _linear_loss_backward(ctx: Any, gradient: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    if gradient is None:
+        return (None,) * 18
     inputs, saved = ctx.saved_tensors[:3], ctx.saved_tensors[3:]
     consume = type(gradient) is Tensor and not ctx.creates_graph and not _graph_is_kept()
     scaled = [
@@ -188,8 +194,8 @@ def _scaled(gradient: Tensor, by: Tensor, dtype: torch.dtype, consume: bool) -> 
     if type(by) is Tensor and by.device.type == "cpu" and by == 1:  # a GPU would wait, a tracer's tensors have no value
         # What a graph that runs again hands out must be memory of its own.
         return gradient.to(dtype, copy=not consume)
-    if consume and gradient.dtype == dtype:
-        return gradient.mul_(by)
     if type(by) is not Tensor:
         return (gradient * by).to(dtype)
-    return torch.mul(gradient, by, out=torch.empty_like(gradient, dtype=dtype))  # rounds in the same pass
+    out = gradient if consume and gradient.dtype == dtype else torch.empty_like(gradient, dtype=dtype)
+    backend_of(gradient).scale(gradient, by, out)
+    return out

@@ -51,6 +51,13 @@ _GRADIENT_AXES = {
     "d_entropy": _BOTH,
     **_HEAD_AXES,
 }
+# A gradient, what it is multiplied by, and what it becomes.
+_SCALE_TYPES = (
+    *((torch.float32, torch.float32, dtype) for dtype in _TYPES[:3]),
+    *((torch.float64, torch.float64, dtype) for dtype in _TYPES),
+    *((torch.bfloat16, dtype, torch.bfloat16) for dtype in (torch.float32, torch.float64)),
+    (torch.float32, torch.float64, torch.float32),
+)
 _LOSS_OPTIONS: dict[str, Sequence[Any]] = {
     "policy_loss": get_args(PolicyLoss),
     "importance_sampling_level": get_args(ImportanceSamplingLevel),
@@ -107,6 +114,8 @@ def configurations(pairs: bool = True) -> dict[Configuration, Launch]:
         for dtypes in [_LOSS_TYPES] if pairs else [(dtype,) for dtype in _LOSS_TYPES]:
             for values in covering(_LOSS_AXES | {"logps": dtypes}, _is_loss, 2 if pairs else 1):
                 _launch_loss(values)
+        for types in _SCALE_TYPES:
+            triton_backend.scale(*(torch.zeros(4, dtype=dtype) for dtype in types))
         for dtype in _LOSS_TYPES:
             triton_backend.group_advantages(torch.zeros(4, dtype=dtype), torch.zeros(4).long(), "none", 1e-6)
     return {configuration_of(launch): launch for launch in launches}

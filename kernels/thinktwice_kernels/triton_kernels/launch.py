@@ -35,6 +35,7 @@ SHAPES = {
     "row_statistics": Shape(num_warps=8, vectors=4),
     "row_gradient": Shape(num_warps=8, vectors=4),
     "combine_statistics": Shape(num_warps=1, block=64),
+    "scale": Shape(num_warps=8, vectors=4),
     # float64 arithmetic with 15 sums per token: two tokens a thread fit into registers.
     "sequence_loss": Shape(num_warps=8, block=512),
     "group_advantages": Shape(num_warps=4, block=512),

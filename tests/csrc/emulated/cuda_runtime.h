@@ -246,9 +246,21 @@ struct cudaLaunchConfig_t {
 };
 
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
+enum cudaError_t { cudaSuccess, cudaErrorInvalidValue };
+
+namespace emulated {
+inline int launches_left = -1;  // until one fails; below 0: none does
+
+inline cudaError_t outcome() {
+  if (launches_left < 0) return cudaSuccess;
+  return launches_left-- == 0 ? cudaErrorInvalidValue : cudaSuccess;
+}
+}  // namespace emulated
 
 template <typename Kernel>
-void cudaFuncSetAttribute(Kernel*, cudaFuncAttribute, int) {}
+cudaError_t cudaFuncSetAttribute(Kernel*, cudaFuncAttribute, int) {
+  return emulated::outcome();
+}
 
 namespace emulated {
 inline bool backwards = false;  // the order of threads and blocks
@@ -257,8 +269,9 @@ inline std::function<void(size_t)>
 }  // namespace emulated
 
 template <typename... Parameters, typename... Arguments>
-void cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
                         Arguments&&... arguments) {
+  if (const cudaError_t error = emulated::outcome(); error != cudaSuccess) return error;
   const dim3 grid = config->gridDim;
   const uint64_t blocks = uint64_t{grid.x} * grid.y * grid.z;
   for (uint64_t i = 0; i < blocks; ++i) {
@@ -270,4 +283,5 @@ void cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Paramet
     emulated::run_block(
         static_cast<int>(config->blockDim.x), [&] { kernel(arguments...); }, emulated::backwards);
   }
+  return cudaSuccess;
 }

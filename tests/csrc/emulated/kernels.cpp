@@ -17,8 +17,10 @@ using namespace thinktwice::gpu;
 
 extern "C" {
 
-void prepare(bool backwards) {
+// `launches_left`: the number of calls of CUDA that succeed before one fails; below 0, none fails.
+void prepare(bool backwards, int launches_left) {
   emulated::backwards = backwards;
+  emulated::launches_left = launches_left;
   emulated::refill = [](size_t bytes) {
     if (bytes > sizeof memory) std::abort();
     std::memset(memory, 0xff, sizeof memory);  // NaN
@@ -26,17 +28,17 @@ void prepare(bool backwards) {
   };
 }
 
-void write_kv(const CacheWrite* work) { launch_write_kv(*work, nullptr); }
-void rotary_write_kv(const Rotary* work, int type) {
-  launch_rotary_write_kv(*work, static_cast<Type>(type), nullptr);
+int write_kv(const CacheWrite* work) { return launch_write_kv(*work, nullptr); }
+int rotary_write_kv(const Rotary* work, int type) {
+  return launch_rotary_write_kv(*work, static_cast<Type>(type), nullptr);
 }
-void copy_blocks(const BlockCopy* work) { launch_copy_blocks(*work, nullptr); }
-void decode(const Attention* a, int type, bool single_queries) {
-  launch_decode(*a, static_cast<Type>(type), single_queries, nullptr);
+int copy_blocks(const BlockCopy* work) { return launch_copy_blocks(*work, nullptr); }
+int decode(const Attention* a, int type, bool single_queries) {
+  return launch_decode(*a, static_cast<Type>(type), single_queries, nullptr);
 }
-void prefill(const Attention* a, int type) { launch_prefill(*a, static_cast<Type>(type), nullptr); }
-void grouped_decode(const Attention* a, int type) {
-  launch_grouped_decode(*a, static_cast<Type>(type), nullptr);
+int prefill(const Attention* a, int type) { return launch_prefill(*a, static_cast<Type>(type), nullptr); }
+int grouped_decode(const Attention* a, int type) {
+  return launch_grouped_decode(*a, static_cast<Type>(type), nullptr);
 }
-void sample(const Sampling* work, int type) { launch_sample(*work, static_cast<Type>(type), nullptr); }
+int sample(const Sampling* work, int type) { return launch_sample(*work, static_cast<Type>(type), nullptr); }
 }

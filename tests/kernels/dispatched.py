@@ -1,0 +1,31 @@
+"""The torch operations that a piece of code comes down to, for the tests that bound them."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+
+class Dispatched(TorchDispatchMode):
+    """Within it, `calls` gets the name and the result of every torch operation that runs, also in a backward pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[str, Any]] = []
+
+    def __torch_dispatch__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.calls.append((str(func), result))
+        return result
+
+    def filled(self, shape: torch.Size) -> list[str]:
+        """The operations that wrote one and the same number all over a tensor of that shape."""
+        return [
+            name
+            for name, result in self.calls
+            if isinstance(result, Tensor) and result.shape == shape and ("zero" in name or "fill" in name)
+        ]

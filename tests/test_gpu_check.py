@@ -1,0 +1,134 @@
+"""The check of a machine with a GPU: a dry run of each stage, and what its closing table makes of what was found."""
+
+import json
+import os
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bench import gpu_table, hardware
+from bench.error_paths import CASES
+from bench.stage_notes import Line, Notes, result
+from tests.command import LIMIT, ROOT, quick_start
+
+SCRIPT = ROOT / "bench" / "gpu_check.sh"
+
+
+def check(*arguments: str | Path) -> "subprocess.CompletedProcess[str]":
+    python, own = quick_start()
+    own |= {"PYTHON": python, "PATH": os.environ["PATH"]}
+    return subprocess.run([SCRIPT, *arguments], env=own, capture_output=True, text=True, timeout=LIMIT)
+
+
+def dry_run(stage: str, folder: Path) -> dict[str, Any]:
+    """What a stage finds on a CPU with tiny shapes: the verdict of each check, by its name."""
+    finished = check(stage, "--cpu", folder)
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    document = json.loads((folder / f"{stage}.json").read_text())
+    assert document["machine"]["versions"]["torch"]
+    table = (folder / f"{stage}.txt").read_text().split("\n\n")[1]
+    assert table in finished.stdout
+    assert [line.split("  ")[0] for line in table.splitlines()[1:]] == [line["check"] for line in document["lines"]]
+    return {line["check"]: line["verdict"] for line in document["lines"]}
+
+
+def test_correct(tmp_path: Path) -> None:
+    found = dry_run("correct", tmp_path)
+    right = {"tests", "errors", "pair", *(f"error: {name}" for name in CASES)}
+    assert {name: found[name] for name in right} == dict.fromkeys(right, "met")
+    assert found["pair: log-probabilities of rollout and training"] == "met"
+
+
+def test_ops(tmp_path: Path) -> None:
+    found = dry_run("ops", tmp_path)
+    right = [verdict for name, verdict in found.items() if "toy" in name]
+    assert right == ["met", "met"]
+    assert found["linear_grpo_loss: ms, 4096 rows"] == "not measured"
+    details = (tmp_path / "ops.txt").read_text()
+    assert "ceiling: torch.matmul, three products" in details and "ceiling: copy of the logits" in details
+
+
+def test_decode(tmp_path: Path) -> None:
+    found = dry_run("decode", tmp_path)
+    right = [verdict for name, verdict in found.items() if "toy" in name]
+    assert right == ["met", "met"]  # without CUDA graphs there is nothing to compare on a CPU
+    assert found["rollout: tokens/s, 4 B, 8 x 8"] == "not measured"
+    details = (tmp_path / "decode.txt").read_text()
+    assert "calls on the host" in details and "without CUDA graphs: not run: runs on cuda only" in details
+
+
+def test_step(tmp_path: Path) -> None:
+    found = dry_run("step", tmp_path)
+    for name in ("update row: loss and gradient norm", "steps of the race", "predicted peak memory"):
+        assert found[name] == "met"
+    steps = [name for name in found if name.startswith("step ")]
+    assert [name.split(",")[0] for name in steps] == ["step 1", "step 2", "step 3", "step 4"]
+    # The goals are those of a GPU, for the last step of each phase.
+    assert [found[name] for name in steps] == ["", "", "not measured", "not measured"]
+    details = (tmp_path / "step.txt").read_text()
+    assert details.count("calls on the host") == 4 and "seconds_update" in details and "KV cache" in details
+
+
+@pytest.mark.parametrize("arguments", [(), ("all",), ("ops", "--gpu"), ("step", "one", "two")])
+def test_bad_usage_is_told_in_one_line(arguments: tuple[str, ...]) -> None:
+    finished = check(*arguments)
+    assert finished.returncode == 2
+    assert finished.stderr.startswith("gpu_check.sh: ") and finished.stderr.count("\n") == 1
+
+
+def test_a_stage_needs_a_gpu() -> None:
+    finished = check("ops")
+    assert finished.returncode == 2
+    assert finished.stderr.startswith("gpu_check.sh: torch sees no GPU here; a dry run is --cpu")
+
+
+@pytest.fixture
+def work(tmp_path: Path) -> Path:
+    machine: dict[str, Any] = {"gpu": "NVIDIA H200", "driver": "1", "cpu": "x", "threads": 2, "load": 0.0}
+    (tmp_path / gpu_table.MACHINE).write_text(json.dumps(machine | {"python": "3", "versions": {}}))
+    (tmp_path / gpu_table.PARTS).write_text("")
+    return tmp_path
+
+
+@pytest.mark.parametrize(("status", "wrong"), [("0", False), ("1", True), ("124", True), ("139", True)])
+def test_a_failed_part_fails_the_stage(work: Path, status: str, wrong: bool) -> None:
+    (work / gpu_table.PARTS).write_text(f"tests\t{status}\t7\n")
+    (work / "tests.log").write_text("...\n1 failed, 3 passed in 7.00s\n")
+    assert gpu_table.main("correct", work, work / "out") == int(wrong)
+    row = (work / "out" / "correct.txt").read_text().splitlines()[3]
+    assert row.split("  ")[0] == "tests" and "7 s, 1 failed, 3 passed" in row
+    assert ("cut off" in row) == (status == "124")
+    assert row.endswith("NOT MET") == wrong
+
+
+def test_a_wrong_result_fails_the_stage_and_a_missed_goal_does_not(work: Path) -> None:
+    notes = Notes(work)
+    notes.add(Line("speed", "5 s", "<= 4 s", met=False), Line("size", "-", "<= 1 GiB"), Line("rate", "3 tok/s"))
+    assert gpu_table.main("step", work, work / "out") == 0
+    notes.add(result("loss", "off by 1", "<= 0.1", right=False))
+    assert gpu_table.main("step", work, work / "out") == 1
+    lines = json.loads((work / "out" / "step.json").read_text())["lines"]
+    assert [line["verdict"] for line in lines] == ["NOT MET", "not measured", "", "NOT MET"]
+
+
+def test_results_go_where_the_gpu_and_the_day_say(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_table, "ROOT", work)
+    assert gpu_table.main("step", work) == 0
+    (folder,) = (work / "bench" / "results").iterdir()
+    assert folder.name.startswith("h200-20") and {path.name for path in folder.iterdir()} == {"step.txt", "step.json"}
+
+
+@pytest.mark.parametrize(
+    ("gpu", "name"),
+    [
+        ("NVIDIA H200", "h200"),
+        ("NVIDIA H100 80GB HBM3", "h100"),
+        ("NVIDIA A100-SXM4-80GB", "a100"),
+        ("NVIDIA GeForce RTX 4090", "rtx-4090"),
+        ("NVIDIA RTX PRO 6000 Blackwell", "rtx-pro-6000"),
+    ],
+)
+def test_short_names_of_gpus(gpu: str, name: str) -> None:
+    assert hardware.short_name(gpu) == name
