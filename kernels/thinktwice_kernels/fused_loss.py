@@ -10,18 +10,18 @@ tile is worked through in pieces, of which all but the last are computed a secon
 Letters: T tokens, S sequences, V vocabulary, H hidden size, N computed tokens, n tokens of a segment.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from thinktwice_kernels.backends import PARTIALS, Head, LossInputs, backend_of
+from thinktwice_kernels.backends import PARTIALS, Head, LossInputs, Selection, backend_of
 from thinktwice_kernels.linear_head import bytes_per_logit, new_tile, of_rows
 from thinktwice_kernels.options import LossOptions
-from thinktwice_kernels.packed import Sequences, accumulation_dtype
+from thinktwice_kernels.packed import accumulation_dtype, uploaded
 from thinktwice_kernels.products import HeadGradients, accumulated_logits, gradient_dtype
 from thinktwice_kernels.tiles import rows_per_tile, tiles
 from thinktwice_kernels.totals import totals_of
@@ -41,68 +41,20 @@ def linear_loss_forward(
     budget: int | None,  # bytes of logits and their gradient at a time
 ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
     """Totals of the batch [len(PARTIALS)], and the gradients as `HeadGradients.result` gives them."""
-    tokens = _signal(inputs, hidden, options)
+    tokens = backend_of(hidden).select_tokens(_beside(hidden, inputs), hidden.shape[0], options)
     work = _Tiles(hidden, weight, targets, head, options, wanted, budget, tokens)
-    parts = [work.segment(segment) for segment in _segments(tokens, options, work.step)]
+    segments = list(_segments(tokens, options, work.step))
+    parts = [work.segment(*pair) for pair in zip(segments, _offsets(segments, hidden.device), strict=True)]
     totals = totals_of(torch.cat([hidden.new_empty(0, len(PARTIALS), dtype=torch.float64), *parts]))
     totals[PARTIALS.index("tokens")] = tokens.in_loss
     return totals, work.gradients.result()
 
 
-@dataclass(frozen=True)
-class _Signal:
-    """The tokens to compute, one after another, with what the loss needs of each."""
-
-    rows: Tensor  # [N] int64, of the T; empty where `everything`
-    everything: bool
-    in_loss: Tensor  # how many of the T are loss tokens
-    inputs: LossInputs  # of the N tokens; advantages and weights one per token
-
-
-def _signal(inputs: LossInputs, hidden: Tensor, options: LossOptions) -> _Signal:
-    """Finds the computed tokens. On a GPU this waits for the device."""
-    assert inputs.advantages is not None
-    tokens = hidden.shape[0]
-    where = inputs.advantages.device
-    sequences = Sequences(inputs.cu_seqlens.to(where), tokens)
-    mask = torch.ones(tokens, dtype=torch.bool, device=where) if inputs.loss_mask is None else inputs.loss_mask
-    mask = mask.to(where)
-    per_token = [
-        values if values.numel() != sequences.count else sequences.spread(values)
-        for values in (inputs.advantages, inputs.weights.to(where))
-    ]
-    computed = mask
-    if options.beta == 0 and options.entropy_coef == 0:
-        computed = mask & (per_token[0] != 0)
-        if options.needs_whole_sequences():
-            computed = mask & sequences.any(computed)
-    guided = inputs.guide_mask
-    if guided is not None:
-        guided = guided.to(where) & mask
-        if options.released_code_compat:
-            guided = sequences.any(guided)
-    rows = torch.nonzero(computed).squeeze(1)
-    everything = rows.numel() == tokens
-
-    def of_computed(values: Tensor) -> Tensor:
-        values = values if everything else values.index_select(0, rows.to(values.device))
-        return values.to(hidden.device, non_blocking=True)
-
-    def where_given(values: Tensor | None) -> Tensor | None:
-        return None if values is None else of_computed(values)
-
-    compact = replace(
-        inputs,
-        advantages=of_computed(per_token[0]),
-        weights=of_computed(per_token[1]),
-        cu_seqlens=torch.searchsorted(rows, sequences.offsets),
-        old_logps=where_given(inputs.old_logps),
-        ref_logps=where_given(inputs.ref_logps),
-        rollout_logps=where_given(inputs.rollout_logps),
-        guide_mask=where_given(guided),
-        loss_mask=None,
-    )
-    return _Signal(rows.to(hidden.device, non_blocking=True), everything, mask.sum(), compact)
+def _beside(hidden: Tensor, inputs: LossInputs) -> LossInputs:
+    """The inputs on the device of the hidden states."""
+    tensors = {name: value for name, value in vars(inputs).items() if isinstance(value, Tensor)}
+    moved: Any = {name: uploaded(tensor, hidden.device) for name, tensor in tensors.items()}
+    return replace(inputs, **moved)
 
 
 @dataclass(frozen=True)
@@ -114,13 +66,15 @@ class _Segment:
     offsets: list[int]  # of its sequences, from 0 to stop - start
 
 
-def _segments(tokens: _Signal, options: LossOptions, step: int) -> Iterator[_Segment]:
+def _segments(tokens: Selection, options: LossOptions, step: int) -> Iterator[_Segment]:
+    count, borders = tokens.rows.numel(), tokens.borders
     if options.needs_whole_sequences():
-        yield from _whole_sequences(tokens.inputs.cu_seqlens.tolist(), step)
+        assert borders is not None
+        yield from _whole_sequences(borders, step)
         return
     # Where one guided token makes its sequence guided, it must not reach into the next one. Elsewhere any cuts do.
-    count = tokens.rows.numel()
-    borders = tokens.inputs.cu_seqlens.tolist() if options.released_code_compat else range(0, count, _TOKENS_TOGETHER)
+    if borders is None:
+        borders = list(range(0, count, _TOKENS_TOGETHER))
     for piece in tiles(0, count, step):
         inside = sorted({border - piece.start for border in borders if piece.start < border < piece.stop})
         yield _Segment(piece.start, piece.stop, [0, *inside, piece.stop - piece.start])
@@ -139,6 +93,13 @@ def _whole_sequences(borders: list[int], step: int) -> Iterator[_Segment]:
         yield _Segment(start, start + offsets[-1], offsets)
 
 
+def _offsets(segments: list[_Segment], device: torch.device) -> Sequence[Tensor]:
+    """Each segment's offsets, int32, in one piece of memory."""
+    sizes = [len(segment.offsets) for segment in segments]
+    offsets = torch.tensor([offset for segment in segments for offset in segment.offsets], dtype=torch.int32)
+    return uploaded(offsets, device).split(sizes)
+
+
 class _Tiles:
     """Works through segments, one tile of logits in memory."""
 
@@ -151,7 +112,7 @@ class _Tiles:
         options: LossOptions,
         wanted: tuple[bool, bool, bool],
         budget: int | None,
-        tokens: _Signal,
+        tokens: Selection,
     ):
         self._hidden, self._weight, self._targets = hidden, weight, targets
         self._head, self._options, self._tokens = head, options, tokens
@@ -166,7 +127,11 @@ class _Tiles:
             self._out_buffer = hidden.new_empty(capacity, weight.shape[0], dtype=self._out_dtype)
         self.gradients = HeadGradients(hidden, weight, head.bias, wanted)
 
-    def segment(self, segment: _Segment) -> Tensor:
+    def segment(
+        self,
+        segment: _Segment,
+        offsets: Tensor,  # the segment's, int32
+    ) -> Tensor:
         """Partials [sequences, len(PARTIALS)]; the gradients are added to `gradients`."""
         count = segment.stop - segment.start
         logps, lse, entropy = (self._hidden.new_empty(count, dtype=self._dtype) for _ in range(3))
@@ -179,7 +144,7 @@ class _Tiles:
             logps[piece], lse[piece] = found[:2]
             entropy[piece] = cast(Tensor, found[2])
         partials, d_logps, d_entropy = self._backend.sequence_loss(
-            _of_segment(self._tokens.inputs, segment, logps, entropy), self._options, self._want_gradient
+            _of_segment(self._tokens.inputs, segment, offsets, logps, entropy), self._options, self._want_gradient
         )
         if not self._want_gradient:
             return partials
@@ -235,7 +200,7 @@ class _Tiles:
         clips = inputs.old_logps is not None and options.policy_loss == "clip"
         whole = options.needs_whole_sequences()
         may_lack = clips or whole or inputs.guide_mask is not None or options.rollout_is.endswith("mask")
-        if not may_lack or options.beta != 0 or options.entropy_coef != 0:
+        if not (may_lack and options.skips_zero_advantages()):
             return None
         live = torch.nonzero(d_logps).squeeze(1)
         return None if live.numel() == d_logps.numel() else live
@@ -254,7 +219,13 @@ def _compacted(
     return tile[: rows.numel()]
 
 
-def _of_segment(inputs: LossInputs, segment: _Segment, logps: Tensor, entropy: Tensor) -> LossInputs:
+def _of_segment(
+    inputs: LossInputs,
+    segment: _Segment,
+    offsets: Tensor,  # the segment's, int32
+    logps: Tensor,  # [n]
+    entropy: Tensor,  # [n]
+) -> LossInputs:
     own = slice(segment.start, segment.stop)
 
     def part(values: Tensor | None) -> Tensor | None:
@@ -266,7 +237,7 @@ def _of_segment(inputs: LossInputs, segment: _Segment, logps: Tensor, entropy: T
         entropy=entropy,
         advantages=part(inputs.advantages),
         weights=inputs.weights[own],
-        cu_seqlens=torch.tensor(segment.offsets, dtype=torch.int32).to(logps.device, non_blocking=True),
+        cu_seqlens=offsets,
         old_logps=part(inputs.old_logps),
         ref_logps=part(inputs.ref_logps),
         rollout_logps=part(inputs.rollout_logps),

@@ -56,9 +56,10 @@ def linear_grpo_loss(
     Where a token's loss depends on its whole sequence (`importance_sampling_level` "sequence", `rollout_is`
     "sequence-*"), tiles hold whole sequences, and a sequence that is longer than a tile has its logits computed twice.
 
-    To find the tokens that are skipped, a GPU is waited for once, and once more where tiles hold whole sequences. Where
-    tokens may be clipped (`old_logps` with the clip objective, `guide_mask`, `rollout_is` "*-mask") it is waited for
-    once a tile. `advantages`, `cu_seqlens` and the masks may lie on the CPU.
+    A GPU is waited for once, to learn which tokens are skipped and where sequences end; not where none can be skipped
+    (no `loss_mask`, and `beta` or `entropy_coef` is not 0) and borders don't matter. Where tokens may be clipped
+    (`old_logps` with the clip objective, `guide_mask`, `rollout_is` "*-mask") it is waited for once a tile.
+    `advantages`, `cu_seqlens` and the masks may lie on the CPU.
 
     Args:
         hidden: the last hidden state; need not be contiguous.

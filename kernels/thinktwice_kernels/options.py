@@ -101,6 +101,14 @@ class LossOptions:
         """Whether one token's loss depends on the other tokens of its sequence."""
         return self.importance_sampling_level == "sequence" or self.rollout_is.startswith("sequence")
 
+    def needs_borders(self) -> bool:
+        """Whether it matters to a token where its sequence begins and ends."""
+        return self.needs_whole_sequences() or self.released_code_compat
+
+    def skips_zero_advantages(self) -> bool:
+        """Whether a token with advantage exactly 0 adds nothing."""
+        return self.beta == 0 and self.entropy_coef == 0
+
     def check_inputs(self, given: Collection[str]) -> None:
         """Raise ValueError if an option needs, or is without effect without, an optional tensor not in `given`."""
         if self.beta != 0 and "ref_logps" not in given:

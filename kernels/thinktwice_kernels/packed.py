@@ -12,6 +12,13 @@ def accumulation_dtype(*tensors: Tensor) -> torch.dtype:
     return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
 
 
+def uploaded(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on the device. A GPU may read pageable memory after it is freed, so the copy is from pinned memory."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
 def check_cu_seqlens(cu_seqlens: Tensor, tokens: int) -> None:
     """Raise ValueError unless `cu_seqlens` [S+1] partitions `tokens`.
 

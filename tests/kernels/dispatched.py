@@ -7,6 +7,20 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+# Views, memory that nobody writes, and moves to where a tensor already is.
+_VIEWS = (
+    "detach",
+    "detach_",
+    "lift_fresh",
+    "resolve_conj",
+    "resolve_neg",
+    "select",
+    "slice",
+    "split_with_sizes",
+    "view",
+)
+_FREE = (*_VIEWS, "empty", "new_empty", "to")
+
 
 class Dispatched(TorchDispatchMode):
     """Within it, `calls` gets the name and the result of every torch operation that runs, also in a backward pass."""
@@ -21,6 +35,10 @@ class Dispatched(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         self.calls.append((str(func), result))
         return result
+
+    def launches(self) -> list[str]:
+        """The calls that are work for a GPU, or that wait for it."""
+        return [name for name, _ in self.calls if name.removeprefix("aten.").partition(".")[0] not in _FREE]
 
     def filled(self, shape: torch.Size) -> list[str]:
         """The operations that wrote one and the same number all over a tensor of that shape."""

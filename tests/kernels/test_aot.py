@@ -26,7 +26,7 @@ from thinktwice_kernels.triton_kernels.launch import SHAPES, recording
 ROOT = Path(__file__).parent.parent.parent
 ROW_KERNELS = ("row_statistics", "combine_statistics", "row_gradient")
 # Kernels that nothing may spill in.
-STREAMING = (*ROW_KERNELS, "scale")
+STREAMING = (*ROW_KERNELS, "scale", "count_tokens", "compact_tokens")
 
 
 @pytest.fixture(scope="module")
@@ -114,6 +114,32 @@ def test_new_numbers_of_rows_compile_nothing(head: Head) -> None:
         assert row_launches(rows, start, head) == few
 
 
+def selection_launches(lengths: list[int], case: str, start: int = 0) -> set[aot.Configuration]:
+    """What finding the computed tokens compiles."""
+    options, tensors = CASES[case]
+    batch = make_batch([start, *lengths], 3, **dict.fromkeys(tensors, True), loss_mask=True)
+    batch = {name: value.detach() for name, value in batch.items()}
+    sequences, total = len(lengths), sum(lengths)
+    own = {name: batch[name][start:] for name in batch if name not in ("advantages", "cu_seqlens", "entropy")}
+    inputs = LossInputs(
+        **own,
+        advantages=batch["advantages"][1:],
+        cu_seqlens=torch.tensor([0, *lengths]).cumsum(0),
+        weights=torch.ones(start + sequences, dtype=torch.float64)[start:],
+    )
+    with recording() as launches:
+        triton_backend.compacted(inputs, total, LossOptions(**options))
+    return {aot.configuration_of(launch) for launch in launches}
+
+
+@pytest.mark.parametrize("case", ["clip", "gspo", "guided, released code"])
+def test_finding_the_tokens_of_new_lengths_compiles_nothing(case: str) -> None:
+    first = selection_launches([5, 7, 3], case)
+    assert len(first) == 2
+    for lengths, start in (([16, 16], 0), ([1], 1), ([3, 0, 70], 1), ([1, 1, 1, 5], 3)):
+        assert selection_launches(lengths, case, start) == first
+
+
 def loss_launches(lengths: list[int], case: str, start: int = 0, **numbers: float) -> set[aot.Configuration]:
     options, tensors = CASES[case]
     options = {name: value for name, value in options.items() if name != "normalizer"} | numbers
@@ -152,6 +178,7 @@ def test_every_launch_is_made_of_what_is_compiled() -> None:
     """Each parameter's type, alignment or value, in each kernel, is among those that `lines` compiles."""
     known = {(key.kernel, *parameter) for key in aot.configurations(pairs=False) for parameter in key.parameters}
     launched = {key for case in CASES for lengths in ([3, 0, 4], [1]) for key in loss_launches(lengths, case)}
+    launched |= {key for case in ("k3", "gspo", "guided, released code") for key in selection_launches([3, 4], case)}
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         for head in (Head(), Head(torch.empty(4096), torch.empty(1), 30.0)):
             launched |= row_launches(600, 0, head, dtype) | row_launches(1, 1, head, dtype)

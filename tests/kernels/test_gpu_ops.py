@@ -3,6 +3,7 @@
 Letters: T tokens, S sequences, V vocabulary, H hidden size.
 """
 
+import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, cast
@@ -32,9 +33,11 @@ from thinktwice_kernels import (
     linear_grpo_loss,
     linear_logprobs,
     reference,
+    selection,
     token_logprobs,
 )
-from thinktwice_kernels.backends import backend_of
+from thinktwice_kernels.backends import LossInputs, backend_of
+from thinktwice_kernels.options import LossOptions
 
 pytestmark = [
     pytest.mark.gpu,
@@ -311,6 +314,59 @@ def test_no_op_but_the_fused_one_waits_for_the_gpu() -> None:
         work()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def times_waited(call: Callable[[], Any]) -> int:
+    """How often the second run of a call waits for the GPU."""
+    call()
+    torch.use_deterministic_algorithms(False)
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            call()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return sum("synchroniz" in str(warning.message) for warning in caught)
+
+
+@pytest.mark.parametrize(
+    ("options", "waits"),
+    [
+        ({}, 1),
+        ({"entropy_coef": 0.1}, 0),
+        ({"entropy_coef": 0.1, "importance_sampling_level": "sequence"}, 1),
+    ],
+    ids=str,
+)
+def test_the_fused_one_waits_once_at_most(options: dict[str, Any], waits: int) -> None:
+    batch = loss_batch()
+    assert times_waited(lambda: linear_grpo_loss(**batch, **options)[0].backward()) == waits
+
+
+@pytest.mark.parametrize("case", ["defaults", "gspo", "k3", "guided, released code", "sequence-mask"])
+@pytest.mark.parametrize("lengths", [LENGTHS, [70_001], [3] * 5000, [0]], ids=lambda lengths: f"{len(lengths)}")
+def test_the_computed_tokens(case: str, lengths: list[int]) -> None:
+    options, tensors = CASES[case]
+    parsed, tokens = LossOptions(**options), sum(lengths)
+    wanted = dict.fromkeys({"loss_mask", "token_advantages", "zero_advantages", *tensors}, True)
+    batch = {name: value.detach() for name, value in make_batch(lengths, 7, **wanted).items() if name != "entropy"}
+    inputs = LossInputs(**batch, weights=normal(len(lengths), seed=3))
+    want = selection.select_tokens(inputs, tokens, parsed)
+    on_gpu: Any = {name: x.to(DEVICE) for name, x in vars(inputs).items() if isinstance(x, Tensor)}
+    got = backend_of(on_gpu["logps"]).select_tokens(LossInputs(**on_gpu), tokens, parsed)
+    assert torch.equal(got.rows.cpu(), want.rows)
+    assert (got.everything, int(got.in_loss), got.borders) == (want.everything, int(want.in_loss), want.borders)
+    for name in on_gpu.keys() - {"logps", "loss_mask"}:
+        assert torch.equal(getattr(got.inputs, name).cpu(), getattr(want.inputs, name)), name
+
+
+def test_small_inputs_may_lie_on_the_cpu() -> None:
+    batch = loss_batch() | {"loss_mask": torch.arange(T, device=DEVICE) % 5 != 2}
+    want, _ = linear_grpo_loss(**batch)
+    moved = {name: batch[name].cpu() for name in ("advantages", "cu_seqlens", "loss_mask")}
+    got, _ = linear_grpo_loss(**(batch | moved))
+    assert torch.equal(got, want)
 
 
 @pytest.mark.parametrize("tokens", [0, 1])

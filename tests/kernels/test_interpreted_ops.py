@@ -1,19 +1,30 @@
 """The public ops over the Triton kernels in Triton's interpreter; run by test_aot.py, see test_triton_backend.py."""
 
 import os
+from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs TRITON_INTERPRET=1", allow_module_level=True)
 
 from tests.kernels.accuracy import check_token_logprobs
 from tests.kernels.cases import CASES
+from tests.kernels.dispatched import Dispatched
 from tests.kernels.interpreter import patch_language_once, round_bfloat16_to_nearest
 from tests.kernels.test_linear_loss import ROW, assert_equals_reference, linear_batch
-from thinktwice_kernels import group_advantages, linear_logprobs, reference, token_logprobs
+from thinktwice_kernels import (
+    fused_loss,
+    group_advantages,
+    linear_grpo_loss,
+    linear_logprobs,
+    reference,
+    token_logprobs,
+)
 from thinktwice_kernels.backends import backend_of, triton_backend
+from thinktwice_kernels.ops import loss as ops
 
 patch_language_once()
 round_bfloat16_to_nearest()
@@ -31,6 +42,48 @@ def test_linear_grpo_loss(case: str, rows: int | None) -> None:
     options, tensors = CASES[case]
     batch = linear_batch([3, 0, 4, 1], 1, **dict.fromkeys({"loss_mask", *tensors}, True))
     assert_equals_reference(batch, options, memory_budget=None if rows is None else rows * ROW)
+
+
+class FirstProduct(Exception):
+    """Where the count of what comes before ends."""
+
+
+def launches_before_the_first_product(batch: dict[str, Any], options: dict[str, Any]) -> list[str]:
+    """What `linear_grpo_loss` makes a GPU do, or wait for, once its inputs are prepared. Its one upload aside."""
+    dispatched = Dispatched()
+    forward, launch = ops.linear_loss_forward, triton_backend.launch
+
+    def watched(*arguments: Any) -> Any:
+        with dispatched:  # what runs inside of a custom op is hidden from a mode around it
+            return forward(*arguments)
+
+    def counted(kernel: Any, *rest: Any) -> None:
+        dispatched.calls.append((kernel.__name__, None))
+        with _disable_current_modes():
+            launch(kernel, *rest)
+
+    def stop(*_: Any, **__: Any) -> None:
+        raise FirstProduct
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ops, "linear_loss_forward", watched)
+        patch.setattr(triton_backend, "launch", counted)
+        patch.setattr(fused_loss, "accumulated_logits", stop)
+        with pytest.raises(FirstProduct):
+            linear_grpo_loss(**batch, **options)
+    return dispatched.launches()
+
+
+@pytest.mark.parametrize("case", ["defaults", "gspo, sequence-mask", "guided, released code", "guided, with kl"])
+@pytest.mark.parametrize("masked", [False, True])
+def test_few_launches_come_before_the_first_product(case: str, masked: bool) -> None:
+    options, tensors = CASES[case]
+    wanted = dict.fromkeys({"token_advantages", "zero_advantages", *tensors}, True)
+    batch = linear_batch([3, 0, 4, 1], 1, **wanted, loss_mask=masked)
+    leaves = {name: batch[name].requires_grad_() for name in ("hidden", "weight", "bias")}
+    found = launches_before_the_first_product({**batch, **leaves}, options)
+    assert {"count_tokens", "compact_tokens", "aten.new_zeros.default"} <= set(found)
+    assert len(found) <= 6, found
 
 
 def test_log_probabilities() -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from tests.kernels.batches import LAYOUTS, make_batch
 from tests.kernels.cases import AGGREGATIONS, CASES
 from tests.kernels.dispatched import Dispatched
-from thinktwice_kernels import fused_loss, grpo_loss, linear_grpo_loss, products, reference
+from thinktwice_kernels import fused_loss, grpo_loss, linear_grpo_loss, packed, products, reference
 from thinktwice_kernels.options import LossKeywords, LossOptions
 
 V, H = 9, 4
@@ -251,6 +251,38 @@ def test_a_loss_without_gradient_gives_none(create_graph: bool) -> None:
             WithoutGradient.apply(loss), inputs, allow_unused=True, create_graph=create_graph, retain_graph=False
         )
         assert found == (None,) * len(inputs)
+
+
+def test_what_goes_to_a_gpu_goes_from_pinned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[Any] = []
+
+    def pinned(tensor: Tensor) -> Tensor:
+        calls.append("pinned")
+        return tensor
+
+    def moved(tensor: Tensor, device: torch.device, non_blocking: bool = False) -> Tensor:
+        calls.append((device.type, non_blocking))
+        return tensor
+
+    monkeypatch.setattr(Tensor, "pin_memory", pinned)
+    monkeypatch.setattr(Tensor, "to", moved)
+    for device in ("cuda", "cpu"):
+        packed.uploaded(torch.arange(3), torch.device(device))
+    assert calls == ["pinned", ("cuda", True), ("cpu", False)]
+
+
+@pytest.mark.parametrize("options", [{}, {"importance_sampling_level": "sequence"}])
+def test_one_upload_carries_the_offsets_of_all_tiles(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    batch = linear_batch([3, 4, 2], 7)
+    uploads: list[torch.dtype] = []
+
+    def counted(tensor: Tensor, device: torch.device) -> Tensor:
+        uploads.append(tensor.dtype)
+        return tensor.to(device)
+
+    monkeypatch.setattr(fused_loss, "uploaded", counted)
+    run(linear_grpo_loss, batch, **options, memory_budget=2 * ROW)
+    assert uploads.count(torch.int32) == 2  # cu_seqlens, and the offsets
 
 
 def test_a_second_derivative_is_an_error() -> None:

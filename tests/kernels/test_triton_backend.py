@@ -21,8 +21,8 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 from tests.kernels.batches import LAYOUTS, gradients, make_batch
 from tests.kernels.cases import AGGREGATIONS, CASES
 from tests.kernels.interpreter import patch_language_once, round_bfloat16_to_nearest
-from thinktwice_kernels import reference
-from thinktwice_kernels.backends import Head, LossInputs, triton_backend
+from thinktwice_kernels import reference, selection
+from thinktwice_kernels.backends import Head, LossInputs, Selection, triton_backend
 from thinktwice_kernels.options import LossOptions
 from thinktwice_kernels.packed import accumulation_dtype
 from thinktwice_kernels.totals import loss_weights, metrics_of, totals_of
@@ -39,7 +39,7 @@ TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 2e-6}
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("row_statistics", "row_gradient", "scale"):
         monkeypatch.setitem(launch.SHAPES, name, launch.Shape(num_warps=1, vectors=1))
-    for name in ("sequence_loss", "group_advantages"):
+    for name in ("sequence_loss", "group_advantages", "select_tokens"):
         monkeypatch.setitem(launch.SHAPES, name, launch.Shape(num_warps=1, block=4))
 
 
@@ -351,6 +351,51 @@ def test_nan_comes_out_as_nan(case: str, name: str) -> None:
     metrics = reference.grpo_loss(**batch, **options)[1]
     found = metrics_of(totals, torch.float64, set())
     assert {n for n in metrics if math.isnan(found[n])} == {n for n in metrics if math.isnan(metrics[n])}
+
+
+def check_selection(batch: dict[str, Any], options: LossOptions) -> Selection:
+    """`select_tokens` against plain torch, to the last bit."""
+    inputs = inputs_of(batch, options)
+    tokens = inputs.logps.numel()
+    found = triton_backend.select_tokens(inputs, tokens, options)
+    want = selection.select_tokens(inputs, tokens, options)
+    assert (found.everything, found.in_loss, found.borders) == (want.everything, want.in_loss, want.borders)
+    assert torch.equal(found.rows, want.rows)
+    for name, expected in vars(want.inputs).items():
+        got = getattr(found.inputs, name)
+        if isinstance(expected, Tensor):
+            torch.testing.assert_close(got, expected, rtol=0, atol=0, equal_nan=True, msg=name)
+        else:
+            assert got == expected, name
+    return found
+
+
+SELECTING = ("defaults", "gspo", "k3", "sequence-mask", "guided", "guided, released code", "guided gspo", "entropy")
+
+
+@pytest.mark.parametrize("token_level", [False, True], ids=["advantages of sequences", "of tokens"])
+@pytest.mark.parametrize("case", SELECTING)
+@settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(LAYOUTS, st.integers(0, 99), st.booleans())
+def test_the_computed_tokens(case: str, token_level: bool, lengths: list[int], seed: int, masked: bool) -> None:
+    options, tensors = CASES[case]
+    wanted = {**dict.fromkeys(tensors, True), "token_advantages": token_level, "zero_advantages": seed % 3 > 0}
+    check_selection(make_batch([*lengths, 6], seed, loss_mask=masked, **wanted), LossOptions(**options))
+
+
+def test_which_tokens_are_computed() -> None:
+    batch = make_batch([3, 4, 2], 5, old_logps=True, token_advantages=True)
+    batch["advantages"] = torch.tensor([0, 1, math.nan, 0, -0.0, 0, 0, 2, 0], dtype=torch.float64)
+    assert check_selection(batch, LossOptions()).rows.tolist() == [1, 2, 7]
+    assert check_selection(batch, LossOptions(importance_sampling_level="sequence")).rows.tolist() == [0, 1, 2, 7, 8]
+    assert check_selection(batch, LossOptions(entropy_coef=0.1)).everything
+    batch["loss_mask"] = torch.arange(9) != 7
+    assert check_selection(batch, LossOptions(importance_sampling_level="sequence")).rows.tolist() == [0, 1, 2]
+    assert int(check_selection(batch, LossOptions(entropy_coef=0.1)).in_loss) == 8
+    batch["loss_mask"] = torch.zeros(9, dtype=torch.bool)
+    assert check_selection(batch, LossOptions()).rows.tolist() == []
+    for lengths in ([], [0], [0, 0]):
+        assert check_selection(make_batch(lengths, 5, old_logps=True, loss_mask=True), LossOptions()).everything
 
 
 @pytest.mark.parametrize("size", [0, 1, 127, 128, 512, 515])  # 128 fp32 numbers a block

@@ -63,6 +63,17 @@ class LossInputs:
     advantage_eps: float = 1e-6
 
 
+@dataclass(frozen=True)
+class Selection:
+    """The tokens that a loss computes, one after another, with what it needs of each."""
+
+    rows: Tensor  # [N] int64, rising, of the T; not to be read where `everything`
+    everything: bool  # N = T
+    in_loss: Tensor  # [] int64: how many of the T are loss tokens
+    inputs: LossInputs  # of the N tokens: advantages and weights one per token, no loss_mask
+    borders: list[int] | None  # the values of `inputs.cu_seqlens` where the options need them
+
+
 class Backend(Protocol):
     """NaN or +inf in a row of logits gives NaN in that row's results; -inf is a token that cannot be drawn."""
 
@@ -89,6 +100,15 @@ class Backend(Protocol):
         # then row rows[i] is overwritten in its place
     ) -> None:
         """The gradient with respect to the logits as given; 0 in all of a row whose incoming gradients are 0."""
+
+    def select_tokens(self, inputs: LossInputs, tokens: int, options: LossOptions) -> Selection:
+        """The tokens in the loss, without those that have no signal.
+
+        `inputs` are of T = `tokens` tokens, with weights [S]; logps and entropy are not looked at. Where
+        `LossOptions.skips_zero_advantages` holds, a token has no signal if its advantage is 0; where the loss needs
+        whole sequences, if that of each loss token of its sequence is. A GPU is waited for at most once: for N, unless
+        that must be T, and for the borders where they are needed.
+        """
 
     def sequence_loss(
         self, inputs: LossInputs, options: LossOptions, want_gradient: bool

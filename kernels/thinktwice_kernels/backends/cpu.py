@@ -12,6 +12,9 @@ from torch import Tensor
 from thinktwice_kernels.backends import Head, LossInputs
 from thinktwice_kernels.options import LossOptions, ScaleRewards
 from thinktwice_kernels.packed import accumulation_dtype
+from thinktwice_kernels.selection import select_tokens
+
+__all__ = ["group_advantages", "row_gradient", "row_statistics", "scale", "select_tokens", "sequence_loss"]
 
 _REMEDY = "run `make`, or `pip install .` in the repository"
 

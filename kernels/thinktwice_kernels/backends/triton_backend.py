@@ -4,13 +4,14 @@ Letters: T tokens, S sequences, V vocabulary, t rows of a tile of logits, m of t
 """
 
 import math
+from dataclasses import replace
 from typing import Any, get_args
 
 import torch
 import triton.language as tl
 from torch import Tensor
 
-from thinktwice_kernels.backends import PARTIALS, Head, LossInputs
+from thinktwice_kernels.backends import PARTIALS, Head, LossInputs, Selection
 from thinktwice_kernels.options import KlEstimator, LossOptions, PolicyLoss, ScaleRewards
 from thinktwice_kernels.packed import accumulation_dtype
 from thinktwice_kernels.triton_kernels.advantages import group_advantages as _group_advantages
@@ -19,9 +20,12 @@ from thinktwice_kernels.triton_kernels.rows import combine_statistics
 from thinktwice_kernels.triton_kernels.rows import row_gradient as _row_gradient
 from thinktwice_kernels.triton_kernels.rows import row_statistics as _row_statistics
 from thinktwice_kernels.triton_kernels.scale import scale as _scale
+from thinktwice_kernels.triton_kernels.selection import compact_tokens, count_tokens
 from thinktwice_kernels.triton_kernels.sequence import sequence_loss as _sequence_loss
 
 _SCALES = get_args(ScaleRewards)
+# What `select_tokens` gives for each computed token.
+_SELECTED = ("advantages", "weights", "old_logps", "ref_logps", "rollout_logps", "guide_mask")
 
 
 def row_statistics(
@@ -106,6 +110,59 @@ def _row_arguments(logits: Tensor, targets: Tensor, head: Head) -> dict[str, Any
 def _row_stride(matrix: Tensor) -> int:
     """The stride of a single row says nothing, but would count as another case to compile for."""
     return matrix.stride(0) if matrix.shape[0] > 1 else matrix.shape[1]
+
+
+def select_tokens(inputs: LossInputs, tokens: int, options: LossOptions) -> Selection:
+    """`Backend.select_tokens`."""
+    numbers, rows, moved = compacted(inputs, tokens, options)
+    borders = numbers[:-1].tolist() if options.needs_borders() else None
+    computed = tokens
+    if borders is not None:
+        computed = borders[-1]
+    elif options.skips_zero_advantages() or inputs.loss_mask is not None:
+        computed = int(numbers[-2])
+    compact: Any = {name: None if values is None else values[:computed] for name, values in moved.items()}
+    kept = replace(inputs, cu_seqlens=numbers[:-1], loss_mask=None, **compact)
+    return Selection(rows[:computed], computed == tokens, numbers[-1], kept, borders)
+
+
+def compacted(inputs: LossInputs, tokens: int, options: LossOptions) -> tuple[Tensor, Tensor, dict[str, Tensor | None]]:
+    """What `select_tokens` gives, before anyone knows the number N of computed tokens.
+
+    The offsets of their sequences, with the number of loss tokens behind these, [S+2] int64; the computed tokens and
+    what the loss needs of each, of which the first N of T are written.
+    """
+    assert inputs.advantages is not None
+    device, sequences = inputs.weights.device, inputs.cu_seqlens.numel() - 1
+    numbers = torch.empty(sequences + 2, dtype=torch.int64, device=device)
+    rows = torch.empty(tokens, dtype=torch.int64, device=device)
+    given = {name: getattr(inputs, name) for name in _SELECTED}
+    moved = {
+        name: None if x is None else torch.empty(tokens, dtype=x.dtype, device=device) for name, x in given.items()
+    }
+    shared = {
+        "cu_seqlens_ptr": inputs.cu_seqlens,
+        "advantages_ptr": inputs.advantages,
+        "loss_mask_ptr": _bytes(inputs.loss_mask),
+        "guide_mask_ptr": _bytes(inputs.guide_mask),
+        "counts_ptr": torch.empty(3, sequences, dtype=torch.int32, device=device),
+        "sequences": sequences,
+        "ADVANTAGE_PER_TOKEN": inputs.advantages.numel() != sequences,
+        "SKIP": options.skips_zero_advantages(),
+        "WHOLE": options.needs_whole_sequences(),
+        "COMPAT": inputs.guide_mask is not None and options.released_code_compat,
+        "BLOCK": SHAPES["select_tokens"].block,
+    }
+    own = {
+        **{f"{name}_ptr": values for name, values in given.items()},
+        **{f"{name}_out_ptr": values for name, values in moved.items()},
+        "guide_mask_out_ptr": _bytes(moved["guide_mask"]),
+        "numbers_ptr": numbers,
+        "rows_ptr": rows,
+    }
+    launch(count_tokens, "select_tokens", (sequences,), device, shared)
+    launch(compact_tokens, "select_tokens", (sequences + 1,), device, own | shared)
+    return numbers, rows, moved
 
 
 def sequence_loss(inputs: LossInputs, options: LossOptions, want_gradient: bool) -> tuple[Tensor, Tensor, Tensor]:

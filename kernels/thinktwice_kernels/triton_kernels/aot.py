@@ -51,6 +51,15 @@ _GRADIENT_AXES = {
     "d_entropy": _BOTH,
     **_HEAD_AXES,
 }
+_SELECTED = ("old_logps", "ref_logps", "rollout_logps", "loss_mask")
+_SELECTION_AXES: dict[str, Sequence[Any]] = {
+    "offsets": (torch.int32, torch.int64),
+    "advantage_per_token": _BOTH,
+    "guide_mask": ("none", "given", "released_code_compat"),
+    "beta": (0.0, 0.1),
+    "importance_sampling_level": get_args(ImportanceSamplingLevel),
+    **dict.fromkeys(_SELECTED, _BOTH),
+}
 # A gradient, what it is multiplied by, and what it becomes.
 _SCALE_TYPES = (
     *((torch.float32, torch.float32, dtype) for dtype in _TYPES[:3]),
@@ -114,6 +123,9 @@ def configurations(pairs: bool = True) -> dict[Configuration, Launch]:
         for dtypes in [_LOSS_TYPES] if pairs else [(dtype,) for dtype in _LOSS_TYPES]:
             for values in covering(_LOSS_AXES | {"logps": dtypes}, _is_loss, 2 if pairs else 1):
                 _launch_loss(values)
+        for dtype in _LOSS_TYPES:
+            for values in covering(_SELECTION_AXES, lambda _: True, 2 if pairs else 1):
+                _launch_selection(dtype, **values)
         for types in _SCALE_TYPES:
             triton_backend.scale(*(torch.zeros(4, dtype=dtype) for dtype in types))
         for dtype in _LOSS_TYPES:
@@ -263,6 +275,25 @@ def _launch_gradient(
         targets if rows else None,
         logits if in_place else torch.empty_like(logits, dtype=types[1]),
     )
+
+
+def _launch_selection(
+    dtype: torch.dtype, offsets: torch.dtype, advantage_per_token: bool, guide_mask: str, **rest: Any
+) -> None:
+    tokens, sequences = 8, 4
+    given = {name for name in _SELECTED if rest.pop(name)} | ({"guide_mask"} if guide_mask != "none" else set())
+    optional: dict[str, Any] = {
+        name: torch.empty(tokens, dtype=torch.bool if name.endswith("mask") else dtype) for name in given
+    }
+    inputs = LossInputs(
+        logps=torch.empty(0, dtype=dtype),
+        advantages=torch.empty(tokens if advantage_per_token else sequences, dtype=dtype),
+        cu_seqlens=torch.zeros(sequences + 1, dtype=offsets),
+        weights=torch.empty(sequences, dtype=dtype),
+        **optional,
+    )
+    options = LossOptions(released_code_compat=guide_mask == "released_code_compat", **rest)
+    triton_backend.compacted(inputs, tokens, options)
 
 
 def _loss_options(values: Mapping[str, Any]) -> LossOptions:
