@@ -135,6 +135,10 @@ def planned_runner(
     """
     if options.cuda_graphs and device.type != "cuda":
         raise UserError(f"--rollout.cuda_graphs true needs a GPU, and the model is on {device.type}: leave it out")
+    if options.decoder != "auto" and device.type != "cpu":
+        raise UserError(
+            f"--rollout.decoder {options.decoder} is a choice on the CPU, and the model is on {device.type}: leave it out"
+        )
     if options.exact:
         if device.type != "cpu" or dtype != torch.float32:
             raise UserError(
@@ -155,8 +159,6 @@ def planned_runner(
 
 
 def _gpu_runner(model: Model, cache: PagedKVCache, options: RolloutOptions, max_tokens: int) -> Runner:
-    if not isinstance(model, Transformer):
-        _refuse_fused(model, options, model.device, model.dtype)
     in_torch = "paged_attention" in torch_versions  # which waits for the GPU, so that it can't be captured
     if options.cuda_graphs and in_torch:
         raise UserError(
