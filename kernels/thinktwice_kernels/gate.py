@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from thinktwice_kernels import native
 from thinktwice_kernels.backends import uses_triton
 from thinktwice_kernels.first_order import first_order_only
 from thinktwice_kernels.ops.common import NAMESPACE
@@ -56,6 +57,9 @@ def _swiglu(
     """[..., F]."""
     if uses_triton(gate_up):
         return swiglu_in_triton(gate_up)
+    if native.computes(gate_up):
+        rows = gate_up.reshape(-1, gate_up.shape[-1]).contiguous()
+        return native.layer_ops().swiglu(rows).view(*gate_up.shape[:-1], -1)
     return swiglu_reference(gate_up)
 
 
@@ -67,6 +71,9 @@ def _swiglu_backward(
     """The gradient of `gate_up`, [..., 2 * F]."""
     if uses_triton(gate_up):
         return swiglu_gradient_in_triton(d_y, gate_up)
+    if native.computes(gate_up):
+        rows = gate_up.reshape(-1, gate_up.shape[-1]).contiguous()
+        return native.layer_ops().swiglu_backward(d_y.contiguous(), rows).view(gate_up.shape)
     return swiglu_gradient_in_torch(d_y, gate_up)
 
 

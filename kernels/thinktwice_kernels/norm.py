@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from thinktwice_kernels import native
 from thinktwice_kernels.backends import uses_triton
 from thinktwice_kernels.first_order import first_order_only
 from thinktwice_kernels.ops.common import NAMESPACE, fake_gradient
@@ -130,6 +131,11 @@ def _rms_norm_backward(
     """The gradients of h [..., H] and of the weight, [H] or where it is not wanted [0], in their types."""
     if uses_triton(h) and row_tile(len(weight)).fits(h.dtype):
         return norm_gradients_in_triton(d_y, d_h, h, weight, eps, want_weight)
+    if native.computes(h, weight):
+        of_h, of_weight = native.layer_ops().rms_norm_backward(
+            d_y.contiguous(), native.contiguous(d_h), h.contiguous(), weight.contiguous(), eps, want_weight
+        )
+        return of_h.view(h.shape), of_weight
     return norm_gradients_in_torch(d_y, d_h, h, weight, eps, want_weight)
 
 
@@ -153,6 +159,9 @@ def _forward(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, cas
     """y, and h where there is a residual (else nothing of use)."""
     if uses_triton(x) and row_tile(len(weight)).fits(x.dtype):
         return norm_in_triton(x, residual, weight, eps, cast_first)
+    if native.computes(x, weight):
+        found = native.layer_ops().rms_norm(x.contiguous(), native.contiguous(residual), weight.contiguous(), eps)
+        return found[0].view(x.shape), x if residual is None else found[1].view(x.shape)
     found = rms_norm_reference(x, weight, eps, residual=residual, cast_first=cast_first)
     y, h = found if isinstance(found, tuple) else (found, x)
     return y.contiguous(), h.contiguous()

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from thinktwice_kernels import native
 from thinktwice_kernels.backends import uses_triton
 from thinktwice_kernels.first_order import first_order_only
 from thinktwice_kernels.norm import norm_gradients_in_torch, rms_norm_reference, scale_of
@@ -111,6 +112,10 @@ def _rotary(
         query_heads, kv_heads, qkv.shape[1] // (query_heads + 2 * kv_heads), qkv.dtype
     ):
         return rotary_in_triton(qkv, cos, sin, query_heads, kv_heads, q_norm, k_norm, eps)
+    if native.computes(qkv, q_norm, k_norm):
+        tables = cos.float().contiguous(), sin.float().contiguous()
+        norms = native.contiguous(q_norm), native.contiguous(k_norm)
+        return native.layer_ops().rotary(qkv.contiguous(), *tables, query_heads, kv_heads, *norms, eps)
     q, k, v = rotary_reference(
         qkv, cos, sin, query_heads=query_heads, kv_heads=kv_heads, q_norm=q_norm, k_norm=k_norm, eps=eps
     )
@@ -135,6 +140,11 @@ def _rotary_backward(
     arguments = d_q, d_k, d_v, qkv, cos, sin, q_norm, k_norm, eps, want_q_norm, want_k_norm
     if uses_triton(d_q) and fits_registers(d_q.shape[1], d_k.shape[1], d_q.shape[2], d_q.dtype):
         return rotary_gradients_in_triton(*arguments)
+    if native.computes(d_q, q_norm, k_norm):
+        tables = cos.float().contiguous(), sin.float().contiguous()
+        inputs = native.contiguous(qkv), *tables, native.contiguous(q_norm), native.contiguous(k_norm)
+        flows = d_q.contiguous(), d_k.contiguous(), d_v.contiguous()
+        return native.layer_ops().rotary_backward(*flows, *inputs, eps, want_q_norm, want_k_norm)
     return rotary_gradients_in_torch(*arguments)
 
 

@@ -379,7 +379,8 @@ def _launch_gate(dtype: torch.dtype, size: int) -> None:
 
 
 def _is_rotary(values: Mapping[str, Any]) -> bool:
-    fits = fits_registers(*values["heads"], values["dtype"])
+    query_heads, kv_heads, dim = values["heads"]
+    fits = fits_registers(query_heads, kv_heads, dim, values["dtype"])
     return fits and (values["norms"] != "none" or not values["want_norms"])
 
 
