@@ -104,7 +104,5 @@ def test_a_checkpoint_of_an_earlier_version_is_refused(tmp_path: Path) -> None:
     state = json.loads((folder / "state.json").read_text())
     del state["layout"]
     (folder / "state.json").write_text(json.dumps(state))
-    with pytest.raises(
-        UserError, match=r"a checkpoint of an earlier version.*start from its weights with --model\.path"
-    ):
+    with pytest.raises(UserError, match=r"a checkpoint of an earlier version.*weights with --model\.path"):
         load_checkpoint(folder, made)

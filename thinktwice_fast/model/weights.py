@@ -95,11 +95,11 @@ def generation_config(folder: str, config: PreTrainedConfig) -> GenerationConfig
 
 
 def _dtype(config: PreTrainedConfig, saved: str) -> torch.dtype:
-    """``saved``: what safetensors calls the type of a tensor."""
+    """bfloat16, float16, or float32 for any other; ``saved``: what safetensors calls the type of a tensor."""
     named: Any = config.dtype
-    if isinstance(named, str):
-        return getattr(torch, named)
-    return named or {"BF16": torch.bfloat16, "F16": torch.float16}.get(saved, torch.float32)
+    short = {"BF16": torch.bfloat16, "F16": torch.float16}
+    found = short.get(saved) if named is None else getattr(torch, str(named).removeprefix("torch."))
+    return found if found in short.values() else torch.float32
 
 
 @torch.no_grad()

@@ -137,7 +137,8 @@ def planned_runner(
         raise UserError(f"--rollout.cuda_graphs true needs a GPU, and the model is on {device.type}: leave it out")
     if options.decoder != "auto" and device.type != "cpu":
         raise UserError(
-            f"--rollout.decoder {options.decoder} is a choice on the CPU, and the model is on {device.type}: leave it out"
+            f"--rollout.decoder {options.decoder} is a choice for the CPU, and the model is on {device.type}: leave it "
+            "out"
         )
     if options.exact:
         if device.type != "cpu" or dtype != torch.float32:
