@@ -71,6 +71,7 @@ part() {
   kill "$shower"
   wait "$shower" 2>/dev/null
   printf '%s\t%s\t%s\n' "$name" "$status" $((SECONDS - start)) >>"$WORK/parts.tsv"
+  return "$status"
 }
 
 # What the extension is built from: a file's time says little where a tree was copied.
@@ -85,8 +86,7 @@ build() {
     if [ -n "$CPU" ] || [ "$(cat $built 2>/dev/null)" = "$(sources)" ]; then return; fi
   fi
   rm -f thinktwice_fast/_csrc*.so kernels/thinktwice_kernels/_csrc*.so
-  part build 120 "$PYTHON" setup.py build_ext --inplace
-  if compgen -G 'kernels/thinktwice_kernels/_csrc*.so' >/dev/null; then sources >$built; fi
+  part build 120 "$PYTHON" setup.py build_ext --inplace && sources >$built
 }
 
 tests() {
@@ -97,8 +97,8 @@ tests() {
 
 if [ -n "${WHEELS:-}" ] && [ "$(ls "$WHEELS")" != "$(cat "$SITE.list" 2>/dev/null)" ]; then
   rm -rf "$SITE"
-  part wheels 40 "$PYTHON" -m pip install --quiet --no-index --no-deps --no-compile --target "$SITE" "$WHEELS"/*.whl
-  ls "$WHEELS" >"$SITE.list"
+  part wheels 40 "$PYTHON" -m pip install --quiet --no-index --no-deps --no-compile --target "$SITE" "$WHEELS"/*.whl &&
+    ls "$WHEELS" >"$SITE.list"
 fi
 "$PYTHON" -m bench.hardware >"$WORK/machine.json" || exit 2
 if [ -z "$CPU" ] && grep -q '"gpu": null' "$WORK/machine.json"; then
@@ -108,7 +108,7 @@ build
 case "$STAGE$CPU" in
   correct)
     # shellcheck disable=SC2046,SC2086 # a list of files, and an option with its value
-    "$PYTHON" -c 'import xdist' 2>/dev/null && MANY="-n 8"
+    "$PYTHON" -c 'import xdist' 2>/dev/null && MANY="-n 8 --dist worksteal"
     tests tests 125 ${MANY:-} --timeout=100 -m gpu $(grep -l --include='test_*.py' -r 'mark\.gpu' tests)
     part errors 40 "$PYTHON" -m bench.error_paths "$WORK"
     part pair 45 "$PYTHON" -m bench.pair "Qwen3-0.6B shape" "$WORK"

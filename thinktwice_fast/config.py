@@ -119,8 +119,8 @@ class RolloutOptions:
     cuda_graphs: bool | None = None
     """Replay decoding steps as CUDA graphs (needs the extension built with CUDA); default: where that is so."""
     cache_tokens: int = 0
-    """Size of the KV cache in tokens, per process; 0 = as much as `max_sequences` of full length need, or what
-    the GPU has free if that is less."""
+    """Size of the KV cache in tokens, per process; 0 = as many as all sequences take that are there together, prompts
+    shared, or as the rest of the run leaves room for on the GPU if that is less."""
 
 
 @dataclass
