@@ -160,7 +160,7 @@ def test_the_race_leaves_a_fifth_of_a_gpu(tmp_path: Path) -> None:
 
 def test_a_pretended_gpu_of_little_memory_has_a_small_cache(dry_run: Command, model: Path, tmp_path: Path) -> None:
     def plan(gigabytes: str, *more: str) -> str:
-        arguments = (*STEP, "--model.path", model, "--output", tmp_path / "run", *more)
+        arguments: tuple[str | Path, ...] = (*STEP, "--model.path", model, "--output", tmp_path / "run", *more)
         return dry_run(*arguments, "--dry-run-gpu", gigabytes).stdout
 
     assert "it fits" in plan("4") and "will wait" not in plan("4")

@@ -97,9 +97,8 @@ def generation_config(folder: str, config: PreTrainedConfig) -> GenerationConfig
 def _dtype(config: PreTrainedConfig, saved: str) -> torch.dtype:
     """bfloat16, float16, or float32 for any other; ``saved``: what safetensors calls the type of a tensor."""
     named: Any = config.dtype
-    short = {"BF16": torch.bfloat16, "F16": torch.float16}
-    found = short.get(saved) if named is None else getattr(torch, str(named).removeprefix("torch."))
-    return found if found in short.values() else torch.float32
+    name = {"BF16": "bfloat16", "F16": "float16"}.get(saved, saved) if named is None else str(named)
+    return {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(name.removeprefix("torch."), torch.float32)
 
 
 @torch.no_grad()
