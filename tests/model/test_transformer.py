@@ -14,6 +14,7 @@ from tests.small_models import own
 from thinktwice_fast.model.agreement import agrees, as_transformers, packed_logits
 from thinktwice_fast.model.attention import NAME, PagedAttention, PrefixAttention
 from thinktwice_fast.model.policy import Policy, linear_head
+from thinktwice_fast.model.rotary import Rotation
 from thinktwice_fast.model.transformer import Transformer
 
 CPU = torch.device("cpu")
@@ -112,10 +113,20 @@ def test_what_it_does_not_know() -> None:
         assert not Transformer.knows(config)
 
 
+class AsOnAGPU(PagedAttention):
+    """Norm, rotation and cache write in one op also on the CPU."""
+
+    def rotate_and_attend(self, layer: int, qkv: Tensor, rotation: Rotation, scale: float, window: int) -> Tensor:
+        return self.cache.rotate_and_attend(layer, self.plan, qkv, rotation, scale, window)
+
+
+@pytest.mark.parametrize("attention", [PagedAttention, AsOnAGPU])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", MODELS)
 @torch.no_grad()
-def test_over_a_paged_cache_the_logits_are_those_of_a_row(name: str, dtype: torch.dtype) -> None:
+def test_over_a_paged_cache_the_logits_are_those_of_a_row(
+    name: str, dtype: torch.dtype, attention: type[PagedAttention]
+) -> None:
     """In two passes; bfloat16 loses no more than transformers' modules do."""
     theirs = made(name, NAME).to(dtype)
     ours = own(theirs)
@@ -126,7 +137,7 @@ def test_over_a_paged_cache_the_logits_are_those_of_a_row(name: str, dtype: torc
         plan = cache.extend([handle], [len(part)])
         assert plan is not None
         rows = torch.arange(len(part))
-        found.append(Policy(ours)(part, plan.positions, PagedAttention(cache, plan), rows, linear_head))
+        found.append(Policy(ours)(part, plan.positions, attention(cache, plan), rows, linear_head))
     truth, peer = packed_logits(theirs.double(), ids), packed_logits(as_transformers(ours), ids)
     for logits in (torch.cat(found), packed_logits(ours, ids)):
         assert 0 < (logits - truth).norm() <= 2 * (peer - truth).norm()
