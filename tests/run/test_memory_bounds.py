@@ -31,7 +31,7 @@ from thinktwice_fast.model.paged import PagedKVCache, Plan
 from thinktwice_fast.rollout import engine as engine_module
 from thinktwice_fast.rollout.engine import BLOCK_SIZE, Engine, blocks_for, cache_blocks, shared_blocks
 from thinktwice_fast.rollout.records import Sampling
-from thinktwice_fast.run.memory import Load, predict
+from thinktwice_fast.run.memory import Load, predict, sampling_reserve
 from thinktwice_fast.run.workload import Evaluated, Phase, needed_blocks, phases
 from thinktwice_fast.update.batches import Example, pack, pack_shared
 from thinktwice_fast.update.microbatches import plan_microbatches
@@ -299,6 +299,15 @@ def test_the_cache_leaves_a_gpu_what_an_update_takes(monkeypatch: pytest.MonkeyP
     assert (blocks == LOAD.needed_blocks) == (room == 40)
     assert blocks == LOAD.needed_blocks or left < 0.03 * total + block_bytes
     assert predicted.peak <= total
+
+
+def test_what_samples_alone_keeps_off_its_passes_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    options = Config().rollout
+    assert sampling_reserve(SHAPE, options, 256) == 0
+    monkeypatch.setattr(type(SHAPE), "device", torch.device("cuda", 0))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (0, 10**9))
+    one_pass, logits = 4 * 8192 * (2 * 64 + 3 * 128), 2 * 4 * 256 * 512  # float32; queries are the widest layer
+    assert sampling_reserve(SHAPE, options, 256) == one_pass + one_pass // 32 + 2 * logits + 0.03 * 10**9
 
 
 def test_a_gpu_that_is_too_small_is_said_to_be() -> None:

@@ -242,21 +242,20 @@ def layer_bytes(shape: Shape, dtype: torch.dtype, *, own: bool) -> int:
     return 2 * norm * shape.hidden + 2 * b * heads + normed + gate * shape.inner
 
 
-def sampling_reserve(model: Model, options: RolloutOptions, device: torch.device, max_tokens: int) -> int:
-    """What rollouts take of a GPU beside weights and KV cache where nothing is trained.
+def sampling_reserve(model: Model, options: RolloutOptions, max_tokens: int) -> int:
+    """Bytes that rollouts take of the model's GPU beside weights and KV cache; 0 for one on the CPU.
 
     Args:
-        model: decoded with, in its type.
-        options: how many sequences at once.
-        device: where it is.
+        model: decoded with, where nothing is trained.
+        options: how many sequences and tokens at once.
         max_tokens: of a sequence.
     """
-    if device.type != "cuda":
+    if model.device.type != "cuda":
         return 0
     shape, sequences = Shape.of(model, ModelOptions()), options.max_sequences
     tokens = min(options.max_batch_tokens, sequences * max_tokens)
     passes, graphs = (_sampling_bytes(shape, model.dtype, rows, sequences) for rows in (tokens, sequences))
-    return passes + graphs + _margin(device_bytes(device, 1))
+    return passes + graphs + _margin(device_bytes(model.device, 1))
 
 
 def _sampling_bytes(shape: Shape, dtype: torch.dtype, pass_tokens: int, sequences: int) -> int:

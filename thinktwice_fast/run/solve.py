@@ -209,7 +209,7 @@ class Solver:
         options = RolloutOptions(max_sequences=min(self._max_sequences, len(works)))
         decode = partial(self._chat.response_text, stop_ids=self._stop_ids)
         longest = max(work.most for work in works)
-        reserve = sampling_reserve(self._model, options, self._model.device, longest)
+        reserve = sampling_reserve(self._model, options, longest)
         engine = Engine(self._model, self._stop_ids, options, longest, reserve=reserve, decode=decode)
         self.counts = engine.counts
         with closing(engine.generate([work.request(passes) for work in works], seed=seed)) as generation:
