@@ -2,7 +2,7 @@
 # One stage of the check of a machine with an NVIDIA GPU, nvcc, Python, torch and Triton; no network; under four minutes.
 # It needs no other stage and ends with a table (check, figure, goal, met or not); status 1 if a result was wrong.
 #
-#   [WHEELS=dir] [PYTHON=python3] bench/gpu_check.sh correct|ops|decode|step [--cpu] [OUTPUT]
+#   [WHEELS=dir] [PYTHON=python3] [LIMIT=205] bench/gpu_check.sh correct|ops|decode|step [--cpu] [OUTPUT]
 #
 # correct: tests on the GPU, errors that users can cause, a pair of training steps of 0.6 billion parameters.
 # ops: the loss head and log-probabilities against their peers and torch's own products.
@@ -10,6 +10,7 @@
 # step: one update under the profiler, then whole steps of configs/race/qwen3-1.7b-gsm8k.yaml.
 # WHEELS: wheels of what is missing there (the trainer's packages, and peers such as liger-kernel, trl).
 # --cpu: a dry run with tiny shapes, where there is no GPU.
+# LIMIT: seconds for everything but the table.
 # OUTPUT: where STAGE.txt and STAGE.json go, bench/results/<gpu>-<date>; of a dry run build/gpu_check/results.
 set -u
 cd "$(dirname "$0")/.." || exit 2
@@ -32,7 +33,7 @@ case "${1:-}" in -*) usage "unknown option $1" ;; esac
 WORK=build/gpu_check/$STAGE
 OUTPUT=${1:-${CPU:+build/gpu_check/results}}
 PYTHON=${PYTHON:-python3}
-LIMIT=205 # seconds for the parts together; the table takes a few more
+LIMIT=${LIMIT:-205} # seconds for the parts together; the table takes a few more
 SITE=$PWD/build/gpu_check/site
 rm -rf "$WORK"
 mkdir -p "$WORK"
@@ -122,7 +123,7 @@ case "$STAGE$CPU" in
   decode*) part decode "$LIMIT" "$PYTHON" -m bench.decode_check "$WORK" $CPU ;;
   step*)
     part update 60 "$PYTHON" -m bench.update_check "$WORK" $CPU
-    part steps "$LIMIT" "$PYTHON" -m bench.race "$WORK" $((LIMIT - SECONDS - 10)) $CPU
+    part steps "$LIMIT" "$PYTHON" -m bench.race "$WORK" $((LIMIT - SECONDS - 25)) $CPU
     ;;
 esac
 "$PYTHON" -m bench.gpu_table "$STAGE" "$WORK" ${OUTPUT:+"$OUTPUT"}

@@ -97,7 +97,7 @@ def main(work: Path, seconds: float, cpu: bool) -> int:
         planned = _plan([*command, "--output", str(work / "race-plan")])  # the folder of the run is taken by now
         notes.tell("what was planned", planned)
         status: int | None = training.wait(max(1.0, deadline - time.monotonic()))
-    except subprocess.TimeoutExpired:
+    except (subprocess.TimeoutExpired, KeyboardInterrupt):  # what it has done by then is judged
         status = None
     finally:
         if training.poll() is None:
