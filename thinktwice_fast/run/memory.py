@@ -16,13 +16,12 @@ V vocabulary; S sequences that decode at once; T tokens and R response tokens of
                          longest, the full blocks of a prompt once (``workload.needed_blocks``); on a GPU at most what
                          the rest leaves
     activations, update  T (4 b I + b H)                       what a layer's backward adds to
-                       + T L (2 (4 + 2 b) H                    two norms: input in float32, normalised, output
+                       + T L (4 b H                            two norms: input, output
                               + 2 b (Q + K)                    rotated queries and keys, values, attention's output
-                              + (4 + b) (Q + K)                QK-norm where there is one: input, normalised
-                              + 4 b I)                         gate, up, silu(gate), their product
-                         with checkpointing of the L layers all but b T H each for one layer; in float32 on the CPU
-                         norms keep input and output alone (QK-norm its input, with the values), and silu(gate) is
-                         not kept (``fuse_elementwise``)
+                              + b (Q + 2 K)                    QK-norm where there is one: the joint product
+                              + 3 b I)                         gate, up, the product of silu(gate) with it
+                         with checkpointing of the L layers all but b T H each for one layer; transformers' modules keep
+                         2 (4 + 2 b) H for norms, (4 + b) (Q + K) for QK-norm, and silu(gate) besides
     activations, rollout b t (2 H + 3 I) of t tokens in one pass, and 2 * 4 S V for logits
     loss head            a tile of logits with their gradients (``linear_head.bytes_per_logit``) of as many of the R as
                          its budget holds, 4 V H of the weight's gradient, 2 b R H of hidden states and theirs
@@ -44,13 +43,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
 
 from thinktwice_fast.config import Config, ModelOptions, RolloutOptions
-from thinktwice_fast.model.elementwise import fuses
 from thinktwice_fast.model.lora import adapter_parameters
-from thinktwice_fast.model.policy import attention_heads, decoder_layers
+from thinktwice_fast.model.policy import Model, attention_heads, decoder_layers
 from thinktwice_fast.model.sharding import shards_weights
+from thinktwice_fast.model.transformer import Transformer
 from thinktwice_fast.rollout.engine import BLOCK_SIZE, SPARE_BLOCKS, blocks_for, cache_blocks
 from thinktwice_fast.rollout.runner import planned_runner
 from thinktwice_fast.update.optimizer import MOMENT_BYTES
@@ -81,7 +79,7 @@ class Shape:
     qk_norm: bool
 
     @classmethod
-    def of(cls, model: PreTrainedModel, options: ModelOptions) -> "Shape":
+    def of(cls, model: Model, options: ModelOptions) -> "Shape":
         """Of a model that may have no memory yet, before it gets the adapters that ``options`` may ask for."""
         config: Any = model.config.get_text_config()
         query_heads, kv_heads, head_dim = attention_heads(model)
@@ -93,13 +91,19 @@ class Shape:
             layers=config.num_hidden_layers,
             layer_parameters=sum(p.numel() for p in blocks[0].parameters()) if blocks else 0,
             hidden=config.hidden_size,
-            inner=max((max(p.shape) for p in blocks[0].parameters() if p.dim() > 1), default=0),
+            inner=_inner_size(model, blocks[0]) if blocks else 0,
             queries=query_heads * head_dim,
             keys=kv_heads * head_dim,
             vocabulary=config.vocab_size,
             tied=config.tie_word_embeddings,
             qk_norm=any(name.endswith("q_norm.weight") for name, _ in model.named_parameters()),
         )
+
+
+def _inner_size(model: Model, block: torch.nn.Module) -> int:
+    if isinstance(model, Transformer):
+        return model.config.intermediate_size
+    return max((max(p.shape) for p in block.parameters() if p.dim() > 1), default=0)
 
 
 @dataclass(frozen=True)
@@ -154,7 +158,7 @@ class Prediction:
 
 def predict(
     config: Config,
-    model: PreTrainedModel,
+    model: Model,
     device: torch.device,
     dtype: torch.dtype,
     load: Load,
@@ -189,7 +193,7 @@ def predict(
 
 
 def _weights(
-    config: Config, shape: Shape, model: PreTrainedModel, device: torch.device, dtype: torch.dtype, world: int
+    config: Config, shape: Shape, model: Model, device: torch.device, dtype: torch.dtype, world: int
 ) -> Iterator[Part]:
     b, n, m = dtype.itemsize, shape.parameters, shape.trained
     shards = config.update.shard_processes or world
@@ -213,12 +217,11 @@ def _weights(
 
 
 def _working(
-    config: Config, shape: Shape, model: PreTrainedModel, device: torch.device, dtype: torch.dtype, load: Load
+    config: Config, shape: Shape, model: Model, device: torch.device, dtype: torch.dtype, load: Load
 ) -> Iterator[Part]:
     b, tokens, targets = dtype.itemsize, load.row_tokens, load.row_targets
     sampling = _sampling_bytes(shape, dtype, load.pass_tokens, load.sequences)
-    fused = device.type == "cpu" and dtype == torch.float32 and not config.rollout.exact and fuses(model)
-    layer = tokens * layer_bytes(shape, dtype, fused=fused)
+    layer = tokens * layer_bytes(shape, dtype, own=isinstance(model, Transformer))
     kept = layer * shape.layers
     if config.model.activation_checkpointing:
         kept = layer + b * tokens * shape.hidden * shape.layers
@@ -231,19 +234,15 @@ def _working(
         yield Part("allocator", 4 * shape.trained, 4 * shape.trained)
 
 
-def layer_bytes(shape: Shape, dtype: torch.dtype, *, fused: bool) -> int:
-    """What one layer keeps of one token for the backward pass.
-
-    Args:
-        fused: its norms and gate are those of ``fuse_elementwise``.
-    """
+def layer_bytes(shape: Shape, dtype: torch.dtype, *, own: bool) -> int:
+    """What one layer keeps of one token for the backward pass; ``own``: it is one of ``Transformer``'s."""
     b, heads = dtype.itemsize, shape.queries + shape.keys
-    normed = (b * (heads + shape.keys) if fused else (4 + b) * heads) if shape.qk_norm else 0
-    norm, gate = (2 * b, 3 * b) if fused else (4 + 2 * b, 4 * b)
+    normed = (b * (heads + shape.keys) if own else (4 + b) * heads) if shape.qk_norm else 0
+    norm, gate = (2 * b, 3 * b) if own else (4 + 2 * b, 4 * b)
     return 2 * norm * shape.hidden + 2 * b * heads + normed + gate * shape.inner
 
 
-def sampling_reserve(model: PreTrainedModel, options: RolloutOptions, max_tokens: int) -> int:
+def sampling_reserve(model: Model, options: RolloutOptions, max_tokens: int) -> int:
     """Bytes that rollouts take of the model's GPU beside weights and KV cache; 0 for one on the CPU.
 
     Args:
