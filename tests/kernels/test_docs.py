@@ -41,7 +41,7 @@ def test_there_are_six() -> None:
         ("A plain torch loop", "'tokens_skipped': 36.0"),
         ("In a TRL trainer", "'train_loss':"),
         ("In a trainer of verl's shape", "."),
-        ("In a decoder layer", "gradient of the keys' norm tensor("),
+        ("A decoder layer", "gradient of the keys' norm tensor("),
         ("Guided tokens (ThinkTuning)", "tensor(["),
     ],
 )
