@@ -22,9 +22,9 @@ from thinktwice_kernels.backends import Head, LossInputs, triton_backend
 from thinktwice_kernels.gate import swiglu_gradient_in_triton, swiglu_in_triton
 from thinktwice_kernels.norm import norm_gradients_in_triton, norm_in_triton
 from thinktwice_kernels.options import LossOptions
-from thinktwice_kernels.rotary import rotary_gradients_in_triton, rotary_in_triton
 from thinktwice_kernels.triton_kernels import aot
 from thinktwice_kernels.triton_kernels.launch import SHAPES, recording
+from thinktwice_kernels.triton_kernels.rotary import rotary_gradients_in_triton, rotary_in_triton
 
 ROOT = Path(__file__).parent.parent.parent
 ROW_KERNELS = ("row_statistics", "combine_statistics", "row_gradient")

@@ -37,8 +37,8 @@ from thinktwice_kernels.options import (
     RolloutIs,
 )
 from thinktwice_kernels.packed import accumulation_dtype
-from thinktwice_kernels.rotary import fits_registers, rotary_gradients_in_triton, rotary_in_triton
 from thinktwice_kernels.triton_kernels.launch import Launch, recording, row_tile
+from thinktwice_kernels.triton_kernels.rotary import fits_registers, rotary_gradients_in_triton, rotary_in_triton
 
 ARCHITECTURES = (80, 90, 100)
 _TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
