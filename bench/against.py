@@ -107,9 +107,8 @@ def compare(case: str, trees: Sequence[Path]) -> list[tuple[str, list[float], li
         # Whichever goes second has a warmer machine.
         for which in ((0, 1), (1, 0))[number % 2]:
             records[which] += _steps(trees[which], run)
-    return [
-        (f"{case}: {name}", *([of(r) for r in records[which]] for which in (0, 1))) for name, of in run.figures.items()
-    ]
+    old, new = records
+    return [(f"{case}: {name}", [of(r) for r in old], [of(r) for r in new]) for name, of in run.figures.items()]
 
 
 def _steps(tree: Path, run: Run) -> list[dict[str, Any]]:
@@ -143,7 +142,8 @@ def _compare_losses(trees: Sequence[Path]) -> list[tuple[str, list[float], list[
             raise RuntimeError(f"the loss's gradients differ: {answers}")
         for which, answer in answers.items():
             seconds[which].append(answer["loss head, s"])
-    return [("loss head, s", *seconds)]
+    old, new = seconds
+    return [("loss head, s", old, new)]
 
 
 def _environment(tree: Path) -> dict[str, str]:

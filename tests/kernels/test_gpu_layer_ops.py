@@ -1,5 +1,7 @@
 """The ops of a decoder layer on CUDA, where there is one, against their definitions in float64 on the CPU."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -41,7 +43,13 @@ def test_rows_do_not_depend_on_the_batch() -> None:
     assert torch.equal(rms_norm(x, weight, EPS)[700:701], rms_norm(x[700:701], weight, EPS))
     assert torch.equal(swiglu(x)[700:701], swiglu(x[700:701]))
     angles = normal(2, 900, 128).float().to(CUDA)
-    heads = {"query_heads": 16, "kv_heads": 8, "q_norm": weight[:128], "k_norm": weight[:128], "eps": EPS}
+    heads: dict[str, Any] = {
+        "query_heads": 16,
+        "kv_heads": 8,
+        "q_norm": weight[:128],
+        "k_norm": weight[:128],
+        "eps": EPS,
+    }
     whole, part = rotary(x, *angles, **heads), rotary(x[700:703], *angles[:, 700:703], **heads)
     assert all(torch.equal(a[700:703], b) for a, b in zip(whole, part, strict=True))
 

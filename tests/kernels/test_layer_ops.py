@@ -84,8 +84,8 @@ def test_compiles_whole_with_gradients(case: Case) -> None:
     torch._dynamo.reset()
     compiled = torch.compile(lambda *leaves: call(case, *leaves), fullgraph=True, backend="aot_eager")
     leaves = leaves_of(case)
-    for got, want in zip(compiled(*leaves), call(case, *leaves), strict=True):
-        assert torch.equal(got, want)
+    for result, expected in zip(compiled(*leaves), call(case, *leaves), strict=True):
+        assert torch.equal(result, expected)
     got, want = (
         torch.autograd.grad([x.sum() for x in f(*leaves)], leaves) for f in (compiled, lambda *x: call(case, *x))
     )
@@ -144,7 +144,7 @@ def test_rows_do_not_depend_on_the_batch(dtype: torch.dtype) -> None:
     assert torch.equal(rms_norm(x, weight, EPS)[7:9], rms_norm(x[7:9], weight, EPS))
     assert torch.equal(swiglu(x)[7:9], swiglu(x[7:9]))
     angles = normal(2, 40, 12).float()
-    heads = {"query_heads": 4, "kv_heads": 2, "q_norm": weight[:12], "k_norm": weight[:12], "eps": EPS}
+    heads: dict[str, Any] = {"query_heads": 4, "kv_heads": 2, "q_norm": weight[:12], "k_norm": weight[:12], "eps": EPS}
     whole, part = rotary(x, *angles, **heads), rotary(x[7:9], *angles[:, 7:9], **heads)
     assert all(torch.equal(a[7:9], b) for a, b in zip(whole, part, strict=True))
 
@@ -158,7 +158,7 @@ def test_frozen_weights_and_unused_results() -> None:
         torch.testing.assert_close(*(torch.autograd.grad(out.square().sum(), x)[0] for out in (y, want)))
     qkv, norm = normal(4, 16).float().requires_grad_(), torch.ones(4)
     for index in range(3):
-        arguments = {"query_heads": 2, "kv_heads": 1, "q_norm": norm, "k_norm": norm, "eps": EPS}
+        arguments: dict[str, Any] = {"query_heads": 2, "kv_heads": 1, "q_norm": norm, "k_norm": norm, "eps": EPS}
         got, want = (op(qkv, *normal(2, 4, 4).float(), **arguments)[index] for op in (rotary, reference.rotary))
         torch.testing.assert_close(*(torch.autograd.grad(out.square().sum(), qkv)[0] for out in (got, want)))
 
@@ -255,7 +255,11 @@ def test_mlp_and_attention_of_transformers() -> None:
     cos, sin = Qwen3RotaryEmbedding(config)(x, torch.arange(7)[None])
     q, k, v = (projection(x).view(1, 7, -1, 8) for projection in (attention.q_proj, attention.k_proj, attention.v_proj))
     qkv = torch.cat([part.flatten(2) for part in (q, k, v)], -1)[0]
-    norms = {"q_norm": attention.q_norm.weight, "k_norm": attention.k_norm.weight, "eps": config.rms_norm_eps}
+    norms: dict[str, Any] = {
+        "q_norm": attention.q_norm.weight,
+        "k_norm": attention.k_norm.weight,
+        "eps": config.rms_norm_eps,
+    }
     got = rotary(qkv, cos[0], sin[0], query_heads=4, kv_heads=2, **norms)
     turned = apply_rotary_pos_emb(attention.q_norm(q), attention.k_norm(k), cos, sin, unsqueeze_dim=2)
     for mine, theirs in zip(got, (*turned, v), strict=True):
