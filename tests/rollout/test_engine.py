@@ -20,11 +20,10 @@ from tests.rollout.drawing import (
     response_logits,
     tokens,
 )
-from tests.small_models import FAMILIES, random_model
+from tests.small_models import FAMILIES, own, own_model, random_model
 from thinktwice_fast.config import RolloutOptions
 from thinktwice_fast.errors import UserError
 from thinktwice_fast.model import csrc, reference
-from thinktwice_fast.model.attention import NAME
 from thinktwice_fast.rollout import engine as engine_module
 from thinktwice_fast.rollout import generation as generation_module
 from thinktwice_fast.rollout.engine import Engine
@@ -77,7 +76,7 @@ def _logps_and_entropies(logits: torch.Tensor, rollout: Rollout) -> tuple[torch.
 
 
 def test_bfloat16_weights_and_cache() -> None:
-    model = random_model("llama", NAME).bfloat16()
+    model = own_model("llama").bfloat16()
     engine = Engine(model, frozenset(), RolloutOptions(), 40 + RESPONSE)
     assert engine.cache.k_cache.dtype == torch.bfloat16
     got = draw(engine, requests(2))
@@ -96,7 +95,7 @@ def test_logits_of_bfloat16_weights_are_sampled_unrounded(monkeypatch: pytest.Mo
         return csrc.sample(logits, *columns, **keys)
 
     monkeypatch.setattr(generation_module, "sample", spy)
-    engine = Engine(random_model("llama", NAME).bfloat16(), frozenset(), RolloutOptions(), 40 + RESPONSE)
+    engine = Engine(own_model("llama").bfloat16(), frozenset(), RolloutOptions(), 40 + RESPONSE)
     draw(engine, requests(1))
     assert {logits.dtype for logits in seen} == {torch.float32}
     assert not torch.equal(seen[0], seen[0].bfloat16().float())
@@ -305,10 +304,10 @@ def test_changed_weights_are_sampled_from_at_once(decoder: str) -> None:
     before = tokens({r.sample_id: r for r in engine.generate(requests(2), seed=0, version=0)})
     other = random_model("qwen3", "sdpa", seed=9)
     with torch.no_grad():
-        for mine, new in zip(engine.model.parameters(), other.parameters(), strict=True):
+        for mine, new in zip(engine.model.parameters(), own(other).parameters(), strict=True):
             mine.copy_(new)
     after = tokens({r.sample_id: r for r in engine.generate(requests(2), seed=0, version=1)})
-    fresh = Engine(random_model("qwen3", NAME, seed=9), frozenset(), RolloutOptions(), 40 + RESPONSE)
+    fresh = Engine(own_model("qwen3", seed=9), frozenset(), RolloutOptions(), 40 + RESPONSE)
     assert after != before
     assert after == tokens(draw(fresh, requests(2)))
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from thinktwice_fast.model.elementwise import fuse_elementwise, fuses
 from transformers import AutoModelForCausalLM, GPT2Config, Qwen3Config
 
 from tests.command import train
@@ -15,7 +16,6 @@ from tests.small_models import FAMILIES, bpe_tokenizer, family_config, random_mo
 from thinktwice_fast import train as entry
 from thinktwice_fast.config import Config, ModelOptions
 from thinktwice_fast.model.attention import NAME, PrefixAttention
-from thinktwice_fast.model.elementwise import fuse_elementwise, fuses
 from thinktwice_fast.model.flops import Flops
 from thinktwice_fast.model.lora import add_adapters
 from thinktwice_fast.model.policy import Policy

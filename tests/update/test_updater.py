@@ -14,6 +14,7 @@ from tests.update.cases import (
     assert_same_step,
     config,
     formula,
+    gradients,
     padded_logps,
     rollouts,
     updater,
@@ -155,7 +156,7 @@ def test_the_first_mini_batch_has_no_log_probabilities_recomputed(monkeypatch: p
         if not torch.is_grad_enabled():
             recomputed.append(inputs[0].numel())
 
-    made.models.policy.model.base_model.embed_tokens.register_forward_pre_hook(count)
+    made.models.policy.model.embed_tokens.register_forward_pre_hook(count)
     got, measures = change(made, [[], *minibatches])
     later = [r for minibatch in minibatches[1:] for r in minibatch if r.advantage]
     assert sum(recomputed) == sum(len(r.prompt) + len(r.response) - 1 for r in later)
@@ -180,8 +181,8 @@ def test_gradient_falls_on_what_predicts_a_sampled_token_alone() -> None:
         output.retain_grad()
         states.append(output)
 
-    made.models.policy.model.base_model.norm.register_forward_hook(keep)
-    made.models.policy.model.base_model.embed_tokens.register_forward_pre_hook(lambda _, inputs: ids.append(inputs[0]))
+    made.models.policy.model.norm.register_forward_hook(keep)
+    made.models.policy.model.embed_tokens.register_forward_pre_hook(lambda _, inputs: ids.append(inputs[0]))
     made.policy_update([batch])
     (state,), (row,) = states, ids
     assert state.grad is not None
@@ -191,8 +192,8 @@ def test_gradient_falls_on_what_predicts_a_sampled_token_alone() -> None:
         for rollout in batch
         if rollout.advantage
     }
-    with_gradient = (state.grad[0] != 0).any(-1).tolist()
-    start, tokens = 0, row[0].tolist()
+    with_gradient = (state.grad != 0).any(-1).tolist()
+    start, tokens = 0, row.tolist()
     while start < len(tokens):
         sequence = next(s for s in expected if tuple(tokens[start : start + len(s)]) == s)
         assert with_gradient[start : start + len(sequence)] == expected.pop(sequence)
@@ -249,7 +250,7 @@ def test_a_loss_that_is_no_number_is_an_error_and_leaves_the_weights(spoiled: st
         bad[0].advantage = math.inf
     else:
         # The second mini-batch's gradients, of losses that are finite.
-        model = made.models.policy.model.base_model
+        model = made.models.policy.model
 
         def spoil(module: torch.nn.Module, inputs: Any, output: torch.Tensor) -> None:
             if output.requires_grad and made.version == 1:
@@ -298,7 +299,7 @@ def test_supervised_loss_is_transformers_own(microbatch_tokens: int) -> None:
         labels[row, len(e.prompt) : end] = torch.tensor(e.response)
     output = model(input_ids=ids, labels=labels, use_cache=False)
     output.loss.backward()
-    expected = torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
+    expected = gradients(model)
     assert measures["loss"] == pytest.approx(output.loss.item(), rel=1e-5)
     assert_same_step(got, -expected)
     hits = (output.logits[:, :-1].argmax(-1) == labels[:, 1:]).sum()
@@ -345,8 +346,7 @@ def test_bfloat16_compute_trains_float32_weights_and_refreshes_the_read_ones() -
     assert (got - exact).norm() < 0.05 * exact.norm()
     assert math.isfinite(measures["loss"])
     trained = weights(made.models.masters)
-    read = [parameter.flatten() for parameter in made.models.rollout.parameters()]
-    assert torch.equal(torch.cat(read), trained.bfloat16())
+    assert torch.equal(weights(made.models.rollout), trained.bfloat16().float())
     assert [parameter.data_ptr() for parameter in made.models.rollout.parameters()] == addresses
 
 

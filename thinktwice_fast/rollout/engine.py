@@ -6,12 +6,11 @@ The scheduler decides, the model runs one row of tokens over the paged cache, th
 from collections.abc import Iterable
 
 import torch
-from transformers import PreTrainedModel
 
 from thinktwice_fast.config import RolloutOptions
 from thinktwice_fast.errors import UserError
 from thinktwice_fast.model.paged import PagedKVCache
-from thinktwice_fast.model.policy import attention_heads
+from thinktwice_fast.model.policy import Model, attention_heads
 from thinktwice_fast.rollout.generation import Decode, Generation
 from thinktwice_fast.rollout.kept import Counts, KeptCaches
 from thinktwice_fast.rollout.records import Request, Rollout
@@ -41,7 +40,7 @@ class Engine:
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        model: Model,
         stop_ids: frozenset[int],
         options: RolloutOptions,
         max_tokens: int,

@@ -15,13 +15,12 @@ V vocabulary; S sequences that decode at once; T tokens and R response tokens of
     KV cache             2 L K b a token: on the CPU those tokens that are used (memory counts once it is written), on a
                          GPU all of the cache
     activations, update  T (4 b I + b H)                       what a layer's backward adds to
-                       + T L (2 (4 + 2 b) H                    two norms: input in float32, normalised, output
+                       + T L (4 b H                            two norms: input, output
                               + 2 b (Q + K)                    rotated queries and keys, values, attention's output
-                              + (4 + b) (Q + K)                QK-norm where there is one: input, normalised
-                              + 4 b I)                         gate, up, silu(gate), their product
-                         with checkpointing of the L layers all but b T H each for one layer; in float32 on the CPU
-                         norms keep input and output alone (QK-norm its input, with the values), and silu(gate) is
-                         not kept (``fuse_elementwise``)
+                              + b (Q + 2 K)                    QK-norm where there is one: the joint product
+                              + 3 b I)                         gate, up, the product of silu(gate) with it
+                         with checkpointing of the L layers all but b T H each for one layer; transformers' modules keep
+                         2 (4 + 2 b) H for norms, (4 + b) (Q + K) for QK-norm, and silu(gate) besides
     activations, rollout b t (2 H + 3 I) of t tokens in one pass, and 2 * 4 S V for logits
     loss head            min(budget, 4 R V) of logits (with gradients), 4 V H of the weight's gradient, 2 b R H of
                          hidden states and theirs
@@ -39,13 +38,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
 
 from thinktwice_fast.config import Config, ModelOptions
-from thinktwice_fast.model.elementwise import fuses
 from thinktwice_fast.model.lora import adapter_parameters
-from thinktwice_fast.model.policy import attention_heads, decoder_layers
+from thinktwice_fast.model.policy import Model, attention_heads, decoder_layers
 from thinktwice_fast.model.sharding import shards_weights
+from thinktwice_fast.model.transformer import Transformer
 from thinktwice_fast.rollout.engine import BLOCK_SIZE, GPU_SHARE
 from thinktwice_fast.rollout.runner import planned_runner
 from thinktwice_fast.update.optimizer import MOMENT_BYTES
@@ -73,7 +71,7 @@ class Shape:
     qk_norm: bool
 
     @classmethod
-    def of(cls, model: PreTrainedModel, options: ModelOptions) -> "Shape":
+    def of(cls, model: Model, options: ModelOptions) -> "Shape":
         """Of a model that may have no memory yet, before it gets the adapters that ``options`` may ask for."""
         config: Any = model.config.get_text_config()
         query_heads, kv_heads, head_dim = attention_heads(model)
@@ -137,7 +135,7 @@ class Prediction:
 
 
 def predict(
-    config: Config, model: PreTrainedModel, device: torch.device, dtype: torch.dtype, load: Load, world: int, base: int
+    config: Config, model: Model, device: torch.device, dtype: torch.dtype, load: Load, world: int, base: int
 ) -> Prediction:
     """The peak of each of ``world`` processes.
 
@@ -155,7 +153,7 @@ def predict(
 
 
 def _weights(
-    config: Config, shape: Shape, model: PreTrainedModel, device: torch.device, dtype: torch.dtype, world: int
+    config: Config, shape: Shape, model: Model, device: torch.device, dtype: torch.dtype, world: int
 ) -> Iterator[Part]:
     b, n, m = dtype.itemsize, shape.parameters, shape.trained
     shards = config.update.shard_processes or world
@@ -179,13 +177,12 @@ def _weights(
 
 
 def _working(
-    config: Config, shape: Shape, model: PreTrainedModel, device: torch.device, dtype: torch.dtype, load: Load
+    config: Config, shape: Shape, model: Model, device: torch.device, dtype: torch.dtype, load: Load
 ) -> Iterator[Part]:
     b, tokens, targets = dtype.itemsize, load.row_tokens, load.row_targets
     sampling = b * load.pass_tokens * (2 * shape.hidden + 3 * shape.inner)
     sampling += 2 * 4 * load.sequences * shape.vocabulary
-    fused = device.type == "cpu" and dtype == torch.float32 and not config.rollout.exact and fuses(model)
-    layer = tokens * layer_bytes(shape, dtype, fused=fused)
+    layer = tokens * layer_bytes(shape, dtype, own=isinstance(model, Transformer))
     kept = layer * shape.layers
     if config.model.activation_checkpointing:
         kept = layer + b * tokens * shape.hidden * shape.layers
@@ -197,15 +194,11 @@ def _working(
         yield Part("allocator", 4 * shape.trained, 4 * shape.trained)
 
 
-def layer_bytes(shape: Shape, dtype: torch.dtype, *, fused: bool) -> int:
-    """What one layer keeps of one token for the backward pass.
-
-    Args:
-        fused: its norms and gate are those of ``fuse_elementwise``.
-    """
+def layer_bytes(shape: Shape, dtype: torch.dtype, *, own: bool) -> int:
+    """What one layer keeps of one token for the backward pass; ``own``: it is one of ``Transformer``'s."""
     b, heads = dtype.itemsize, shape.queries + shape.keys
-    normed = (b * (heads + shape.keys) if fused else (4 + b) * heads) if shape.qk_norm else 0
-    norm, gate = (2 * b, 3 * b) if fused else (4 + 2 * b, 4 * b)
+    normed = (b * (heads + shape.keys) if own else (4 + b) * heads) if shape.qk_norm else 0
+    norm, gate = (2 * b, 3 * b) if own else (4 + 2 * b, 4 * b)
     return 2 * norm * shape.hidden + 2 * b * heads + normed + gate * shape.inner
 
 

@@ -17,11 +17,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 from thinktwice_fast.config import ModelOptions, RolloutOptions
 from thinktwice_fast.errors import UserError
 from thinktwice_fast.model.loading import load_model, pick_device, pick_dtype
+from thinktwice_fast.model.sharding import cast_parameters
 from thinktwice_fast.rollout.engine import Engine
 from thinktwice_fast.rollout.kept import Counts
 from thinktwice_fast.rollout.records import Request, Rollout, Sampling
@@ -154,7 +155,7 @@ class Solver:
         chosen = ModelOptions(model, chat_template=chat_template, **options)
         place = pick_device(chosen, 0)
         loaded = load_model(chosen, 0, place)
-        self._model = cast(Any, loaded.model).to(pick_dtype(chosen, place))
+        self._model = cast_parameters(loaded.model, pick_dtype(chosen, place))
         self._stop_ids = loaded.stop_ids
         self._chat = ChatFormat(loaded.tokenizer)
         self._max_sequences = max_sequences

@@ -4,10 +4,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from transformers import PreTrainedModel
 
 from thinktwice_fast.config import Config, samples_per_step
 from thinktwice_fast.model.flops import Flops
+from thinktwice_fast.model.policy import Model
 from thinktwice_fast.run.memory import Load, Prediction, predict
 from thinktwice_fast.tasks.problem import Problem
 from thinktwice_fast.update.batches import Example
@@ -50,7 +50,7 @@ def phases(config: Config, flops: Flops, longest_prompts: Mapping[str, int], wor
 
 def predicted_memory(
     config: Config,
-    model: PreTrainedModel,
+    model: Model,
     device: torch.device,
     dtype: torch.dtype,
     planned: Sequence[Phase],
