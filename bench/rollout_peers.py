@@ -23,12 +23,12 @@ Draw = Callable[[RolloutBatch], Outputs]
 _PAGE = 32  # tokens
 
 
-def engine(batch: RolloutBatch, **options: Any) -> Engine:
+def engine(batch: RolloutBatch, group_attention: bool = True, **options: Any) -> Engine:
     """One for each batch and options, kept as a trainer keeps it."""
-    key = "engine", *sorted(options.items())
+    key = "engine", group_attention, *sorted(options.items())
     if key not in batch.kept:
         limits = RolloutOptions(max_sequences=batch.workload.sequences, cache_tokens=_cache_tokens(batch), **options)
-        batch.kept[key] = Engine(batch.ours, frozenset(), limits, batch.longest)
+        batch.kept[key] = Engine(batch.ours, frozenset(), limits, batch.longest, group_attention=group_attention)
     kept: Engine = batch.kept[key]
     return kept
 
@@ -42,7 +42,7 @@ def _cache_tokens(batch: RolloutBatch) -> int:
 
 
 def ours(**options: Any) -> Draw:
-    """The engine with these rollout options."""
+    """The engine with these rollout options, or without reading shared keys once."""
     return lambda batch: _outputs(engine(batch, **options).generate(batch.requests(), seed=0))
 
 

@@ -228,8 +228,7 @@ bool reserve(const Decoder& d, int64_t cache, const std::vector<Drawing*>& live,
     check(manager.num_blocks() == step.k_cache.size(1) && size == step.k_cache.size(3),
           "decoder_decode: k_cache holds ", step.k_cache.size(1), " blocks of ", step.k_cache.size(3),
           " tokens, the bookkeeping ", manager.num_blocks(), " of ", size);
-    done =
-        manager.extend(handles.data(), ones.data(), static_cast<int64_t>(live.size()), version, false) == 0;
+    done = manager.extend(handles.data(), ones.data(), static_cast<int64_t>(live.size()), version) == 0;
     if (!done) return;
     for (size_t i = 0; i < handles.size(); ++i) {
       const std::vector<int32_t>& blocks = manager.blocks(handles[i]);

@@ -1,4 +1,4 @@
-"""Whatever is added, cancelled, kept, extended, closed and carried on: nothing leaks, and every sample is its own."""
+"""Whatever is added, kept, extended and closed: nothing leaks, and every sample is its own."""
 
 import random
 from dataclasses import asdict
@@ -45,20 +45,20 @@ class Session:
         )
         self.engine = Engine(model(NAME), frozenset({STOP}), options, self.blocks * BLOCK_SIZE)
         self.version = 0
-        self.prompts: dict[int, tuple[int, ...]] = {}  # of the samples asked for and not ended or cancelled
+        self.prompts: dict[int, tuple[int, ...]] = {}  # of the samples asked for and not ended
         self.ended: list[Rollout] = []
         self.asked_to_extend = 0
         self.generation = self.engine.generate([], seed=SEED)
         self.next_id = 0
 
     def run(self, calls: int) -> None:
-        steps = (self.add, self.extend, self.rollouts, self.passes, self.cancel, self.carry_over, self.release_kept)
-        for step in self.random.choices(steps, (6, 8, 6, 6, 2, 2, 1), k=calls):
+        steps = (self.add, self.extend, self.rollouts, self.passes, self.begin_anew, self.release_kept)
+        for step in self.random.choices(steps, (6, 8, 6, 6, 2, 1), k=calls):
             step()
             self.every_block_has_an_owner()
         for rollout in self.generation:
             self._end(rollout)
-        assert not self.prompts, "neither ended nor cancelled"
+        assert not self.prompts, "not ended"
 
     def add(self) -> None:
         prompt = self.random.choices(range(VOCABULARY), k=self.random.randint(1, 40))
@@ -84,23 +84,15 @@ class Session:
         for _ in range(self.random.randint(1, 12)):
             self.generation._step(1)
 
-    def cancel(self) -> None:
-        ids = set(self.random.sample(sorted(self.prompts), min(2, len(self.prompts))))
-        for rollout in self.generation.cancel(ids):
-            assert rollout.sample_id in ids and not rollout.ended
-            del self.prompts[rollout.sample_id]
-            ids.discard(rollout.sample_id)
-        assert ids <= {rollout.sample_id for rollout in self.generation._ended}
-
-    def carry_over(self) -> None:
-        left = self.generation.close()
+    def begin_anew(self) -> None:
+        """Close this generation; what it had not ended is lost. The next one may be of other weights."""
+        self.generation.close()
         for rollout in self.generation:
             self._end(rollout)
-        assert sorted(number for request in left for number in request.sample_ids) == sorted(self.prompts)
+        self.prompts.clear()
         self.every_block_has_an_owner()
         self.version += self.random.random() < 0.5
-        self.asked_to_extend += sum(request.extends is not None for request in left)
-        self.generation = self.engine.generate(left, seed=SEED, version=self.version)
+        self.generation = self.engine.generate([], seed=SEED, version=self.version)
 
     def release_kept(self) -> None:
         self.engine.release_kept()
@@ -141,7 +133,7 @@ def test_nothing_leaks_and_every_sample_is_its_own(seed: int) -> None:
     session = Session(seed)
     session.run(calls=30)
     counts = session.engine.counts
-    # A request that is closed before it came in is asked again, and one cancelled there is never decided.
+    # Of a request that a close finds before it came in it is never decided.
     assert counts.extended + counts.prefilled_anew <= session.asked_to_extend
     for name, count in asdict(counts).items():
         event(f"{name}: {count > 0}")

@@ -244,13 +244,3 @@ def test_release_kept_frees_those_named_alone() -> None:
     refine(engine, [refinement(s, extends=s) for s in solved[:2]])
     assert engine.counts == Counts(extended=1, released=1)
     assert engine.cache.free_blocks == engine.cache.num_blocks
-
-
-def test_a_refinement_left_by_a_closed_generation_still_extends() -> None:
-    engine = make()
-    solution = solutions(engine, 1)[0]
-    generation = engine.generate([refinement(solution, extends=solution)], seed=0)
-    left = generation.close()
-    assert engine.counts == Counts()
-    refine(engine, left)
-    assert engine.counts == Counts(extended=1)

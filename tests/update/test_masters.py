@@ -7,9 +7,8 @@ import pytest
 import torch
 from torch.distributed.tensor import DTensor
 
-from tests.small_models import FAMILIES, bpe_tokenizer, own_model, random_model
+from tests.small_models import FAMILIES, bpe_tokenizer, own_model
 from tests.update.cases import config, rollouts, updater, weights
-from thinktwice_fast.model.attention import NAME
 from thinktwice_fast.model.sharding import ModelPair, _shard, cast_parameters, full_state, pair_models
 from thinktwice_fast.run.checkpoint import load_checkpoint, save_checkpoint
 from thinktwice_fast.update.optimizer import build_optimizer

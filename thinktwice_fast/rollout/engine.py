@@ -33,6 +33,7 @@ class Engine:
         reserve: bytes that training will still allocate on this GPU (gradients, optimizer state); a cache whose size
             the options leave open keeps off them.
         decode: tokens to text, for stop strings.
+        group_attention: read keys that samples of one prompt share once for all of them, while decoding.
 
     Raises:
         UserError: the GPU has no room for a cache of one longest sequence.
@@ -46,6 +47,8 @@ class Engine:
         max_tokens: int,
         reserve: int = 0,
         decode: Decode | None = None,
+        *,
+        group_attention: bool = True,
     ):
         self.model = model
         self._max_tokens = max_tokens
@@ -62,7 +65,7 @@ class Engine:
             head_dim,
             block_size=BLOCK_SIZE,
             spare_blocks=1 if model.device.type == "cuda" else 0,  # for the rows that a graph has too many
-            group_attention=options.group_attention,
+            group_attention=group_attention,
             dtype=model.dtype,
             device=model.device,
         )

@@ -25,8 +25,8 @@ Decode = Callable[[Sequence[int]], str]  # token ids to text
 class Generation(Iterator[Rollout]):
     """Rollouts as they end; made by ``Engine.generate``.
 
-    Requests may be added and samples cancelled between any two rollouts, and also once all have ended: iteration goes
-    on then. ``close`` ends it early; a generation that nothing refers to any more frees its part of the cache too.
+    Requests may be added between any two rollouts, and also once all have ended: iteration goes on then. ``close`` ends
+    it early; a generation that nothing refers to any more frees its part of the cache too.
     """
 
     def __init__(
@@ -56,23 +56,10 @@ class Generation(Iterator[Rollout]):
             raise ValueError("stop strings are found in text: make the Engine with decode=")
         self._scheduler.add(requests)
 
-    def cancel(self, sample_ids: Iterable[int]) -> list[Rollout]:
-        """Stop drawing these samples and free their blocks at once.
-
-        Returns:
-            Those that had not ended, with the tokens drawn so far. One that had ended still comes out of iteration.
-        """
-        return self._scheduler.cancel(frozenset(sample_ids))
-
-    def close(self) -> list[Request]:
-        """Stop drawing and free the blocks of all samples; rollouts that had ended still come out of iteration.
-
-        Returns:
-            What is left to do, as requests for a later generation, under whatever weights it has. Rollouts in them
-            that were begun keep their tokens and log-probabilities; with the same seed their random numbers go on.
-        """
+    def close(self) -> None:
+        """Stop drawing and free the blocks of all samples; rollouts that had ended still come out of iteration."""
         self._closed = True
-        return self._scheduler.clear()
+        self._scheduler.clear()
 
     def __next__(self) -> Rollout:
         while not self._ended:
@@ -84,7 +71,7 @@ class Generation(Iterator[Rollout]):
         """Each rollout every time a token was drawn for it, until all have ended; ``rollout.ended`` at its last."""
         while (drawn := self._step(1)) is not None:
             self._ended.clear()
-            yield from [lane.members[0] for lane in drawn]  # a list: one of them may be cancelled before its turn
+            yield from (lane.members[0] for lane in drawn)
 
     def _step(self, most: int) -> list[Lane] | None:
         """Draw a token, or up to ``most``, for what is ready; gives the lanes that drew, None when nothing is left."""

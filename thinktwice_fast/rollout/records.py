@@ -50,16 +50,3 @@ class Request:
     sampling: Sampling
     keep: bool = False  # keep each rollout's cache when it ends, while there is room, to be extended once
     extends: Rollout | None = None  # a kept rollout whose prompt and response this prompt continues
-    started: Rollout | None = None  # the only sample, some tokens of it drawn already: draw the others
-
-    def __post_init__(self) -> None:
-        started = self.started
-        if started is None:
-            return
-        if (started.prompt, (started.sample_id,)) != (self.prompt, self.sample_ids):
-            raise ValueError("a started rollout is of another prompt or sample: give its own prompt and sample_ids")
-        if started.ended or len(started.response) >= self.sampling.max_tokens:
-            raise ValueError(
-                f"rollout {started.sample_id} has {len(started.response)} tokens and nothing left to draw: "
-                "leave it out, or raise max_tokens"
-            )

@@ -112,7 +112,7 @@ def make_runner(model: Model, cache: PagedKVCache, options: RolloutOptions, max_
         return _gpu_runner(model, cache, options, max_tokens)
     if way == "decoder":
         assert isinstance(model, Transformer), "Decoder.supports nothing else"
-        decoder = Decoder(model, max_tokens, group_attention=options.group_attention)
+        decoder = Decoder(model, max_tokens, group_attention=cache.group_attention)
         if decoder.reproduces(model):
             return DecoderRunner(decoder, cache)
         log.warning("the fused decoder does not reproduce %s: rollouts run its modules", model.config.model_type)
@@ -133,8 +133,6 @@ def planned_runner(
     Raises:
         UserError: what the options ask for can't be had.
     """
-    if options.cuda_graphs and device.type != "cuda":
-        raise UserError(f"--rollout.cuda_graphs true needs a GPU, and the model is on {device.type}: leave it out")
     if options.exact:
         if device.type != "cpu" or dtype != torch.float32:
             raise UserError(
@@ -155,15 +153,13 @@ def planned_runner(
 
 
 def _gpu_runner(model: Model, cache: PagedKVCache, options: RolloutOptions, max_tokens: int) -> Runner:
-    if not isinstance(model, Transformer):
-        _refuse_fused(model, options, model.device, model.dtype)
     in_torch = "paged_attention" in torch_versions  # which waits for the GPU, so that it can't be captured
-    if options.cuda_graphs and in_torch:
+    if options.decoder == "fused" and in_torch:
         raise UserError(
-            "--rollout.cuda_graphs true needs the extension built with CUDA: install nvcc and run `make clean setup`, "
-            "or leave it out"
+            "--rollout.decoder fused needs the extension built with CUDA: install nvcc and run `make clean setup`, or "
+            "leave it out"
         )
-    if in_torch or options.cuda_graphs is False:
+    if in_torch or options.decoder == "modules":
         return ModuleRunner(model, cache)
     return GraphRunner(Policy(model), cache, options.max_sequences, max_tokens)
 

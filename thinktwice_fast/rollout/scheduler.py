@@ -7,7 +7,6 @@ the samples of its request as members; once its last token is in, it forks into 
 from collections import deque
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
-from itertools import chain
 
 from thinktwice_fast.errors import UserError
 from thinktwice_fast.model.paged import PagedKVCache, Plan
@@ -138,44 +137,25 @@ class Scheduler:
                 lane.handle = None
         self._release(lanes)
 
-    def cancel(self, sample_ids: Collection[int]) -> list[Rollout]:
-        """Drop these samples, free their blocks, and give back what was drawn of them."""
-        cancelled = []
-        emptied = []
-        for lane in chain(self.active, self.returning, self.waiting):
-            cancelled += [member for member in lane.members if member.sample_id in sample_ids]
-            lane.members = [member for member in lane.members if member.sample_id not in sample_ids]
-            if not lane.members:
-                emptied.append(lane)
-        self._forget(emptied)
-        self._release(emptied)
-        return cancelled
-
     def requeue_prompt(self, lane: Lane) -> None:
         """Give a queued lane everything it has to bring into the cache again."""
         member = lane.members[0]
         lane.pending = [*member.prompt, *member.response]
 
-    def clear(self) -> list[Request]:
-        """Drop all work, free its blocks, and say what is left to do, as requests that carry it on."""
-        lanes = chain(self.active, self.returning, self.waiting)
-        # An error may come between a lane's last token and its leaving.
-        left = [_rest(lane) for lane in lanes if not _is_done(lane)]
+    def clear(self) -> None:
+        """Drop all work and free its blocks."""
         self._release(self.active)
         self.active.clear()
         self.returning.clear()
         self.waiting.clear()
-        return left
 
     def _queue(self, request: Request) -> None:
         extends = request.extends
         if extends is not None and not self.kept.continued_by(request.prompt, extends):
             extends = None
-        if request.started is not None:
-            request.started.group = request.group
         for start in range(0, len(request.sample_ids), self.max_sequences):
             ids = request.sample_ids[start : start + self.max_sequences]
-            members = [request.started or Rollout(request.group, sample, request.prompt) for sample in ids]
+            members = [Rollout(request.group, sample, request.prompt) for sample in ids]
             lane = Lane([], members, request.sampling, request.keep, extends=extends)
             self.requeue_prompt(lane)
             (self.waiting if extends is None else self.returning).append(lane)
@@ -240,25 +220,6 @@ class Scheduler:
 
     def _blocks(self, tokens: int) -> int:
         return -(-tokens // self.cache.block_size)
-
-
-def _is_done(lane: Lane) -> bool:
-    first = lane.members[0]
-    return first.ended or len(first.response) >= lane.sampling.max_tokens
-
-
-def _rest(lane: Lane) -> Request:
-    """What a lane's members still need."""
-    first = lane.members[0]
-    return Request(
-        first.group,
-        first.prompt,
-        tuple(member.sample_id for member in lane.members),
-        lane.sampling,
-        lane.keep,
-        lane.extends,
-        first if first.response else None,
-    )
 
 
 def _handle(lane: Lane) -> int:

@@ -19,7 +19,7 @@ _RUNNERS = {
     "exact": "transformers' modules with exact products",
     "decoder": "the decoder in C++",
     "modules": "transformers' modules",
-    "gpu": "fused attention modules where they reproduce the model, else transformers' modules",
+    "gpu": "the model over the paged cache, decoding steps as CUDA graphs",
 }
 _MIB = 1 << 20
 
