@@ -108,9 +108,9 @@ class RolloutOptions:
     max_batch_tokens: int = 8192
     """Most tokens in one forward pass (decoding and prefill together), per process."""
     decoder: Literal["auto", "fused", "modules"] = "auto"
-    """What runs the model: "fused" = the C++ decoder (Llama, Mistral, Qwen2, Qwen3, OLMo-2 and OLMo-3) on the CPU, and
-    decoding steps as CUDA graphs on a GPU; "modules" = PyTorch, module by module; "auto" = the first where it can, but
-    for bfloat16 on a CPU with AMX tiles."""
+    """What runs the model: "fused" = the C++ decoder (Llama, Mistral, Qwen2, Qwen3, OLMo-2 and OLMo-3) on a CPU, and
+    decoding steps as CUDA graphs on a GPU; "modules" = the model as updates run it; "auto" = the first where it can,
+    but for bfloat16 on a CPU with AMX tiles."""
     exact: bool = False
     """Make the log-probabilities of rollouts those of training, bit for bit (float32 on the CPU only): slower
     rollouts, and no pass for old log-probabilities."""

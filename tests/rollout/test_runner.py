@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import event, given, settings
 from hypothesis import strategies as st
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM
 from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP
 
 from tests.rollout.drawing import draw, make, requests, tokens
@@ -16,12 +16,13 @@ from tests.small_models import VOCABULARY, family_config, own_model
 from thinktwice_fast.config import RolloutOptions
 from thinktwice_fast.errors import UserError
 from thinktwice_fast.model.attention import NAME
+from thinktwice_fast.model.policy import Model
 from thinktwice_fast.rollout.engine import Engine
 from thinktwice_fast.rollout.records import Request, Rollout, Sampling
 from thinktwice_fast.rollout.runner import DecoderRunner, ModuleRunner, Runner
 
 
-def engine_of(model: PreTrainedModel, decoder: str = "auto", longest: int = 160, **options: Any) -> Engine:
+def engine_of(model: Model, decoder: str = "auto", longest: int = 160, **options: Any) -> Engine:
     return Engine(model, frozenset(), RolloutOptions(decoder=decoder, **options), longest)  # type: ignore[arg-type]
 
 

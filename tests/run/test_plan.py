@@ -7,12 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from thinktwice_fast.model.elementwise import fuse_elementwise, fuses
 from transformers import AutoModelForCausalLM, GPT2Config, Qwen3Config
 
 from tests.command import train
 from tests.run.refusals import SMALL, refused
-from tests.small_models import FAMILIES, bpe_tokenizer, family_config, random_model
+from tests.small_models import FAMILIES, bpe_tokenizer, family_config, own, own_model
 from thinktwice_fast import train as entry
 from thinktwice_fast.config import Config, ModelOptions
 from thinktwice_fast.model.attention import NAME, PrefixAttention
@@ -176,9 +175,9 @@ def saved_bytes(model: Any, tokens: int) -> int:
     return sum(tensor.untyped_storage().nbytes() for place, tensor in kept.items() if place not in own)
 
 
-@pytest.mark.parametrize(("dtype", "fused"), [(torch.float32, True), (torch.float32, False), (torch.bfloat16, False)])
+@pytest.mark.parametrize(("dtype", "ours"), [(torch.float32, True), (torch.float32, False), (torch.bfloat16, False)])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_layer_keeps_what_the_formula_says(family: str, dtype: torch.dtype, fused: bool) -> None:
+def test_a_layer_keeps_what_the_formula_says(family: str, dtype: torch.dtype, ours: bool) -> None:
     found, models = [], []
     for layers in (1, 2):
         config: Any = family_config(family)
@@ -186,19 +185,17 @@ def test_a_layer_keeps_what_the_formula_says(family: str, dtype: torch.dtype, fu
         if family != "llama":
             config.layer_types = ["full_attention"] * layers
         torch.manual_seed(0)
-        models.append(AutoModelForCausalLM.from_config(config, attn_implementation=NAME).eval().to(dtype))
-        assert fuses(models[-1])
-        if fused:
-            fuse_elementwise(models[-1])
+        theirs = AutoModelForCausalLM.from_config(config, attn_implementation=NAME).eval().to(dtype)
+        models.append(own(theirs) if ours else theirs)
         found.append(saved_bytes(models[-1], 200))
     # OLMo's norms keep their float32 output as well, 13 % of its layer in bfloat16.
-    assert layer_bytes(Shape.of(models[0], ModelOptions()), dtype, fused=fused) == pytest.approx(
+    assert layer_bytes(Shape.of(models[0], ModelOptions()), dtype, own=ours) == pytest.approx(
         (found[1] - found[0]) / 200, rel=0.15
     )
 
 
 def test_what_is_sharded_divides_and_what_is_copied_does_not() -> None:
-    model = AutoModelForCausalLM.from_config(family_config("qwen3"))
+    model = own_model("qwen3")
     load, cpu = Load(8, 64, 64, 512, 256), torch.device("cpu")
 
     def parts(world: int, dtype: torch.dtype, **loss: float) -> dict[str, int]:
@@ -216,11 +213,12 @@ def test_what_is_sharded_divides_and_what_is_copied_does_not() -> None:
     whole = parts(1, torch.float32)
     assert "compute weights" not in whole and "reference weights" not in whole
     assert parts(1, torch.float32, checkpointing=1)["activations"] < whole["activations"]
-    adapters = random_model("qwen3")
+    adapters = own_model("qwen3")
     add_adapters(adapters, ModelOptions(lora_rank=8), 0)
     trained = sum(parameter.numel() for parameter in adapters.parameters() if parameter.requires_grad)
     assert parts(1, torch.float32, rank=8)["gradients"] == 4 * trained
-    assert parts(1, torch.float32, rank=8)["compute weights"] == 4 * model.num_parameters()
+    whole_model = sum(parameter.numel() for parameter in model.parameters())
+    assert parts(1, torch.float32, rank=8)["compute weights"] == 4 * whole_model
 
 
 def test_a_joint_pair_is_one_phase_of_both_prompts() -> None:

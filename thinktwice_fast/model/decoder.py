@@ -8,7 +8,7 @@ Letters: T tokens, N rows whose logits are wanted, V vocabulary, P positions.
 import weakref
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -42,16 +42,16 @@ class Decoder:
     def __init__(self, model: Transformer, positions: int, *, group_attention: bool = True):
         self.positions = positions
         self._copies: list[Callable[[], object]] = []
-        first = cast(Layer, model.layers[0]).self_attn
+        scale = model.layers[0].self_attn.scale
         self._id: int = ops.decoder_create(
             model.embed_tokens.weight.detach(), self._floats(model.norm.weight), *self._packed(model.head, None),
-            *attention_heads(model), first.scale, model.norm.eps, group_attention,
+            *attention_heads(model), scale, model.norm.eps, group_attention,
         )  # fmt: skip
         self._close = weakref.finalize(self, ops.decoder_destroy, self._id)
         every = torch.arange(positions)
         angles = {kind: rotary(every, model.dtype) for kind, rotary in model.rotary.items()}
         for layer in model.layers:
-            self._add_layer(cast(Layer, layer), *angles[cast(Layer, layer).self_attn.rope_type].tables)
+            self._add_layer(layer, *angles[layer.self_attn.rope_type].tables)
         self.refresh()
 
     @staticmethod

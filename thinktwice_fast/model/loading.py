@@ -77,9 +77,10 @@ def load_model(options: ModelOptions, seed: int, device: torch.device) -> Loaded
     config = _config(folder, options.path)
     tokenizer = load_tokenizer(options)
     if options.random_init:
-        model = _random_model(config, options, seed, device).eval()
+        model = _random_model(config, options, seed, device)
     else:
-        model = _saved_model(folder, config, options, device).eval()
+        model = _saved_model(folder, config, options, device)
+    model.eval()
     _check_vocabulary(config, tokenizer, options)
     if not isinstance(model, Transformer):
         check_head_is_linear(model)

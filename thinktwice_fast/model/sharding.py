@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
-from typing import cast
+from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -25,6 +25,7 @@ from torch.distributed.tensor import DTensor
 from thinktwice_fast.model.lora import Adapters, is_adapter, merged_weights
 from thinktwice_fast.model.policy import Model, Policy, decoder_layers, named_weights, own_weights
 
+M = TypeVar("M", bound=Model)
 _WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 _FROM_RANK_0 = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
 
@@ -94,7 +95,7 @@ def frozen_copy(model: Model, dtype: torch.dtype, shard_processes: int = 0) -> P
     return Policy(frozen) if dist.get_world_size() == 1 else _shard(frozen, dtype, shard_processes)
 
 
-def cast_parameters(model: Model, dtype: torch.dtype) -> Model:
+def cast_parameters(model: M, dtype: torch.dtype) -> M:
     """Change the parameters' type in place; buffers (rotary frequencies) stay in float32."""
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)

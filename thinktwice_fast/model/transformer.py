@@ -11,7 +11,7 @@ What the tokens attend to is a value handed in, and so is the matrix product.
 Letters: T tokens, H hidden size, Hq / Hkv query / key-value heads, D head size, V vocabulary, I / O inputs / outputs.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from math import sqrt
@@ -87,11 +87,13 @@ class Transformer(nn.Module):
         self.generation_config = GenerationConfig.from_model_config(c)
         self._norms = family.norms
         self.embed_tokens = Embedding(c.vocab_size, c.hidden_size, dtype, c.pad_token_id)
-        self.layers = nn.ModuleList(Layer(c, family, number, dtype) for number in range(c.num_hidden_layers))
+        layers = nn.ModuleList(Layer(c, family, number, dtype) for number in range(c.num_hidden_layers))
+        self.layers = cast(Sequence[Layer], layers)
         self.norm = Norm(c.hidden_size, c.rms_norm_eps, family, dtype)
         self.lm_head = None if c.tie_word_embeddings else Embedding(c.vocab_size, c.hidden_size, dtype)
-        kinds = sorted({cast(Layer, layer).self_attn.rope_type for layer in self.layers})
-        self.rotary = nn.ModuleDict({kind: Rotary(c, kind, rounded=family.rounds_early) for kind in kinds})
+        kinds = sorted({layer.self_attn.rope_type for layer in self.layers})
+        rotary = nn.ModuleDict({kind: Rotary(c, kind, rounded=family.rounds_early) for kind in kinds})
+        self.rotary = cast(Mapping[str, Rotary], rotary)
 
     @staticmethod
     def knows(config: PreTrainedConfig) -> bool:
@@ -130,13 +132,15 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
-        """Random ones, of the config's standard deviation; norms of ones, biases of zeros."""
+        """Random ones, of the config's standard deviation; norms of ones, biases and the padding token of zeros."""
         torch.manual_seed(seed)
         for name, parameter in self.named_parameters():
             if parameter.dim() > 1:
                 parameter.normal_(0.0, self.config.initializer_range)
             else:
                 parameter.fill_(0.0 if name.endswith(".bias") else 1.0)
+        if self.config.pad_token_id is not None:
+            self.embed_tokens.weight[self.config.pad_token_id] = 0.0
 
     def parts(self) -> dict[str, list[Part]]:
         """The border: what each of the weights is in transformers, in its order; without adapters."""
@@ -284,11 +288,11 @@ class Norm(nn.Module):
         self._cast_first = family.rounds_early
 
     def forward(self, x: Tensor) -> Tensor:  # [T, H] -> [T, H]
-        return cast(Tensor, rms_norm(x, self.weight, self.eps, cast_first=self._cast_first))
+        return rms_norm(x, self.weight, self.eps, cast_first=self._cast_first)
 
     def of_sum(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:  # each [T, H]
         """Of x + residual, and the sum."""
-        return cast(Any, rms_norm(x, self.weight, self.eps, residual=residual, cast_first=self._cast_first))
+        return rms_norm(x, self.weight, self.eps, residual=residual, cast_first=self._cast_first)
 
 
 class Embedding(nn.Module):

@@ -83,13 +83,19 @@ class Shape:
             layers=config.num_hidden_layers,
             layer_parameters=sum(p.numel() for p in blocks[0].parameters()) if blocks else 0,
             hidden=config.hidden_size,
-            inner=max((max(p.shape) for p in blocks[0].parameters() if p.dim() > 1), default=0),
+            inner=_inner_size(model, blocks[0]) if blocks else 0,
             queries=query_heads * head_dim,
             keys=kv_heads * head_dim,
             vocabulary=config.vocab_size,
             tied=config.tie_word_embeddings,
             qk_norm=any(name.endswith("q_norm.weight") for name, _ in model.named_parameters()),
         )
+
+
+def _inner_size(model: Model, block: torch.nn.Module) -> int:
+    if isinstance(model, Transformer):
+        return model.config.intermediate_size
+    return max((max(p.shape) for p in block.parameters() if p.dim() > 1), default=0)
 
 
 @dataclass(frozen=True)

@@ -138,13 +138,18 @@ class Backend(Protocol):
         """[S], in the type of `rewards`."""
 
 
+def uses_triton(tensor: Tensor) -> bool:
+    """Whether Triton computes with tensors beside this one: on CUDA, or in its interpreter."""
+    return tensor.is_cuda or (tensor.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1")
+
+
 def backend_of(tensor: Tensor) -> Backend:
     """The backend for tensors beside this one.
 
     Raises:
         RuntimeError: the device has none, or the extension is not built.
     """
-    if tensor.is_cuda or (tensor.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"):
+    if uses_triton(tensor):
         name = "triton_backend"
     elif tensor.device.type == "cpu":
         name = "cpu"

@@ -3,12 +3,12 @@
 Letters: T tokens, S sequences, V vocabulary, t rows of a tile of logits, m of them that have a gradient.
 """
 
-from pathlib import Path
 from typing import get_args
 
 import torch
 from torch import Tensor
 
+from thinktwice_kernels import native
 from thinktwice_kernels.backends import Head, LossInputs
 from thinktwice_kernels.options import LossOptions, ScaleRewards
 from thinktwice_kernels.packed import accumulation_dtype
@@ -16,21 +16,7 @@ from thinktwice_kernels.selection import select_tokens
 
 __all__ = ["group_advantages", "row_gradient", "row_statistics", "scale", "select_tokens", "sequence_loss"]
 
-_REMEDY = "run `make`, or `pip install .` in the repository"
-
-
-def _load() -> None:
-    found = sorted(Path(__file__).parent.parent.glob("_csrc*.so"))
-    if not found:
-        raise RuntimeError(f"the C++ extension of thinktwice_kernels is not built: {_REMEDY}")
-    try:
-        torch.ops.load_library(str(found[0]))
-    except OSError as error:
-        reason = f"does not load with torch {torch.__version__} ({str(error).splitlines()[0]})"
-        raise RuntimeError(f"the C++ extension of thinktwice_kernels {reason}: {_REMEDY}") from error
-
-
-_load()
+native.load()
 _row_statistics = torch.ops.thinktwice_loss.row_statistics.default
 _row_gradient = torch.ops.thinktwice_loss.row_gradient.default
 _sequence_loss = torch.ops.thinktwice_loss.sequence_loss.default

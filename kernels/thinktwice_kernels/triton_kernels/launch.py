@@ -7,6 +7,8 @@ from functools import lru_cache
 from typing import Any
 
 import torch
+import triton
+import triton.language as tl
 
 # Where the interpreter or the ahead-of-time compiler stands in for a GPU.
 _PROCESSORS_WITHOUT_GPU = 132
@@ -37,6 +39,8 @@ SHAPES = {
     "combine_statistics": Shape(num_warps=1, block=64),
     "scale": Shape(num_warps=8, vectors=4),
     "select_tokens": Shape(num_warps=8, block=2048),
+    # A vector of each half a thread: short programs, many at a time.
+    "swiglu": Shape(num_warps=4, vectors=1),
     # float64 arithmetic with 15 sums per token: two tokens a thread fit into registers.
     "sequence_loss": Shape(num_warps=8, block=512),
     "group_advantages": Shape(num_warps=4, block=512),
@@ -48,9 +52,65 @@ Launch = tuple[Any, dict[str, Any], int]  # kernel, arguments, warps
 _recorded: list[Launch] | None = None
 
 
+@dataclass(frozen=True)
+class Tile:
+    """Rows that a program holds in its registers whole, 16 elements a thread: two vectors of 16 bytes in bfloat16."""
+
+    rows: int
+    columns: int  # a power of 2
+
+    @property
+    def num_warps(self) -> int:
+        return min(max(self.rows * self.columns // (32 * 16), 1), 32)
+
+    def fits(self, dtype: torch.dtype) -> bool:
+        """Whether the registers hold it without spilling: 16,384 elements in bfloat16, 8,192 in fp32."""
+        return self.rows * self.columns * dtype.itemsize <= 32 * 1024
+
+
+def row_tile(size: int) -> Tile:
+    """For rows of `size` elements: one, or as many short ones as give four warps work."""
+    columns = triton.next_power_of_2(size)
+    return Tile(max(1, 4 * 32 * 16 // columns), columns)
+
+
+def row_arguments(name: str, x: torch.Tensor | None) -> dict[str, Any]:
+    """``{name}_ptr`` and ``{name}_stride``: rows [..., H] as a kernel takes them, in place where they lie evenly."""
+    if x is None:
+        return {f"{name}_ptr": None, f"{name}_stride": 0}
+    rows = x.reshape(-1, x.shape[-1])
+    if rows.stride(1) != 1 and rows.shape[1] > 1:
+        rows = rows.contiguous()
+    # The stride of a single row says nothing, but would count as another case to compile for.
+    return {f"{name}_ptr": rows, f"{name}_stride": rows.stride(0) if rows.shape[0] > 1 else rows.shape[1]}
+
+
+def triton_type(dtype: torch.dtype) -> Any:
+    """fp32 or float64 in Triton's terms."""
+    return tl.float64 if dtype == torch.float64 else tl.float32
+
+
+def looping_programs(
+    tiles: int,
+    tile: Tile,
+    device: torch.device,
+) -> int:
+    """How many programs share the tiles where each adds something up over its own: 16 warps on every processor.
+
+    More would write more partial sums, fewer would leave memory idle.
+    """
+    return min(tiles, processors(device) * max(1, 16 // tile.num_warps))
+
+
 def launch(kernel: Any, name: str, grid: tuple[int, ...], device: torch.device, arguments: dict[str, Any]) -> None:
     """Runs `kernel`, whose line of `SHAPES` is `name`, on all of the grid; nothing where that is empty."""
-    warps = SHAPES[name].num_warps
+    launch_warps(kernel, SHAPES[name].num_warps, grid, device, arguments)
+
+
+def launch_warps(
+    kernel: Any, warps: int, grid: tuple[int, ...], device: torch.device, arguments: dict[str, Any]
+) -> None:
+    """`launch` with as many warps to a program."""
     if _recorded is not None:
         _recorded.append((kernel, arguments, warps))
     elif 0 in grid:
