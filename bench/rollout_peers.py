@@ -43,7 +43,7 @@ def _cache_tokens(batch: RolloutBatch) -> int:
 
 def ours(**options: Any) -> Draw:
     """The engine with these rollout options, or without reading shared keys once."""
-    return lambda batch: _outputs(engine(batch, **options).generate(batch.requests(), seed=0))
+    return lambda batch: _outputs(engine(batch, **options).run(batch.requests(), seed=0))
 
 
 def two_turns(extend: bool) -> Draw:
@@ -52,7 +52,7 @@ def two_turns(extend: bool) -> Draw:
     def draw(batch: RolloutBatch) -> Outputs:
         own = engine(batch)
         extended = own.counts.extended
-        first = sorted(own.generate(batch.requests(keep=extend), seed=0), key=lambda rollout: rollout.sample_id)
+        first = sorted(own.run(batch.requests(keep=extend), seed=0), key=lambda rollout: rollout.sample_id)
         between = batch.prompts[0][: batch.workload.instruction]
         second = [
             Request(
@@ -64,7 +64,7 @@ def two_turns(extend: bool) -> Draw:
             )
             for rollout in first
         ]
-        outputs = _outputs(own.generate(second, seed=1))
+        outputs = _outputs(own.run(second, seed=1))
         contexts = torch.tensor([request.prompt for request in second])
         if own.counts.extended - extended != extend * len(first):
             raise RuntimeError(f"{own.counts.extended - extended} of {len(first)} caches were extended")

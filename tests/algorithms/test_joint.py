@@ -12,8 +12,8 @@ from thinktwice_fast.algorithms.bases import base_ahead, choose_base
 from thinktwice_fast.algorithms.groups import Group
 from thinktwice_fast.algorithms.sampler import Sampler
 from thinktwice_fast.errors import UserError
-from thinktwice_fast.rollout.generation import Generation
-from thinktwice_fast.rollout.kept import Counts
+from thinktwice_fast.rollout.engine import Engine, OnEnd
+from thinktwice_fast.rollout.prefix_cache import Counts
 from thinktwice_fast.rollout.records import Request, Rollout
 from thinktwice_fast.run.metrics import find_metric
 
@@ -86,29 +86,27 @@ class Begun:
 
 
 @pytest.fixture(name="begun")
-def watched_generations(monkeypatch: pytest.MonkeyPatch) -> list[Begun]:
+def watched_runs(monkeypatch: pytest.MonkeyPatch) -> list[Begun]:
     """Every refinement that is asked for from now on; checks that only caches are kept which may be extended."""
     begun: list[Begun] = []
-    ended: list[Rollout] = []
-    add, advance = Generation.add, Generation.__next__
+    run = Engine.run
 
-    def watched_next(self: Generation) -> Rollout:
-        rollout = advance(self)
-        ended.append(rollout)
-        return rollout
+    def spy(self: Engine, requests: list[Request], on_end: OnEnd, **options: Any) -> list[Rollout]:
+        ended: list[Rollout] = []
 
-    def watched_add(self: Generation, requests: list[Request]) -> None:
-        kept = self._scheduler.kept
-        for request in requests:
-            base = request.extends
-            if base is not None:
+        def watched(rollout: Rollout) -> list[Request]:
+            ended.append(rollout)
+            more = list(on_end(rollout))
+            for base in [request.extends for request in more]:
+                assert base is not None
                 family = [rollout for rollout in ended if rollout.group == base.group]
                 begun.append(Begun(base, len(family), sum(rollout.group < 4 for rollout in ended)))
-                assert [rollout for rollout in family if kept.handle(rollout) is not None] == [base]
-        add(self, requests)
+                assert [rollout for rollout in family if self._prefixes.handle(rollout) is not None] == [base]
+            return more
 
-    monkeypatch.setattr(Generation, "add", watched_add)
-    monkeypatch.setattr(Generation, "__next__", watched_next)
+        return run(self, requests, watched, **options)
+
+    monkeypatch.setattr(Engine, "run", spy)
     return begun
 
 

@@ -1,6 +1,7 @@
 """Whatever is added, kept, extended and closed: nothing leaks, and every sample is its own."""
 
 import random
+from collections.abc import Iterator
 from dataclasses import asdict
 from functools import cache
 from typing import Any
@@ -11,7 +12,7 @@ from hypothesis import event, given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, Qwen3Config
 
-from tests.rollout.drawing import response_logits
+from tests.rollout.drawing import response_logits, scheduler_of
 from thinktwice_fast.config import RolloutOptions
 from thinktwice_fast.model import reference
 from thinktwice_fast.model.attention import NAME
@@ -48,16 +49,16 @@ class Session:
         self.prompts: dict[int, tuple[int, ...]] = {}  # of the samples asked for and not ended
         self.ended: list[Rollout] = []
         self.asked_to_extend = 0
-        self.generation = self.engine.generate([], seed=SEED)
+        self.grown: Iterator[Rollout] | None = None  # the run under way
         self.next_id = 0
 
     def run(self, calls: int) -> None:
-        steps = (self.add, self.extend, self.rollouts, self.passes, self.begin_anew, self.release_kept)
-        for step in self.random.choices(steps, (6, 8, 6, 6, 2, 1), k=calls):
+        steps = (self.add, self.extend, self.advance, self.begin_anew, self.release_prefixes)
+        for step in self.random.choices(steps, (6, 8, 12, 2, 1), k=calls):
             step()
             self.every_block_has_an_owner()
-        for rollout in self.generation:
-            self._end(rollout)
+        while self.grown is not None:
+            self._next()
         assert not self.prompts, "not ended"
 
     def add(self) -> None:
@@ -75,31 +76,26 @@ class Session:
             self.asked_to_extend += 1
             self._add(tuple(prompt), base)
 
-    def rollouts(self) -> None:
-        for _ in range(self.random.randint(1, 4)):
-            if (rollout := next(self.generation, None)) is not None:
-                self._end(rollout)
-
-    def passes(self) -> None:
-        for _ in range(self.random.randint(1, 12)):
-            self.generation._step(1)
+    def advance(self) -> None:
+        for _ in range(self.random.randint(1, 30)):
+            self._next()
 
     def begin_anew(self) -> None:
-        """Close this generation; what it had not ended is lost. The next one may be of other weights."""
-        self.generation.close()
-        for rollout in self.generation:
-            self._end(rollout)
+        """Close this run; what it had not ended is lost. The next one may be of other weights."""
+        if self.grown is not None:
+            self.grown.close()  # type: ignore[attr-defined]
+        self.grown = None
         self.prompts.clear()
         self.every_block_has_an_owner()
         self.version += self.random.random() < 0.5
-        self.generation = self.engine.generate([], seed=SEED, version=self.version)
 
-    def release_kept(self) -> None:
-        self.engine.release_kept()
+    def release_prefixes(self) -> None:
+        self.engine.release_prefixes()
 
     def every_block_has_an_owner(self) -> None:
-        handles = list(self.engine._kept._kept)
-        handles += [lane.handle for lane in self.generation._scheduler.active if lane.handle is not None]
+        handles = list(self.engine._prefixes._rollouts)
+        if self.grown is not None:
+            handles += [sequence.cached for sequence in scheduler_of(self.grown).active]
         held = {block for handle in handles for block in self.engine.cache.blocks(handle)}
         assert self.engine.cache.num_blocks - self.engine.cache.free_blocks == len(held)
 
@@ -119,7 +115,22 @@ class Session:
         self.next_id += samples
         self.prompts |= dict.fromkeys(ids, prompt)
         sampling = Sampling(max_tokens=self.random.randint(1, LONGEST))
-        self.generation.add([Request(0, prompt, ids, sampling, self.random.random() < 0.9, base)])
+        request = Request(0, prompt, ids, sampling, self.random.random() < 0.9, base)
+        if self.grown is not None:
+            scheduler_of(self.grown).add([request])
+            return
+        most = self.random.choice((1, 8))
+        self.grown = self.engine.stream([request], seed=SEED, version=self.version, most=most)
+        self._next()
+
+    def _next(self) -> None:
+        if self.grown is None:
+            return
+        rollout = next(self.grown, None)
+        if rollout is None:
+            self.grown = None
+        elif rollout.ended:
+            self._end(rollout)
 
     def _end(self, rollout: Rollout) -> None:
         assert rollout.ended and rollout.prompt == self.prompts.pop(rollout.sample_id)
@@ -137,6 +148,6 @@ def test_nothing_leaks_and_every_sample_is_its_own(seed: int) -> None:
     assert counts.extended + counts.prefilled_anew <= session.asked_to_extend
     for name, count in asdict(counts).items():
         event(f"{name}: {count > 0}")
-    session.engine.release_kept()
+    session.engine.release_prefixes()
     assert session.engine.cache.free_blocks == session.engine.cache.num_blocks
     session.every_sample_is_its_own()

@@ -19,7 +19,8 @@ from thinktwice_fast.model.attention import NAME
 from thinktwice_fast.model.policy import Model
 from thinktwice_fast.rollout.engine import Engine
 from thinktwice_fast.rollout.records import Request, Rollout, Sampling
-from thinktwice_fast.rollout.runner import DecoderRunner, ModuleRunner, Runner
+from thinktwice_fast.rollout.runner import DecoderRunner, ModuleRunner
+from thinktwice_fast.rollout.step import Runner
 
 
 def engine_of(model: Model, decoder: str = "auto", longest: int = 160, **options: Any) -> Engine:
@@ -105,13 +106,13 @@ class Mix:
 
     def drawn(self, engine: Engine) -> dict[int, Rollout]:
         """By sample id; the second wave's are 100 higher."""
-        first = {rollout.sample_id: rollout for rollout in engine.generate(self.first, seed=3)}
+        first = {rollout.sample_id: rollout for rollout in engine.run(self.first, seed=3)}
         second = [
             Request(r.group, (*r.prompt, *r.response, 1, 2), (100 + number,), self.then, extends=r)
             for number, r in sorted(first.items())
         ]
-        got = first | {rollout.sample_id: rollout for rollout in engine.generate(second, seed=3)}
-        engine.release_kept()
+        got = first | {rollout.sample_id: rollout for rollout in engine.run(second, seed=3)}
+        engine.release_prefixes()
         assert engine.cache.free_blocks == engine.cache.num_blocks
         return got
 

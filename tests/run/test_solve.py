@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 from tests.command import LIMIT, ROOT, environment
 from tests.small_models import CHATML, bpe_tokenizer, write_model
 from thinktwice_fast.errors import UserError
-from thinktwice_fast.rollout.kept import Counts
+from thinktwice_fast.rollout.prefix_cache import Counts
 from thinktwice_fast.rollout.records import Sampling
 from thinktwice_fast.run import command
 from thinktwice_fast.run.command import in_order

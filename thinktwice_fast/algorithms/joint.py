@@ -5,10 +5,10 @@ from typing import Any
 from thinktwice_fast import parallel
 from thinktwice_fast.algorithms.groups import minibatch_slots
 from thinktwice_fast.algorithms.measures import rollout_measures, sample_measures
-from thinktwice_fast.algorithms.pair_draw import fill_joint
+from thinktwice_fast.algorithms.pair_rollout import fill_joint
 from thinktwice_fast.algorithms.sampler import Sampler
 from thinktwice_fast.algorithms.step import Step
-from thinktwice_fast.algorithms.thinktwice import graded, set_advantages, training_draw
+from thinktwice_fast.algorithms.thinktwice import graded, set_advantages, training_spec
 from thinktwice_fast.config import Config
 from thinktwice_fast.tasks.stream import ProblemStream
 from thinktwice_fast.update.updater import Updater
@@ -34,13 +34,13 @@ class JointThinkTwice:
     def step(self, number: int) -> Step:
         """Run global step ``number`` (from 1): sample, grade, update. Collective.
 
-        Random numbers and bases are those that the sequential steps ``2 * number - 1`` and ``2 * number`` would draw.
+        Random numbers and bases are those that the sequential steps ``2 * number - 1`` and ``2 * number`` would take.
         """
         slots = [slot for minibatch in self._minibatches for slot in minibatch]
         solve = [self._sampler.solve_group(slot, self._problems[self._position + slot]) for slot in slots]
         extended = self._sampler.engine.counts.extended
-        draw = training_draw(self._config, 2 * number - 1, self._updater.version)
-        refine, times = fill_joint(self._sampler, solve, draw, self._config.thinktwice.base_selection)
+        spec = training_spec(self._config, 2 * number - 1, self._updater.version)
+        refine, times = fill_joint(self._sampler, solve, spec, self._config.thinktwice.base_selection)
         extended = sum(parallel.gather(self._sampler.engine.counts.extended - extended))
         # An advantage compares answers to one prompt, and its scale those of one phase.
         for phase in (solve, refine):

@@ -9,7 +9,7 @@ from thinktwice_fast import parallel
 from thinktwice_fast.algorithms.bases import choose_base
 from thinktwice_fast.algorithms.groups import Base, Group, as_base, minibatch_slots
 from thinktwice_fast.algorithms.measures import group_measures
-from thinktwice_fast.algorithms.sampler import Draw, Sampler
+from thinktwice_fast.algorithms.sampler import Sampler, SampleSpec
 from thinktwice_fast.algorithms.step import Step
 from thinktwice_fast.config import Config
 from thinktwice_fast.errors import UserError
@@ -46,7 +46,7 @@ class ThinkTwice:
         phase = "refine" if self._bases else "solve"
         minibatches = [[self._group(slot) for slot in slots] for slots in self._minibatches]
         groups = [group for minibatch in minibatches for group in minibatch]
-        times = self._sampler.fill(groups, training_draw(self._config, number, self._updater.version))
+        times = self._sampler.fill(groups, training_spec(self._config, number, self._updater.version))
         set_advantages(groups, self._config.loss.scale_rewards)
         update = self._updater.policy_update([graded(minibatch) for minibatch in minibatches])
         measures = group_measures(groups, times) | update
@@ -96,7 +96,7 @@ class ThinkTwice:
         return dict(parallel.gather_flat(chosen))
 
 
-def training_draw(config: Config, stream: int, version: int) -> Draw:
+def training_spec(config: Config, stream: int, version: int) -> SampleSpec:
     """The samples of a training step.
 
     Args:
@@ -112,7 +112,7 @@ def training_draw(config: Config, stream: int, version: int) -> Draw:
         options.max_response_tokens,
         options.stop_strings,
     )
-    return Draw(config.samples_per_problem, sampling, stream, config.seed, version)
+    return SampleSpec(config.samples_per_problem, sampling, stream, config.seed, version)
 
 
 def set_advantages(groups: list[Group], scale_rewards: Literal["none", "group", "batch"]) -> None:

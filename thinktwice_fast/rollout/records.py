@@ -37,7 +37,7 @@ class Rollout:
     reward: float | None = None  # None: the reward function left this sample out
     advantage: float = 0.0
     ended: bool = False  # nothing more will be drawn: a stop token or string came, or max_tokens were drawn
-    kept: int | None = None  # name of its kept cache, for a request that extends it (see `Request.keep`)
+    cached: int | None = None  # name of its cache, where that is kept for a request that extends it (`Request.keep`)
 
 
 @dataclass(frozen=True)

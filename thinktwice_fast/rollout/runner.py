@@ -1,7 +1,7 @@
-"""What runs the model for a generation: the C++ decoder on the CPU, CUDA graphs on a GPU, or the model itself."""
+"""What runs the model for rollouts: the C++ decoder on the CPU, CUDA graphs on a GPU, or the model itself."""
 
 import logging
-from typing import Literal, Protocol
+from typing import Literal
 
 import torch
 from torch.nn.functional import linear
@@ -16,31 +16,14 @@ from thinktwice_fast.model.paged import PagedKVCache, Plan
 from thinktwice_fast.model.policy import Model, Policy, linear_head
 from thinktwice_fast.model.products import PackedProducts
 from thinktwice_fast.model.transformer import Transformer
+from thinktwice_fast.rollout.batch import Batch, Drawn
 from thinktwice_fast.rollout.graphs import GraphRunner
+from thinktwice_fast.rollout.step import NOT_FINITE, Runner, random_keys, sampling_columns
 
 log = logging.getLogger(__name__)
 
 
-class Runner(Protocol):
-    """One forward pass over the paged cache."""
-
-    exact: bool  # log-probabilities are those of training, bit for bit
-
-    @property
-    def device(self) -> torch.device:
-        """Where the logits are."""
-        ...
-
-    def refresh(self) -> None:
-        """The weights may have changed."""
-        ...
-
-    def logits(self, tokens: list[int], plan: Plan, last: list[int]) -> torch.Tensor:  # float32 [len(last), V]
-        """Put the plan's tokens into the cache; the logits of rows ``last``, ascending."""
-        ...
-
-
-class ModuleRunner:
+class ModuleRunner(Runner):
     """The model as it is, over the cache.
 
     Args:
@@ -56,16 +39,9 @@ class ModuleRunner:
         self._head = self._product if exact else linear_head
         self.exact = exact
 
-    @property
-    def device(self) -> torch.device:
-        return self._policy.device
-
-    def refresh(self) -> None:
-        """Nothing to do: weights are read where they are."""
-
     @torch.inference_mode()
     def logits(self, tokens: list[int], plan: Plan, last: list[int]) -> torch.Tensor:
-        ids, rows = upload([int64(tokens), int64(last)], self.device)
+        ids, rows = upload([int64(tokens), int64(last)], self._policy.device)
         return self._policy(
             ids,
             plan.positions,
@@ -76,21 +52,44 @@ class ModuleRunner:
         )
 
 
-class DecoderRunner:
-    """The C++ decoder; ``decoder.decode`` draws many tokens in one call."""
-
-    exact = False
-    device = torch.device("cpu")
+class DecoderRunner(Runner):
+    """The C++ decoder, which draws many tokens in one call where all sequences decode."""
 
     def __init__(self, decoder: Decoder, cache: PagedKVCache):
-        self.decoder = decoder
+        self._decoder = decoder
         self._cache = cache
 
     def refresh(self) -> None:
-        self.decoder.refresh()
+        self._decoder.refresh()
 
     def logits(self, tokens: list[int], plan: Plan, last: list[int]) -> torch.Tensor:
-        return self.decoder.forward(torch.tensor(tokens), plan, torch.tensor(last, dtype=torch.int64), self._cache)
+        return self._decoder.forward(int64(tokens), plan, int64(last), self._cache)
+
+    def step(self, batch: Batch, most: int) -> Drawn:
+        if not batch.decodes:
+            return super().step(batch, most)
+        sample_ids, positions = random_keys(batch)
+        decoded = self._decoder.decode(
+            self._cache,
+            int64([sequence.cached for sequence in batch.sequences]),
+            int64(batch.tokens),
+            sampling_columns(batch, torch.device("cpu")),
+            seed=batch.seed,
+            sample_ids=sample_ids,
+            positions=positions,
+            left=int64([how.max_tokens - n for how, n in zip(batch.samplings, positions.tolist(), strict=True)]),
+            stop_ids=batch.stop_ids,
+            steps=most,
+            enough_ended=1 if batch.others_wait else len(batch.sequences),
+        )
+        counts = decoded.counts.tolist()
+        tokens, logps, entropies = (
+            [row[:n] for row, n in zip(column.tolist(), counts, strict=True)]
+            for column in (decoded.tokens, decoded.logps, decoded.entropies)
+        )
+        if any(row[-1] < 0 for row in tokens):
+            raise UserError(NOT_FINITE)
+        return Drawn(tokens, logps, entropies)
 
 
 def make_runner(model: Model, cache: PagedKVCache, options: RolloutOptions, max_tokens: int) -> Runner:

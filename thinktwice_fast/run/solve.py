@@ -24,7 +24,7 @@ from thinktwice_fast.errors import UserError
 from thinktwice_fast.model.loading import load_model, pick_device, pick_dtype
 from thinktwice_fast.model.sharding import cast_parameters
 from thinktwice_fast.rollout.engine import Engine
-from thinktwice_fast.rollout.kept import Counts
+from thinktwice_fast.rollout.prefix_cache import Counts
 from thinktwice_fast.rollout.records import Request, Rollout, Sampling
 from thinktwice_fast.tasks.answers import extract_boxed
 from thinktwice_fast.tasks.arithmetic import RECHECK, build_tokenizer, running_totals
@@ -209,16 +209,21 @@ class Solver:
         decode = partial(self._chat.response_text, stop_ids=self._stop_ids)
         engine = Engine(self._model, self._stop_ids, options, max(work.most for work in works), decode=decode)
         self.counts = engine.counts
-        with closing(engine.generate([work.request(passes) for work in works], seed=seed)) as generation:
-            for rollout in generation.stream():
+
+        def refinement(rollout: Rollout) -> list[Request]:
+            work = works[rollout.group]
+            if len(work.turns) > passes:
+                return []
+            self._begin_refinement(work, rollout)
+            return [work.request(passes, extends=rollout)]
+
+        with closing(engine.stream([work.request(passes) for work in works], refinement, seed=seed)) as grown:
+            for rollout in grown:
                 work = works[rollout.group]
                 number = len(work.turns)
                 text = work.stream.text(rollout.response, rollout.ended, rollout.stop_string)
                 if rollout.ended:
                     work.turns.append(self._turn(rollout))
-                    if number < passes:
-                        self._begin_refinement(work, rollout)
-                        generation.add([work.request(passes, extends=rollout)])
                 if text or rollout.ended:
                     yield Piece(work.number, number, text, work.turns[-1] if rollout.ended else None)
 
