@@ -16,8 +16,8 @@ from bench.measure import Outputs
 from bench.rollout_cases import RolloutBatch
 from bench.vllm_process import VllmProcess
 from thinktwice_fast.config import RolloutOptions
+from thinktwice_fast.records import Request, Rollout
 from thinktwice_fast.rollout.engine import BLOCK_SIZE, Engine
-from thinktwice_fast.rollout.records import Request, Rollout
 
 Draw = Callable[[RolloutBatch], Outputs]
 _PAGE = 32  # tokens

@@ -10,10 +10,9 @@ from thinktwice_fast.algorithms.sampler import Sampler
 from thinktwice_fast.algorithms.thinktwice import ThinkTwice
 from thinktwice_fast.config import Config
 from thinktwice_fast.errors import UserError
+from thinktwice_fast.records import Message, Problem, Request, Rollout
 from thinktwice_fast.rollout.engine import OnEnd
 from thinktwice_fast.rollout.prefix_cache import Counts
-from thinktwice_fast.rollout.records import Request, Rollout
-from thinktwice_fast.tasks.problem import Message, Problem
 from thinktwice_fast.tasks.prompts import ChatFormat
 
 END = bpe_tokenizer().eos_token_id
@@ -134,5 +133,5 @@ def bases_and_advantages(seed: int = 0) -> dict[str, Any]:
     return {
         "state": world.algorithm.state(),
         "advantages": {sample: value for part in parallel.gather(own) for sample, value in part.items()},
-        "measures": {name: value for name, value in step.measures.items() if "second" not in name},
+        "metrics": {name: value for name, value in step.metrics.items() if "second" not in name},
     }

@@ -9,12 +9,11 @@ import pytest
 from tests.algorithms.joint_world import JointWorld, outcome
 from tests.algorithms.stubs import Grader, Grading
 from thinktwice_fast.algorithms.bases import base_ahead, choose_base
-from thinktwice_fast.algorithms.groups import Group
 from thinktwice_fast.algorithms.sampler import Sampler
 from thinktwice_fast.errors import UserError
+from thinktwice_fast.records import Group, Request, Rollout
 from thinktwice_fast.rollout.engine import Engine, OnEnd
 from thinktwice_fast.rollout.prefix_cache import Counts
-from thinktwice_fast.rollout.records import Request, Rollout
 from thinktwice_fast.run.metrics import find_metric
 
 pytestmark = pytest.mark.usefixtures("one_process")
@@ -73,7 +72,7 @@ def test_samples_without_reward_are_not_trained_on() -> None:
     rollouts = [rollout for half in step.halves for group in half.groups for rollout in group.rollouts]
     missing = [sum(r.reward is None for g in half.groups for r in g.rollouts) for half in step.halves]
     assert len(rollouts) == 24 and sum(missing) > 0 and len(minibatch) == 24 - sum(missing)
-    assert [half.measures["rewards_missing"] for half in step.halves] == missing
+    assert [half.metrics["rewards_missing"] for half in step.halves] == missing
 
 
 @dataclasses.dataclass
@@ -163,7 +162,7 @@ def test_a_prompt_that_does_not_continue_its_base_is_prefilled_and_counted(monke
     world = JointWorld()
     step = world.algorithm.step(1)
     assert world.engine.counts == Counts(extended=2, prompt_differs=2)
-    assert step.measures["refine_extended"] == 0.5
+    assert step.metrics["refine_extended"] == 0.5
     assert all(len(group.rollouts) == 3 for group in step.halves[1].groups)
 
 
@@ -202,19 +201,19 @@ def test_a_resumed_run_goes_on_as_if_never_stopped() -> None:
     assert [group[1] for group in first[0]] == [4, 5, 6, 7]
 
 
-def test_every_measure_is_declared_and_counts_its_own_samples() -> None:
+def test_every_metric_is_declared_and_counts_its_own_samples() -> None:
     step = JointWorld().algorithm.step(1)
     for part in (step, *step.halves):
-        for name in part.measures:
+        for name in part.metrics:
             assert find_metric(f"{part.phase}/{name}")
     solve, refine = step.halves
     for half in step.halves:
         lengths = [len(rollout.response) for group in half.groups for rollout in group.rollouts]
-        assert half.measures["response_tokens"] == sum(lengths) / 12
-    assert refine.measures["prompt_tokens"] > solve.measures["prompt_tokens"] + 10
-    assert step.measures["refine_extended"] == 1
-    total = 12 * (solve.measures["response_tokens"] + refine.measures["response_tokens"])
-    assert step.measures["tokens_per_second"] == pytest.approx(total / step.measures["seconds_rollout"])
+        assert half.metrics["response_tokens"] == sum(lengths) / 12
+    assert refine.metrics["prompt_tokens"] > solve.metrics["prompt_tokens"] + 10
+    assert step.metrics["refine_extended"] == 1
+    total = 12 * (solve.metrics["response_tokens"] + refine.metrics["response_tokens"])
+    assert step.metrics["tokens_per_second"] == pytest.approx(total / step.metrics["seconds_rollout"])
 
 
 def test_the_base_known_ahead_is_the_one_chosen() -> None:

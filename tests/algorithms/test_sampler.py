@@ -3,10 +3,9 @@
 import pytest
 
 from tests.algorithms.stubs import END, WORDS, World, problem
-from thinktwice_fast.algorithms.groups import Group
 from thinktwice_fast.algorithms.sampler import SampleSpec
 from thinktwice_fast.errors import UserError
-from thinktwice_fast.rollout.records import Sampling
+from thinktwice_fast.records import Group, Sampling
 
 pytestmark = pytest.mark.usefixtures("one_process")
 

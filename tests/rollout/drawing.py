@@ -7,8 +7,8 @@ import torch
 
 from tests.small_models import VOCABULARY, own_model
 from thinktwice_fast.config import RolloutOptions
+from thinktwice_fast.records import Request, Rollout, Sampling
 from thinktwice_fast.rollout.engine import Engine
-from thinktwice_fast.rollout.records import Request, Rollout, Sampling
 from thinktwice_fast.rollout.scheduler import Scheduler
 
 # On either side of a cache block of 16 and of OLMo-3's window of 8, with responses that cross both.

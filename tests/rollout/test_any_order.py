@@ -1,7 +1,7 @@
 """Whatever is added, kept, extended and closed: nothing leaks, and every sample is its own."""
 
 import random
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import asdict
 from functools import cache
 from typing import Any
@@ -16,8 +16,8 @@ from tests.rollout.drawing import response_logits, scheduler_of
 from thinktwice_fast.config import RolloutOptions
 from thinktwice_fast.model import reference
 from thinktwice_fast.model.attention import NAME
+from thinktwice_fast.records import Request, Rollout, Sampling
 from thinktwice_fast.rollout.engine import BLOCK_SIZE, Engine
-from thinktwice_fast.rollout.records import Request, Rollout, Sampling
 
 SEED, VOCABULARY, STOP, LONGEST = 11, 64, 3, 40
 
@@ -49,7 +49,7 @@ class Session:
         self.prompts: dict[int, tuple[int, ...]] = {}  # of the samples asked for and not ended
         self.ended: list[Rollout] = []
         self.asked_to_extend = 0
-        self.grown: Iterator[Rollout] | None = None  # the run under way
+        self.grown: Generator[Rollout, None, None] | None = None  # the run under way
         self.next_id = 0
 
     def run(self, calls: int) -> None:
@@ -83,7 +83,7 @@ class Session:
     def begin_anew(self) -> None:
         """Close this run; what it had not ended is lost. The next one may be of other weights."""
         if self.grown is not None:
-            self.grown.close()  # type: ignore[attr-defined]
+            self.grown.close()
         self.grown = None
         self.prompts.clear()
         self.every_block_has_an_owner()

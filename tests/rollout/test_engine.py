@@ -24,10 +24,10 @@ from tests.small_models import FAMILIES, own, own_model, random_model
 from thinktwice_fast.config import RolloutOptions
 from thinktwice_fast.errors import UserError
 from thinktwice_fast.model import csrc, reference
+from thinktwice_fast.records import Request, Rollout, Sampling
 from thinktwice_fast.rollout import engine as engine_module
 from thinktwice_fast.rollout import step as step_module
 from thinktwice_fast.rollout.engine import Engine
-from thinktwice_fast.rollout.records import Request, Rollout, Sampling
 
 
 def ranks(logits: torch.Tensor, chosen: list[int]) -> list[int]:

@@ -7,9 +7,9 @@ import pytest
 
 from tests.rollout.drawing import make, prompts, requests, scheduler_of, tokens
 from tests.small_models import FAMILIES
+from thinktwice_fast.records import Request, Rollout, Sampling
 from thinktwice_fast.rollout.engine import Engine
 from thinktwice_fast.rollout.prefix_cache import Counts
-from thinktwice_fast.rollout.records import Request, Rollout, Sampling
 
 GREEDY = Sampling(temperature=0.0, max_tokens=20)
 INSTRUCTION = (5, 4, 3, 2, 1)

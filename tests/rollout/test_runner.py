@@ -17,8 +17,8 @@ from thinktwice_fast.config import RolloutOptions
 from thinktwice_fast.errors import UserError
 from thinktwice_fast.model.attention import NAME
 from thinktwice_fast.model.policy import Model
+from thinktwice_fast.records import Request, Rollout, Sampling
 from thinktwice_fast.rollout.engine import Engine
-from thinktwice_fast.rollout.records import Request, Rollout, Sampling
 from thinktwice_fast.rollout.runner import DecoderRunner, ModuleRunner
 from thinktwice_fast.rollout.step import Runner
 

@@ -12,8 +12,8 @@ from tests.rollout.drawing import DECODERS, LONGEST, draw, make, requests, token
 from tests.small_models import own_model
 from thinktwice_fast.config import RolloutOptions
 from thinktwice_fast.errors import UserError
+from thinktwice_fast.records import Request, Rollout, Sampling
 from thinktwice_fast.rollout.engine import Engine
-from thinktwice_fast.rollout.records import Request, Rollout, Sampling
 
 
 def all_free(engine: Engine) -> bool:

@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 
 from thinktwice_fast.errors import UserError
 from thinktwice_fast.model.paged import PagedKVCache
+from thinktwice_fast.records import Request, Rollout, Sampling
 from thinktwice_fast.rollout.batch import Batch, Drawn
 from thinktwice_fast.rollout.prefix_cache import Counts, PrefixCache
-from thinktwice_fast.rollout.records import Request, Rollout, Sampling
 from thinktwice_fast.rollout.scheduler import Scheduler
 from thinktwice_fast.rollout.stops import Stops
 

@@ -8,14 +8,13 @@ import torch
 
 from tests.algorithms.stubs import Grader
 from tests.update.worlds import one_process
-from thinktwice_fast.algorithms.groups import Group, as_base
 from thinktwice_fast.algorithms.sampler import Sampler, SampleSpec
 from thinktwice_fast.config import Config, ModelOptions, RolloutOptions
 from thinktwice_fast.errors import UserError
 from thinktwice_fast.model.loading import load_model
+from thinktwice_fast.records import Base, Group, Request, Rollout, Sampling
 from thinktwice_fast.rollout.engine import Engine, OnEnd
 from thinktwice_fast.rollout.prefix_cache import Counts
-from thinktwice_fast.rollout.records import Request, Rollout, Sampling
 from thinktwice_fast.run.evaluation import evaluate
 from thinktwice_fast.tasks.arithmetic import RECHECK, ArithmeticSource
 from thinktwice_fast.tasks.prompts import ChatFormat
@@ -40,7 +39,7 @@ def solve_groups(sampler: Sampler, slots: tuple[int, ...] = (0, 1, 4, 7)) -> lis
 def in_two_rounds(sampler: Sampler, solved: list[Group], samples: int) -> list[Group]:
     sampler.fill(solved, SampleSpec(samples, DRAWN, stream=8, seed=5, version=0))
     refined = [
-        sampler.refine_group(group, as_base(rollout), group.slot * samples + n)
+        sampler.refine_group(group, Base.of(rollout), group.slot * samples + n)
         for group in solved
         for n, rollout in enumerate(group.rollouts)
     ]
@@ -140,7 +139,7 @@ def test_evaluation_counts_the_pairs() -> None:
     reference.fill(solved, SampleSpec(2, Sampling(0.9, max_tokens=64), stream, seed=0, version=0))
     solutions = [rollout for group in solved for rollout in group.rollouts]
     refined = [
-        reference.refine_group(group, as_base(rollout), 2 * group.slot + n)
+        reference.refine_group(group, Base.of(rollout), 2 * group.slot + n)
         for group in solved
         for n, rollout in enumerate(group.rollouts)
     ]

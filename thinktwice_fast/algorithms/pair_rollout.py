@@ -3,9 +3,8 @@
 from collections.abc import Iterator, Sequence
 
 from thinktwice_fast.algorithms.bases import base_ahead, choose_base
-from thinktwice_fast.algorithms.groups import Group, as_base
 from thinktwice_fast.algorithms.sampler import Gradings, Sampler, SampleSpec, SamplingTimes, set_rewards
-from thinktwice_fast.rollout.records import Request, Rollout
+from thinktwice_fast.records import Base, Group, Request, Rollout
 from thinktwice_fast.tasks.pool import Grading
 
 
@@ -68,7 +67,7 @@ class _Pairs:
     def refined(self) -> list[Group]:
         """The refine groups. A base that was refined before its group was graded has its reward only now."""
         for number, group in self._refined.items():
-            group.base = as_base(self._bases[number])
+            group.base = Base.of(self._bases[number])
         return [self._refined[number] for number in range(len(self._groups))]
 
     def _solved(self, rollout: Rollout) -> list[Request]:
@@ -100,7 +99,7 @@ class _Pairs:
 
     def _refine(self, number: int, base: Rollout) -> Request:
         solve = self._groups[number]
-        group = self._sampler.refine_group(solve, as_base(base), solve.slot)
+        group = self._sampler.refine_group(solve, Base.of(base), solve.slot)
         self._bases[number], self._refined[number] = base, group
         spec = self._refine_spec
         self._left += spec.samples

@@ -5,12 +5,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from thinktwice_fast import parallel
-from thinktwice_fast.algorithms.groups import Base, Group, as_base
 from thinktwice_fast.errors import UserError
+from thinktwice_fast.records import Base, Group, Problem, Request, Rollout, Sampling
 from thinktwice_fast.rollout.engine import Engine, OnEnd
-from thinktwice_fast.rollout.records import Request, Rollout, Sampling
 from thinktwice_fast.tasks.pool import Grader, Grading
-from thinktwice_fast.tasks.problem import Problem
 from thinktwice_fast.tasks.prompts import ChatFormat
 
 Gradings = list[tuple[Group, Grading]]  # complete groups with their rewards on the way
@@ -69,12 +67,10 @@ class Sampler:
 
     def refine_group(self, solve: Group, base: Base, slot: int) -> Group:
         """The prompt that asks for a refinement of ``base``, a solution of ``solve``'s problem."""
-        messages = solve.problem.messages
-        chat = self.chat.refine_chat(messages, base.text, self.refine_instruction)
-        prompt = self.chat.refine_ids(
-            messages, solve.prompt, base.response, base.text, self.refine_instruction, self.stop_ids
+        refine = self.chat.refine(
+            solve.problem.messages, solve.prompt, base.response, base.text, self.refine_instruction, self.stop_ids
         )
-        return Group(slot, solve.problem, chat.messages, tuple(prompt), base)
+        return Group(slot, solve.problem, refine.messages, refine.ids, base)
 
     def fill(self, groups: Sequence[Group], spec: SampleSpec) -> SamplingTimes:
         """Sample responses to each group's prompt, decode and grade them, into ``group.rollouts``.
@@ -119,7 +115,7 @@ class Sampler:
 
         def refinement(solution: Rollout) -> Request:
             slot = solution.sample_id - spec.ids(0)[0]
-            group = self.refine_group(groups[solution.group], as_base(solution), slot)
+            group = self.refine_group(groups[solution.group], Base.of(solution), slot)
             refined.append(group)
             number = len(groups) + len(refined) - 1
             return Request(number, group.prompt, refine.ids(slot), refine_sampling, extends=solution)

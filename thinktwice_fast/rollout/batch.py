@@ -7,7 +7,7 @@ from itertools import accumulate
 import torch
 
 from thinktwice_fast.model.paged import Plan
-from thinktwice_fast.rollout.records import Rollout, Sampling
+from thinktwice_fast.records import Rollout, Sampling
 
 
 @dataclass(eq=False)

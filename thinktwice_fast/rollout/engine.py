@@ -3,7 +3,7 @@
 The scheduler decides what goes into a step, a runner runs the model and draws, the scheduler records.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 
 import torch
 
@@ -11,8 +11,8 @@ from thinktwice_fast.config import RolloutOptions
 from thinktwice_fast.errors import UserError
 from thinktwice_fast.model.paged import PagedKVCache
 from thinktwice_fast.model.policy import Model, attention_heads
+from thinktwice_fast.records import Request, Rollout
 from thinktwice_fast.rollout.prefix_cache import Counts, PrefixCache
-from thinktwice_fast.rollout.records import Request, Rollout
 from thinktwice_fast.rollout.runner import make_runner
 from thinktwice_fast.rollout.scheduler import Scheduler
 from thinktwice_fast.rollout.stops import Decode, Stops
@@ -112,7 +112,7 @@ class Engine:
         seed: int,
         version: int = 0,
         most: int = 1,
-    ) -> Iterator[Rollout]:
+    ) -> Generator[Rollout, None, None]:
         """``run`` token by token: each rollout every time it has grown, ``rollout.ended`` at its last.
 
         ``on_end`` is called when the consumer of these comes back after a rollout's last. To close the iterator, or to

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from thinktwice_fast.model.paged import PagedKVCache
-from thinktwice_fast.rollout.records import Rollout
+from thinktwice_fast.records import Rollout
 
 
 @dataclass

@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 
 from thinktwice_fast.errors import UserError
 from thinktwice_fast.model.paged import PagedKVCache
+from thinktwice_fast.records import Request, Rollout
 from thinktwice_fast.rollout.batch import Batch, Drawn, Sequence
 from thinktwice_fast.rollout.prefix_cache import Counts, PrefixCache
-from thinktwice_fast.rollout.records import Request, Rollout
 from thinktwice_fast.rollout.stops import Stops
 
 

@@ -3,8 +3,8 @@
 from collections.abc import Callable, Collection, Iterable, Sequence
 
 from thinktwice_fast.model.lists import int64
+from thinktwice_fast.records import Request, Rollout, Sampling
 from thinktwice_fast.rollout.batch import Batch
-from thinktwice_fast.rollout.records import Request, Rollout, Sampling
 
 _TOKENS_BEFORE = 4  # that a stop string's tokens are decoded with
 

@@ -7,10 +7,9 @@ from math import comb
 from thinktwice_fast import parallel
 from thinktwice_fast.algorithms.sampler import Sampler, SampleSpec
 from thinktwice_fast.config import Config
-from thinktwice_fast.rollout.records import Rollout, Sampling
+from thinktwice_fast.records import Problem, Rollout, Sampling
 from thinktwice_fast.run.metrics import AVERAGE
 from thinktwice_fast.tasks.answers import extract_boxed
-from thinktwice_fast.tasks.problem import Problem
 
 # Random numbers of evaluations are apart from those of any training step.
 _STREAM = 1 << 30

@@ -8,8 +8,8 @@ import torch
 from thinktwice_fast.config import Config, samples_per_step
 from thinktwice_fast.model.flops import Flops
 from thinktwice_fast.model.policy import Model
+from thinktwice_fast.records import Problem
 from thinktwice_fast.run.memory import Load, Prediction, predict
-from thinktwice_fast.tasks.problem import Problem
 from thinktwice_fast.update.batches import Example
 from thinktwice_fast.update.microbatches import plan_microbatches
 
