@@ -88,6 +88,14 @@ def own_model(family: str, seed: int = 0) -> Transformer:
     return own(random_model(family, seed=seed))
 
 
+def foreign_model(attention: str = "sdpa", seed: int = 0) -> Any:
+    """One that the trainer's own decoder does not know."""
+    config: Any = family_config("llama")
+    config.hidden_act = "gelu"
+    torch.manual_seed(seed)
+    return AutoModelForCausalLM.from_config(config, attn_implementation=attention).eval()
+
+
 def write_model(folder: Path, family: str, tokenizer: PreTrainedTokenizerFast | None = None) -> Path:
     """Save a random model with its tokenizer, as users have them."""
     model = random_model(family)

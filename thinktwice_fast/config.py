@@ -115,8 +115,8 @@ class RolloutOptions:
     """Make the log-probabilities of rollouts those of training, bit for bit (float32 on the CPU only): slower
     rollouts, and no pass for old log-probabilities."""
     cache_tokens: int = 0
-    """Size of the KV cache in tokens, per process; 0 = as much as `max_sequences` of full length need, or what
-    the GPU has free if that is less."""
+    """Size of the KV cache in tokens, per process; 0 = as many as all sequences take that are there together, prompts
+    shared, or as the rest of the run leaves room for on the GPU if that is less."""
 
 
 @dataclass

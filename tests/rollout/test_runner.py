@@ -8,11 +8,10 @@ import pytest
 import torch
 from hypothesis import event, given, settings
 from hypothesis import strategies as st
-from transformers import AutoModelForCausalLM
 from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP
 
 from tests.rollout.drawing import draw, make, requests, tokens
-from tests.small_models import VOCABULARY, family_config, own_model
+from tests.small_models import VOCABULARY, foreign_model, own_model
 from thinktwice_fast.config import RolloutOptions
 from thinktwice_fast.errors import UserError
 from thinktwice_fast.model.attention import NAME
@@ -34,12 +33,6 @@ def tampered(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Qwen3MLP, "forward", lambda self, x: 1.1 * own(self, x))
 
 
-def unknown() -> Any:
-    config = family_config("llama")
-    config.hidden_act = "gelu"
-    return AutoModelForCausalLM.from_config(config, attn_implementation=NAME).eval()
-
-
 def test_known_models_run_in_the_decoder_unless_modules_are_asked_for(caplog: pytest.LogCaptureFixture) -> None:
     for decoder, runner in (("auto", DecoderRunner), ("fused", DecoderRunner), ("modules", ModuleRunner)):
         assert isinstance(engine_of(own_model("qwen3"), decoder)._runner, runner)
@@ -47,7 +40,7 @@ def test_known_models_run_in_the_decoder_unless_modules_are_asked_for(caplog: py
 
 
 def test_unknown_models_run_their_modules(caplog: pytest.LogCaptureFixture) -> None:
-    engine = engine_of(unknown())
+    engine = engine_of(foreign_model(NAME))
     assert isinstance(engine._runner, ModuleRunner) and not caplog.records
     draw(engine, requests(1, Sampling(max_tokens=4)))
 
@@ -73,9 +66,9 @@ def test_a_decoder_that_is_not_what_transformers_computes_is_left(caplog: pytest
 
 
 def test_the_decoder_is_refused_where_it_is_not_known() -> None:
-    refuse_fused(unknown(), "llama")
+    refuse_fused(foreign_model(NAME), "llama")
     with pytest.raises(UserError, match=r"--rollout\.exact does not know llama: leave it out"):
-        engine_of(unknown(), exact=True)
+        engine_of(foreign_model(NAME), exact=True)
 
 
 def test_an_engine_for_short_sequences() -> None:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from thinktwice_fast.errors import UserError
 from thinktwice_fast.model.paged import PagedKVCache
 from thinktwice_fast.records import Request, Rollout, Sampling
-from thinktwice_fast.rollout.batch import Batch, Drawn
+from thinktwice_fast.rollout.batch import Batch, NewTokens
 from thinktwice_fast.rollout.prefix_cache import Counts, PrefixCache
 from thinktwice_fast.rollout.scheduler import Scheduler
 from thinktwice_fast.rollout.stops import Stops
@@ -62,7 +62,7 @@ class Engine:
         self.feed(batch)
         drawn = [[-1 - len(sample.response)] for sample in batch.samples]
         numbers = [[0.0] for _ in drawn]
-        grown = self.scheduler.record(batch, Drawn(drawn, numbers, numbers))
+        grown = self.scheduler.record(batch, NewTokens(drawn, numbers, numbers))
         for sequence in self.scheduler.active:
             sample = sequence.samples[0]
             if sequence.handle is not None and sequence.pending == sample.response[-1:]:

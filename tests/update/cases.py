@@ -67,12 +67,14 @@ def updater(
     learning_rate: float = 1.0,
     prepare: Callable[[Any], None] = lambda model: None,
     adapt: Callable[[Any], Adapters] | None = None,
+    model: Any = None,
 ) -> Any:
     """With plain gradient descent, so that weights before - weights after = learning rate * gradient.
 
-    ``prepare`` gets the model before it is sharded; ``adapt`` as in ``pair_models``.
+    ``model`` is that of the family unless it is given. ``prepare`` gets it before it is sharded; ``adapt`` as in
+    ``pair_models``.
     """
-    model = own_model(family)
+    model = own_model(family) if model is None else model
     prepare(model)
     shards = made.update.shard_processes
     reference = frozen_copy(own_model(family, seed=5), dtype, shards) if made.loss.beta else None

@@ -10,7 +10,7 @@ import torch
 from torch.func import functional_call
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from tests.small_models import FAMILIES, family_config, own, own_model, random_model, write_model
+from tests.small_models import FAMILIES, family_config, foreign_model, own, own_model, random_model, write_model
 from tests.update.cases import adapt, assert_same_step, config, formula, padded_logps, rollouts, updater
 from thinktwice_fast.config import ModelOptions, UpdateOptions
 from thinktwice_fast.errors import UserError
@@ -37,21 +37,15 @@ def with_biases() -> Any:
     return own(model)
 
 
-def of_transformers() -> Any:
-    """One that gets peft's adapters."""
-    config = family_config("llama")
-    config.hidden_act = "gelu"
-    torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(config, attn_implementation=NAME).eval()
-
-
 def logits(policy: Policy) -> torch.Tensor:  # [T, V]
     ids, positions = torch.arange(12) * 37 % 512, torch.arange(12)
     with torch.no_grad():
         return policy(ids, positions, causal_attention([12], ids.device), positions, linear_head)
 
 
-@pytest.mark.parametrize("make", [*(partial(own_model, family) for family in FAMILIES), with_biases, of_transformers])
+@pytest.mark.parametrize(
+    "make", [*(partial(own_model, family) for family in FAMILIES), with_biases, partial(foreign_model, NAME)]
+)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.03)])
 def test_rollouts_read_what_the_policy_computes(make: Callable[[], Any], dtype: torch.dtype, tolerance: float) -> None:
     models = pair_models(make(), dtype, adapt)
@@ -117,7 +111,7 @@ def test_training_starts_from_the_model_itself_and_from_the_seed() -> None:
     [((), LAYERS), (("q_proj", "v_proj"), ["q_proj", "v_proj"]), (("self_attn.o_proj",), ["o_proj"])],
 )
 def test_targets(asked: tuple[str, ...], found: list[str]) -> None:
-    for model in (own_model("llama"), of_transformers()):
+    for model in (own_model("llama"), foreign_model(NAME)):
         adapters = adapt(model, targets=asked)
         assert sorted({adapter.saved.rpartition(".")[2] for adapter in adapters.all}) == found
         trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}

@@ -1,5 +1,6 @@
 """One process in bfloat16: one set of weights for rollouts and updates, float32 masters beside it."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from torch.distributed.tensor import DTensor
 
 from tests.small_models import FAMILIES, bpe_tokenizer, own_model
 from tests.update.cases import config, rollouts, updater, weights
+from thinktwice_fast.errors import UserError
 from thinktwice_fast.model.sharding import ModelPair, _shard, cast_parameters, full_state, pair_models
 from thinktwice_fast.run.checkpoint import load_checkpoint, save_checkpoint
 from thinktwice_fast.update.optimizer import build_optimizer
@@ -94,3 +96,13 @@ def test_checkpoints_go_from_one_kind_of_masters_to_the_other(tmp_path: Path) ->
         for here, there in zip(*states, strict=True):
             for name in ("step", "exp_avg", "exp_avg_sq"):
                 assert torch.equal(whole(here[name]), whole(there[name]))
+
+
+def test_a_checkpoint_of_an_earlier_version_is_refused(tmp_path: Path) -> None:
+    made = with_adamw(pair_models(own_model("llama"), torch.float32))
+    folder = save_checkpoint(tmp_path, 1, made, bpe_tokenizer(), {}, 9)
+    state = json.loads((folder / "state.json").read_text())
+    del state["layout"]
+    (folder / "state.json").write_text(json.dumps(state))
+    with pytest.raises(UserError, match=r"a checkpoint of an earlier version.*weights with --model\.path"):
+        load_checkpoint(folder, made)

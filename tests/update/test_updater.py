@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.small_models import FAMILIES, VOCABULARY, random_model
+from tests.small_models import FAMILIES, VOCABULARY, foreign_model, random_model
 from tests.update.cases import (
     TEMPERATURE,
     assert_same_step,
@@ -20,6 +20,7 @@ from tests.update.cases import (
     updater,
     weights,
 )
+from thinktwice_fast.model.attention import NAME
 from thinktwice_fast.records import Rollout
 from thinktwice_fast.update import updater as updater_module
 from thinktwice_fast.update.batches import Example
@@ -69,6 +70,13 @@ def test_gradient_is_that_of_the_formula_on_a_padded_batch(family: str) -> None:
     assert metrics["ratio_mean"] == metrics["ratio_max"] == 1.0
     assert metrics["grad_norm"] == pytest.approx(float(got.norm()), rel=1e-4)
     assert metrics["tokens"] == sum(len(rollout.response) for rollout in batch)
+
+
+def test_gradient_of_a_model_of_transformers() -> None:
+    batch = rollouts(11)
+    made = updater(config(update__microbatch_tokens=60), model=foreign_model(NAME))
+    got, _ = change(made, [batch])
+    assert_same_step(got, plain_change(foreign_model(), [batch], 1.0))
 
 
 @pytest.mark.parametrize("mode", ["token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm"])

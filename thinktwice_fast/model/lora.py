@@ -157,7 +157,7 @@ def merged_weights(weights: Mapping[str, Tensor], adapters: Adapters | None) -> 
         by_weight.setdefault(adapter.weight, []).append(adapter)
     for name, value in weights.items():
         if adapters is not None and name in by_weight:
-            merged = _whole(value).float().clone()
+            merged = _whole(value).to(torch.float32, copy=True)
             for adapter in by_weight[name]:
                 a, b = _whole(weights[adapter.a]), _whole(weights[adapter.b])  # [R, I], [O, R]
                 merged[adapter.first : adapter.first + len(b)] += adapters.scale * (b @ a)

@@ -95,11 +95,10 @@ def generation_config(folder: str, config: PreTrainedConfig) -> GenerationConfig
 
 
 def _dtype(config: PreTrainedConfig, saved: str) -> torch.dtype:
-    """``saved``: what safetensors calls the type of a tensor."""
+    """bfloat16, float16, or float32 for any other; ``saved``: what safetensors calls the type of a tensor."""
     named: Any = config.dtype
-    if isinstance(named, str):
-        return getattr(torch, named)
-    return named or {"BF16": torch.bfloat16, "F16": torch.float16}.get(saved, torch.float32)
+    name = {"BF16": "bfloat16", "F16": "float16"}.get(saved, saved) if named is None else str(named)
+    return {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(name.removeprefix("torch."), torch.float32)
 
 
 @torch.no_grad()

@@ -81,7 +81,7 @@ class Batch:
 
 
 @dataclass(frozen=True)
-class Drawn:
+class NewTokens:
     """What each of a batch's ``samples`` drew, a token or more."""
 
     tokens: list[list[int]]

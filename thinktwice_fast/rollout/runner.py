@@ -16,7 +16,7 @@ from thinktwice_fast.model.paged import PagedKVCache, Plan
 from thinktwice_fast.model.policy import Model, Policy, linear_head
 from thinktwice_fast.model.products import PackedProducts
 from thinktwice_fast.model.transformer import Transformer
-from thinktwice_fast.rollout.batch import Batch, Drawn
+from thinktwice_fast.rollout.batch import Batch, NewTokens
 from thinktwice_fast.rollout.graphs import GraphRunner
 from thinktwice_fast.rollout.step import NOT_FINITE, Runner, random_keys, sampling_columns
 
@@ -65,7 +65,7 @@ class DecoderRunner(Runner):
     def logits(self, tokens: list[int], plan: Plan, last: list[int]) -> torch.Tensor:
         return self._decoder.forward(int64(tokens), plan, int64(last), self._cache)
 
-    def step(self, batch: Batch, most: int) -> Drawn:
+    def step(self, batch: Batch, most: int) -> NewTokens:
         if not batch.decodes:
             return super().step(batch, most)
         sample_ids, positions = random_keys(batch)
@@ -89,7 +89,7 @@ class DecoderRunner(Runner):
         )
         if any(row[-1] < 0 for row in tokens):
             raise UserError(NOT_FINITE)
-        return Drawn(tokens, logps, entropies)
+        return NewTokens(tokens, logps, entropies)
 
 
 def make_runner(model: Model, cache: PagedKVCache, options: RolloutOptions, max_tokens: int) -> Runner:
@@ -107,7 +107,7 @@ def make_runner(model: Model, cache: PagedKVCache, options: RolloutOptions, max_
     way = planned_runner(model, options, model.device, model.dtype)
     if way == "exact":
         return ModuleRunner(model, cache, exact=True)
-    if model.device.type == "cuda":
+    if way == "gpu":
         return _gpu_runner(model, cache, options, max_tokens)
     if way == "decoder":
         assert isinstance(model, Transformer), "Decoder.supports nothing else"
@@ -142,7 +142,7 @@ def planned_runner(
             raise UserError(f"--rollout.exact does not know {model.config.model_type}: leave it out")
         return "exact"
     if device.type == "cuda":
-        return "gpu"
+        return "modules" if options.decoder == "modules" else "gpu"
     # Tiles multiply bfloat16 many times as fast as the decoder's float32: torch's own products use them.
     on_tiles = dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported() and options.decoder == "auto"
     if options.decoder != "modules" and not on_tiles and Decoder.supports(model):
@@ -152,15 +152,14 @@ def planned_runner(
 
 
 def _gpu_runner(model: Model, cache: PagedKVCache, options: RolloutOptions, max_tokens: int) -> Runner:
-    in_torch = "paged_attention" in torch_versions  # which waits for the GPU, so that it can't be captured
-    if options.decoder == "fused" and in_torch:
+    if "paged_attention" not in torch_versions:  # those wait for the GPU, so that they can't be captured
+        return GraphRunner(Policy(model), cache, options.max_sequences, max_tokens)
+    if options.decoder == "fused":
         raise UserError(
             "--rollout.decoder fused needs the extension built with CUDA: install nvcc and run `make clean setup`, or "
             "leave it out"
         )
-    if in_torch or options.decoder == "modules":
-        return ModuleRunner(model, cache)
-    return GraphRunner(Policy(model), cache, options.max_sequences, max_tokens)
+    return ModuleRunner(model, cache)
 
 
 def _refuse_fused(model: Model, options: RolloutOptions, device: torch.device, dtype: torch.dtype) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from thinktwice_fast.errors import UserError
 from thinktwice_fast.model.paged import PagedKVCache
 from thinktwice_fast.records import Request, Rollout
-from thinktwice_fast.rollout.batch import Batch, Drawn, Sequence
+from thinktwice_fast.rollout.batch import Batch, NewTokens, Sequence
 from thinktwice_fast.rollout.prefix_cache import Counts, PrefixCache
 from thinktwice_fast.rollout.stops import Stops
 
@@ -71,8 +71,8 @@ class Scheduler:
                 self._preempt(self.active[-1])
         return None
 
-    def record(self, batch: Batch, drawn: Drawn) -> list[Rollout]:
-        """The batch's tokens are in the cache, and these were drawn after them.
+    def record(self, batch: Batch, new: NewTokens) -> list[Rollout]:
+        """The batch's tokens are in the cache, and these follow them.
 
         Prompts fork into their samples, responses grow, and sequences that have ended leave the cache.
 
@@ -84,7 +84,7 @@ class Scheduler:
             del sequence.pending[:count]
         sequences = [part for sequence in ready for part in self._split(sequence)]
         ended = []
-        columns = (drawn.tokens, drawn.logps, drawn.entropies)
+        columns = (new.tokens, new.logps, new.entropies)
         for sequence, tokens, logps, entropies in zip(sequences, *columns, strict=True):
             rollout = sequence.samples[0]
             rollout.response += tokens

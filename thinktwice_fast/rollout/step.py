@@ -11,7 +11,7 @@ from thinktwice_fast.errors import UserError
 from thinktwice_fast.model.csrc import Sampled, sample
 from thinktwice_fast.model.lists import int64, upload
 from thinktwice_fast.model.paged import Plan
-from thinktwice_fast.rollout.batch import Batch, Drawn
+from thinktwice_fast.rollout.batch import Batch, NewTokens
 from thinktwice_kernels import token_logprobs
 
 NOT_FINITE = "the model's logits are not finite: lower --update.learning_rate"
@@ -29,7 +29,7 @@ class Runner(ABC):
     def logits(self, tokens: list[int], plan: Plan, last: list[int]) -> torch.Tensor:  # float32 [len(last), V]
         """Put the plan's tokens into the cache; the logits of rows ``last``, ascending."""
 
-    def step(self, batch: Batch, most: int) -> Drawn:
+    def step(self, batch: Batch, most: int) -> NewTokens:
         """Put the batch's tokens into the cache and draw for the sequences that are ready.
 
         Args:
@@ -40,15 +40,15 @@ class Runner(ABC):
         Raises:
             UserError: logits are not finite.
         """
-        return draw(self.logits(batch.tokens, batch.plan, batch.last_rows), batch, exact=self.exact)
+        return sample_tokens(self.logits(batch.tokens, batch.plan, batch.last_rows), batch, exact=self.exact)
 
 
-def draw(
+def sample_tokens(
     logits: torch.Tensor,  # float32 [ready sequences, V]
     batch: Batch,
     *,
     exact: bool = False,
-) -> Drawn:
+) -> NewTokens:
     """A token for each of the batch's samples.
 
     Args:
@@ -57,14 +57,14 @@ def draw(
         exact: log-probabilities rounded as training's are.
     """
     if not batch.ready:
-        return Drawn([], [], [])
+        return NewTokens([], [], [])
     if len(batch.samples) > len(batch.ready):
         rows = [row for row, sequence in enumerate(batch.ready) for _ in sequence.samples]
         logits = logits[torch.tensor(rows, device=logits.device)]
     sampled = _sampled(logits, batch)
     logps = _training_logps(logits, sampled.tokens, batch) if exact else sampled.raw_logps
     columns = (sampled.tokens, logps, sampled.entropies)
-    return Drawn(*([[value] for value in column.tolist()] for column in columns))
+    return NewTokens(*([[value] for value in column.tolist()] for column in columns))
 
 
 def random_keys(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:

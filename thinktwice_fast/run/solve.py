@@ -26,6 +26,7 @@ from thinktwice_fast.model.sharding import cast_parameters
 from thinktwice_fast.records import Message, Request, Rollout, Sampling
 from thinktwice_fast.rollout.engine import Engine
 from thinktwice_fast.rollout.prefix_cache import Counts
+from thinktwice_fast.run.memory import sampling_reserve
 from thinktwice_fast.tasks.answers import extract_boxed
 from thinktwice_fast.tasks.arithmetic import RECHECK, build_tokenizer, running_totals
 from thinktwice_fast.tasks.prompts import ChatFormat, RefinePrompt
@@ -206,7 +207,9 @@ class Solver:
             return
         options = RolloutOptions(max_sequences=min(self._max_sequences, len(works)))
         decode = partial(self._chat.response_text, stop_ids=self._stop_ids)
-        engine = Engine(self._model, self._stop_ids, options, max(work.most for work in works), decode=decode)
+        longest = max(work.most for work in works)
+        reserve = sampling_reserve(self._model, options, longest)
+        engine = Engine(self._model, self._stop_ids, options, longest, reserve=reserve, decode=decode)
         self.counts = engine.counts
 
         def refinement(rollout: Rollout) -> list[Request]:

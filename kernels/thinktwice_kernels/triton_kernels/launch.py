@@ -37,10 +37,10 @@ SHAPES = {
     "row_statistics": Shape(num_warps=8, vectors=4),
     "row_gradient": Shape(num_warps=8, vectors=4),
     "combine_statistics": Shape(num_warps=1, block=64),
-    "scale": Shape(num_warps=8, vectors=4),
-    "select_tokens": Shape(num_warps=8, block=2048),
     # A vector of each half a thread: short programs, many at a time.
     "swiglu": Shape(num_warps=4, vectors=1),
+    "scale": Shape(num_warps=8, vectors=4),
+    "select_tokens": Shape(num_warps=8, block=2048),
     # float64 arithmetic with 15 sums per token: two tokens a thread fit into registers.
     "sequence_loss": Shape(num_warps=8, block=512),
     "group_advantages": Shape(num_warps=4, block=512),
