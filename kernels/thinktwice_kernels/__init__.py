@@ -5,12 +5,15 @@ Everything is packed: the T tokens of S sequences lie one after another without 
 """
 
 from thinktwice_kernels.advantages import group_advantages
+from thinktwice_kernels.gate import swiglu
 from thinktwice_kernels.linear_loss import linear_grpo_loss
 from thinktwice_kernels.logprobs import linear_logits, linear_logprobs, token_logprobs
 from thinktwice_kernels.loss import grpo_loss
 from thinktwice_kernels.metrics import METRICS, Metric, combine_metrics
+from thinktwice_kernels.norm import rms_norm
 from thinktwice_kernels.options import LossOptions
 from thinktwice_kernels.presets import PRESETS, Preset
+from thinktwice_kernels.rotary import rotary
 
 __all__ = [
     "METRICS",
@@ -24,5 +27,8 @@ __all__ = [
     "linear_grpo_loss",
     "linear_logits",
     "linear_logprobs",
+    "rms_norm",
+    "rotary",
+    "swiglu",
     "token_logprobs",
 ]
