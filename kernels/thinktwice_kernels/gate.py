@@ -10,9 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from thinktwice_kernels.first_order import first_order_only
-from thinktwice_kernels.ops.common import NAMESPACE
-from thinktwice_kernels.packed import accumulation_dtype
+from thinktwice_kernels.launch import NAMESPACE, accumulation_dtype, first_order_only
 
 
 def swiglu(

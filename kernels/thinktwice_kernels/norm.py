@@ -11,9 +11,7 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-from thinktwice_kernels.first_order import first_order_only
-from thinktwice_kernels.ops.common import NAMESPACE, fake_gradient
-from thinktwice_kernels.packed import accumulation_dtype
+from thinktwice_kernels.launch import NAMESPACE, accumulation_dtype, fake_gradient, first_order_only
 
 
 @overload

@@ -13,11 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from thinktwice_kernels.first_order import first_order_only
+from thinktwice_kernels.launch import NAMESPACE, accumulation_dtype, fake_gradient, first_order_only
 from thinktwice_kernels.norm import _gradients_in_torch as _norm_gradients
 from thinktwice_kernels.norm import rms_norm_reference
-from thinktwice_kernels.ops.common import NAMESPACE, fake_gradient
-from thinktwice_kernels.packed import accumulation_dtype
 
 
 def rotary(

@@ -49,7 +49,7 @@ from thinktwice_fast.model.sharding import shards_weights
 from thinktwice_fast.rollout.engine import BLOCK_SIZE, GPU_SHARE
 from thinktwice_fast.rollout.runner import planned_runner
 from thinktwice_fast.update.optimizer import MOMENT_BYTES
-from thinktwice_kernels.tiles import DEFAULT_BUDGET
+from thinktwice_kernels.rows import DEFAULT_BUDGET
 
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h

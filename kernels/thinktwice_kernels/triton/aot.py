@@ -1,6 +1,6 @@
-"""Compiles every kernel ahead of time, without a GPU: ``python -m thinktwice_kernels.triton_kernels.aot``.
+"""Compiles every kernel ahead of time, without a GPU: ``python -m thinktwice_kernels.triton.aot``.
 
-The configurations are recorded from the backend's own launches over all types, optional tensors and options. Their
+The configurations are recorded from the ops' own launches over all types, optional tensors and options. Their
 product is large, so a covering set stands for it: every pair of values is there in at least one configuration. Of the
 loss, whose kernel takes long to compile, a shorter set can be had, with every value in at least one for each type.
 """
@@ -24,17 +24,22 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
-from thinktwice_kernels.backends import Head, LossInputs, triton_backend
+from thinktwice_kernels.launch import Launch, accumulation_dtype, recording
 from thinktwice_kernels.options import (
     GuideFallback,
     ImportanceSamplingLevel,
     KlEstimator,
+    LossInputs,
     LossOptions,
     PolicyLoss,
     RolloutIs,
 )
-from thinktwice_kernels.packed import accumulation_dtype
-from thinktwice_kernels.triton_kernels.launch import Launch, recording
+from thinktwice_kernels.rows import Head
+from thinktwice_kernels.triton.advantages import launch_group_advantages
+from thinktwice_kernels.triton.loss import launch_sequence_loss
+from thinktwice_kernels.triton.rows import launch_row_gradient, launch_row_statistics
+from thinktwice_kernels.triton.scale import launch_scale
+from thinktwice_kernels.triton.selection import compacted
 
 ARCHITECTURES = (80, 90, 100)
 _TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -127,9 +132,9 @@ def configurations(pairs: bool = True) -> dict[Configuration, Launch]:
             for values in covering(_SELECTION_AXES, lambda _: True, 2 if pairs else 1):
                 _launch_selection(dtype, **values)
         for types in _SCALE_TYPES:
-            triton_backend.scale(*(torch.zeros(4, dtype=dtype) for dtype in types))
+            launch_scale(*(torch.zeros(4, dtype=dtype) for dtype in types))
         for dtype in _LOSS_TYPES:
-            triton_backend.group_advantages(torch.zeros(4, dtype=dtype), torch.zeros(4).long(), "none", 1e-6)
+            launch_group_advantages(torch.zeros(4, dtype=dtype), torch.zeros(4).long(), "none", 1e-6)
     return {configuration_of(launch): launch for launch in launches}
 
 
@@ -245,7 +250,7 @@ def _head(logits: Tensor, values: Mapping[str, Any]) -> Head:
 def _launch_statistics(logits: torch.dtype, aligned: bool, split: bool, entropy: bool, **head: Any) -> None:
     size = (65536 if split else 16) if aligned else (50257 if split else 7)
     tile = torch.empty(2, size, dtype=logits)
-    triton_backend.row_statistics(tile, torch.zeros(2).long(), _head(tile, head), entropy)
+    launch_row_statistics(tile, torch.zeros(2).long(), _head(tile, head), entropy)
 
 
 def _is_gradient(values: Mapping[str, Any]) -> bool:
@@ -264,7 +269,7 @@ def _launch_gradient(
 ) -> None:
     logits, targets = torch.empty(2, 16 if aligned else 7, dtype=types[0]), torch.zeros(2).long()
     numbers = torch.empty(2, dtype=accumulation_dtype(logits))
-    triton_backend.row_gradient(
+    launch_row_gradient(
         logits,
         targets,
         _head(logits, head),
@@ -293,7 +298,7 @@ def _launch_selection(
         **optional,
     )
     options = LossOptions(released_code_compat=guide_mask == "released_code_compat", **rest)
-    triton_backend.compacted(inputs, tokens, options)
+    compacted(inputs, tokens, options)
 
 
 def _loss_options(values: Mapping[str, Any]) -> LossOptions:
@@ -330,7 +335,7 @@ def _launch_loss(values: Mapping[str, Any]) -> None:
         group_ids=torch.zeros(sequences).long(),
         **optional,
     )
-    triton_backend.sequence_loss(inputs, _loss_options(values), values["entropy_coef and want_gradient"][1])
+    launch_sequence_loss(inputs, _loss_options(values), values["entropy_coef and want_gradient"][1])
 
 
 def main() -> None:
