@@ -16,7 +16,14 @@ from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, C
 
 ROOT = Path(__file__).parent
 TORCH_2_10 = "0x020a000000000000"
-HEADERS = ("csrc/*.h", "csrc/cpu/*.[hi]*", "csrc/cuda/*.h", "csrc/cuda/*.cuh", "csrc/loss/*.[hi]*")
+HEADERS = (
+    "csrc/*.h",
+    "csrc/cpu/*.[hi]*",
+    "csrc/cuda/*.h",
+    "csrc/cuda/*.cuh",
+    "csrc/loss/*.[hi]*",
+    "csrc/layers/*.[hi]*",
+)
 OLDEST_GPU = (8, 0)  # compute capability; the first with bfloat16 tensor cores and asynchronous copies
 
 
@@ -67,7 +74,7 @@ if __name__ == "__main__":
     setup(
         ext_modules=[
             library("thinktwice_fast", "csrc/*.cpp", "csrc/cpu/*.cpp", cuda=("csrc/cuda/*.cpp", "csrc/cuda/*.cu")),
-            library("thinktwice_kernels", "csrc/loss/*.cpp"),
+            library("thinktwice_kernels", "csrc/loss/*.cpp", "csrc/layers/*.cpp"),
         ],
         cmdclass={"build_ext": BuildExtension},
         options={"bdist_wheel": {"py_limited_api": "cp311"}},

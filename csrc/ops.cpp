@@ -46,19 +46,7 @@ STABLE_TORCH_LIBRARY(thinktwice, m) {
   m.def("pack_weight(Tensor weight, Tensor(a!) packed, int first) -> ()");
   m.def("packed_linear(Tensor x, Tensor packed, int outputs) -> Tensor");
 
-  // Between a layer's products; those of rms_norm and silu come flattened.
-  m.def("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor");
-  m.def("rms_norm_backward(Tensor grad, Tensor x, Tensor weight, float eps) -> (Tensor, Tensor)");
-  m.def("silu(Tensor x) -> Tensor");
-  m.def(
-      "qkv_heads(Tensor qkv, int heads, int kv_heads, Tensor? q_norm, Tensor? k_norm, float eps, Tensor cos, "
-      "Tensor sin) -> (Tensor, Tensor, Tensor)");
-  m.def(
-      "qkv_heads_backward(Tensor of_q, Tensor of_k, Tensor of_v, Tensor? qkv, Tensor? q_norm, Tensor? "
-      "k_norm, "
-      "float eps, Tensor cos, Tensor sin) -> (Tensor, Tensor, Tensor)");
-  m.def("swiglu(Tensor x) -> Tensor");
-  m.def("swiglu_backward(Tensor grad, Tensor x) -> Tensor");
+  m.def("silu(Tensor x) -> Tensor");  // of a flat x
 
   // A whole decoder (cpu/decode.cpp).
   m.def(

@@ -8,7 +8,7 @@ from typing import Any, cast, get_args
 import torch
 from torch import Tensor
 
-from thinktwice_kernels.launch import NAMESPACE, accumulation_dtype, in_triton, runs_triton
+from thinktwice_kernels.launch import NAMESPACE, accumulation_dtype, in_triton, uses_triton
 from thinktwice_kernels.options import ScaleRewards
 
 ADVANTAGE_EPS = 1e-6
@@ -102,7 +102,7 @@ def _group_advantages(
 ) -> Tensor:
     """[S], in the type of the rewards."""
     scale = cast(ScaleRewards, scale_rewards)
-    if runs_triton(rewards):
+    if uses_triton(rewards):
         return in_triton("advantages").launch_group_advantages(rewards, group_ids, scale, eps)
     return group_advantages_reference(rewards, group_ids, scale_rewards=scale, eps=eps)
 

@@ -2,7 +2,7 @@
 
 Triton runs on CUDA, and on the CPU where TRITON_INTERPRET=1 is set; else the CPU runs C++ (csrc/loss/) on rows of
 logits and plain torch on everything else. Kernels that are too long for their op's file lie in triton/, each with its
-launch, under the name of that file; nothing imports them before they run, since not every platform has Triton.
+launch; they are imported when they first run.
 """
 
 import importlib
@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
 NAMESPACE = "thinktwice_kernels"  # of the ops in torch.library
@@ -34,18 +36,9 @@ def fake_gradient(like: Tensor, wanted: bool, dtype: torch.dtype) -> Tensor:
     return like.new_empty(like.shape if wanted else (0,), dtype=dtype)
 
 
-def runs_triton(tensor: Tensor) -> bool:
-    """Whether Triton's kernels run what is computed of the tensor; else the CPU's code does.
-
-    Raises:
-        RuntimeError: the tensor lies on a device that has neither.
-    """
-    if tensor.device.type not in ("cpu", "cuda"):
-        raise RuntimeError(
-            f"thinktwice_kernels has no kernels for {tensor.device.type}: move the tensors to the CPU or CUDA, or use "
-            "thinktwice_kernels.reference"
-        )
-    return tensor.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"
+def uses_triton(tensor: Tensor) -> bool:
+    """Whether Triton computes with tensors beside this one: on CUDA, or in its interpreter."""
+    return tensor.is_cuda or (tensor.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1")
 
 
 def in_triton(name: str) -> Any:
@@ -54,8 +47,11 @@ def in_triton(name: str) -> Any:
 
 
 @lru_cache
-def in_cpp() -> Any:
-    """The ops of csrc/loss/."""
+def in_cpp(library: str) -> Any:
+    """The ops of that name in the C++ extension (csrc/loss/ and csrc/layers/), which computes on the CPU.
+
+    Raises RuntimeError where it is not built, or for another torch.
+    """
     found = sorted(Path(__file__).parent.glob("_csrc*.so"))
     if not found:
         raise RuntimeError(f"the C++ extension of thinktwice_kernels is not built: {_REMEDY}")
@@ -64,7 +60,7 @@ def in_cpp() -> Any:
     except OSError as error:
         reason = f"does not load with torch {torch.__version__} ({str(error).splitlines()[0]})"
         raise RuntimeError(f"the C++ extension of thinktwice_kernels {reason}: {_REMEDY}") from error
-    return torch.ops.thinktwice_loss
+    return getattr(torch.ops, library)
 
 
 @dataclass(frozen=True)
@@ -90,6 +86,8 @@ SHAPES = {
     "row_statistics": Shape(num_warps=8, vectors=4),
     "row_gradient": Shape(num_warps=8, vectors=4),
     "combine_statistics": Shape(num_warps=1, block=64),
+    # A vector of each half a thread: short programs, many at a time.
+    "swiglu": Shape(num_warps=4, vectors=1),
     "scale": Shape(num_warps=8, vectors=4),
     "select_tokens": Shape(num_warps=8, block=2048),
     # float64 arithmetic with 15 sums per token: two tokens a thread fit into registers.
@@ -103,9 +101,65 @@ Launch = tuple[Any, dict[str, Any], int]  # kernel, arguments, warps
 _recorded: list[Launch] | None = None
 
 
+@dataclass(frozen=True)
+class Tile:
+    """Rows that a program holds in its registers whole, 16 elements a thread: two vectors of 16 bytes in bfloat16."""
+
+    rows: int
+    columns: int  # a power of 2
+
+    @property
+    def num_warps(self) -> int:
+        return min(max(self.rows * self.columns // (32 * 16), 1), 32)
+
+    def fits(self, dtype: torch.dtype) -> bool:
+        """Whether the registers hold it without spilling: 16,384 elements in bfloat16, 8,192 in fp32."""
+        return self.rows * self.columns * dtype.itemsize <= 32 * 1024
+
+
+def row_tile(size: int) -> Tile:
+    """For rows of `size` elements: one, or as many short ones as give four warps work."""
+    columns = triton.next_power_of_2(size)
+    return Tile(max(1, 4 * 32 * 16 // columns), columns)
+
+
+def row_arguments(name: str, x: Tensor | None) -> dict[str, Any]:
+    """``{name}_ptr`` and ``{name}_stride``: rows [..., H] as a kernel takes them, in place where they lie evenly."""
+    if x is None:
+        return {f"{name}_ptr": None, f"{name}_stride": 0}
+    rows = x.reshape(-1, x.shape[-1])
+    if rows.stride(1) != 1 and rows.shape[1] > 1:
+        rows = rows.contiguous()
+    # The stride of a single row says nothing, but would count as another case to compile for.
+    return {f"{name}_ptr": rows, f"{name}_stride": rows.stride(0) if rows.shape[0] > 1 else rows.shape[1]}
+
+
+def triton_type(dtype: torch.dtype) -> Any:
+    """fp32 or float64 in Triton's terms."""
+    return tl.float64 if dtype == torch.float64 else tl.float32
+
+
+def looping_programs(
+    tiles: int,
+    tile: Tile,
+    device: torch.device,
+) -> int:
+    """How many programs share the tiles where each adds something up over its own: 16 warps on every processor.
+
+    More would write more partial sums, fewer would leave memory idle.
+    """
+    return min(tiles, processors(device) * max(1, 16 // tile.num_warps))
+
+
 def launch(kernel: Any, name: str, grid: tuple[int, ...], device: torch.device, arguments: dict[str, Any]) -> None:
     """Runs `kernel`, whose line of `SHAPES` is `name`, on all of the grid; nothing where that is empty."""
-    warps = SHAPES[name].num_warps
+    launch_warps(kernel, SHAPES[name].num_warps, grid, device, arguments)
+
+
+def launch_warps(
+    kernel: Any, warps: int, grid: tuple[int, ...], device: torch.device, arguments: dict[str, Any]
+) -> None:
+    """`launch` with as many warps to a program."""
     if _recorded is not None:
         _recorded.append((kernel, arguments, warps))
     elif 0 in grid:

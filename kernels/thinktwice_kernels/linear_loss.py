@@ -25,7 +25,7 @@ from thinktwice_kernels.launch import (
     fake_gradient,
     first_order_only,
     in_triton,
-    runs_triton,
+    uses_triton,
 )
 from thinktwice_kernels.loss import sequence_loss
 from thinktwice_kernels.metrics import PARTIALS, absent_metrics, metrics_of, totals_of
@@ -245,7 +245,7 @@ def _scaled(gradient: Tensor, by: Tensor, dtype: torch.dtype, consume: bool) -> 
     if type(by) is not Tensor:
         return (gradient * by).to(dtype)
     out = gradient if consume and gradient.dtype == dtype else torch.empty_like(gradient, dtype=dtype)
-    if runs_triton(gradient):
+    if uses_triton(gradient):
         in_triton("scale").launch_scale(gradient, by, out)
     else:
         torch.mul(gradient, by, out=out)
@@ -294,7 +294,7 @@ def select_tokens(inputs: LossInputs, tokens: int, options: LossOptions) -> Sele
     whole sequences, if that of each loss token of its sequence is. A GPU is waited for at most once: for N, unless
     that must be T, and for the borders where they are needed.
     """
-    if runs_triton(inputs.weights):
+    if uses_triton(inputs.weights):
         return in_triton("selection").launch_select_tokens(inputs, tokens, options)
     return select_tokens_in_torch(inputs, tokens, options)
 

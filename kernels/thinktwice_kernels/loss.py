@@ -20,7 +20,7 @@ from thinktwice_kernels.advantages import (
     group_advantages_reference,
     prepared_rewards,
 )
-from thinktwice_kernels.launch import NAMESPACE, accumulation_dtype, first_order_only, in_triton, runs_triton
+from thinktwice_kernels.launch import NAMESPACE, accumulation_dtype, first_order_only, in_triton, uses_triton
 from thinktwice_kernels.metrics import PARTIALS, Terms, absent_metrics, metrics_of, only, partials_of, totals_of
 from thinktwice_kernels.options import (
     GuideFallback,
@@ -272,7 +272,7 @@ def sequence_loss(
 
     `selected`: the inputs are those of `select_tokens`; the number of loss tokens is then that of the computed ones.
     """
-    if runs_triton(inputs.logps):
+    if uses_triton(inputs.logps):
         return in_triton("loss").launch_sequence_loss(inputs, options, want_gradient)
     return _selected_loss(inputs, options, want_gradient) if selected else _any_loss(inputs, options, want_gradient)
 

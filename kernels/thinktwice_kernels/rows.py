@@ -8,12 +8,13 @@ Letters: T tokens, V vocabulary, H hidden size, t rows of a tile of logits, m of
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from thinktwice_kernels.launch import accumulation_dtype, in_cpp, in_triton, runs_triton
+from thinktwice_kernels.launch import accumulation_dtype, in_cpp, in_triton, uses_triton
 
 # Bytes of logits and of their gradient. A GPU wants matrix products of thousands of rows; a CPU wants some hundreds,
 # because each product also reads or writes the whole weight once.
@@ -52,9 +53,9 @@ def row_statistics(
 
     NaN or +inf in a row gives NaN in that row's results; -inf is a token that cannot be drawn.
     """
-    if runs_triton(logits):
+    if uses_triton(logits):
         return in_triton("rows").launch_row_statistics(logits, targets, head, want_entropy)
-    statistics = in_cpp().row_statistics.default
+    statistics = _in_cpp(logits).row_statistics.default
     logps, lse, entropy = statistics(logits, targets.contiguous(), *_encoded(head, logits), want_entropy)
     return logps, lse, entropy if want_entropy else None
 
@@ -72,12 +73,21 @@ def row_gradient(
     # then row rows[i] is overwritten in its place
 ) -> None:
     """The gradient with respect to the logits as given; 0 in all of a row whose incoming gradients are 0."""
-    if runs_triton(logits):
+    if uses_triton(logits):
         in_triton("rows").launch_row_gradient(logits, targets, head, lse, entropy, d_logps, d_entropy, rows, out)
         return
     numbers = (None if x is None else x.double().contiguous() for x in (lse, entropy, d_logps, d_entropy))
     rows = None if rows is None else rows.contiguous()
-    in_cpp().row_gradient.default(logits, targets.contiguous(), *_encoded(head, logits), *numbers, rows, out)
+    _in_cpp(logits).row_gradient.default(logits, targets.contiguous(), *_encoded(head, logits), *numbers, rows, out)
+
+
+def _in_cpp(logits: Tensor) -> Any:
+    if logits.device.type != "cpu":
+        raise RuntimeError(
+            f"thinktwice_kernels has no kernels for {logits.device.type}: move the tensors to the CPU or CUDA, or use "
+            "thinktwice_kernels.reference"
+        )
+    return in_cpp("thinktwice_loss")
 
 
 def _encoded(head: Head, logits: Tensor) -> tuple[Tensor | None, Tensor, float]:

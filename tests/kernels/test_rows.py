@@ -287,7 +287,7 @@ def test_a_missing_library_is_one_clear_line(tmp_path: Path) -> None:
         ROOT / "kernels" / "thinktwice_kernels", package, ignore=shutil.ignore_patterns("*.so", "__pycache__")
     )
     ran = subprocess.run(
-        [sys.executable, "-c", "from thinktwice_kernels.launch import in_cpp; in_cpp()"],
+        [sys.executable, "-c", "from thinktwice_kernels.launch import in_cpp; in_cpp('thinktwice_loss')"],
         capture_output=True,
         text=True,
         cwd=tmp_path,

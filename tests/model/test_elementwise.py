@@ -142,12 +142,12 @@ def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(RuntimeError, match=r"\[tokens, 2 \* inner\]"):
         swiglu(torch.ones(2, 3))
     x, cos, sin = torch.ones(2, 6), torch.ones(2, 2), torch.ones(2, 2)
-    with pytest.raises(RuntimeError, match=r"qkv must be \[2, 8\]"):
+    with pytest.raises(RuntimeError, match=r"qkv must be \[tokens"):
         qkv_heads(x, cos, sin, (2, 1))
     with pytest.raises(RuntimeError, match=r"must be \[2, 2\]"):
         qkv_heads(x, cos[:1], sin, (1, 1))
     with pytest.raises(RuntimeError, match="of two halves"):
-        qkv_heads(x, torch.ones(2, 3), torch.ones(2, 3), (1, 0))
+        qkv_heads(torch.ones(2, 9), torch.ones(2, 3), torch.ones(2, 3), (1, 1))
     with pytest.raises(RuntimeError, match="expected 2 or, over all heads, 2"):
         qkv_heads(x, cos, sin, (1, 1), (torch.ones(2), torch.ones(3)), EPS)
 

@@ -24,8 +24,9 @@ from transformers.models.olmo3.modeling_olmo3 import Olmo3Attention, Olmo3MLP, O
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention, Qwen3MLP, Qwen3RMSNorm
 
 from thinktwice_fast.model.attention import PrefixAttention
-from thinktwice_fast.model.csrc import ops
+from thinktwice_kernels.native import layer_ops
 
+ops = layer_ops()
 _FEW = 64  # rows of a product
 
 
@@ -82,7 +83,7 @@ def swiglu(
 class _Norm(torch.autograd.Function):
     @staticmethod
     def forward(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        return cast(Tensor, ops.rms_norm(x.contiguous(), weight, eps)).view(x.shape)
+        return cast(Tensor, ops.rms_norm(x.contiguous(), None, weight, eps)[0]).view(x.shape)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
@@ -93,7 +94,7 @@ class _Norm(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
         x, weight = ctx.saved_tensors
-        of_x, of_weight = ops.rms_norm_backward(grad.contiguous(), x.contiguous(), weight, ctx.eps)
+        of_x, of_weight = ops.rms_norm_backward(grad.contiguous(), None, x.contiguous(), weight, ctx.eps, True)
         return of_x.view(x.shape), of_weight, None
 
 
@@ -110,7 +111,7 @@ class _Heads(torch.autograd.Function):
         eps: float,
     ) -> Any:
         tables = cos.contiguous(), sin.contiguous()
-        return ops.qkv_heads(x.contiguous(), heads, kv_heads, q_norm, k_norm, eps, *tables)
+        return ops.rotary(x.contiguous(), *tables, heads, kv_heads, q_norm, k_norm, eps)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -124,7 +125,9 @@ class _Heads(torch.autograd.Function):
         tables = cos.contiguous(), sin.contiguous()
         whole = [grad.contiguous() for grad in grads]
         rows = x.contiguous() if x is not None else None
-        of_x, *of_norms = ops.qkv_heads_backward(*whole, rows, *norms, ctx.eps, *tables)
+        of_x, *of_norms = ops.rotary_backward(
+            *whole, rows, *tables, *norms, ctx.eps, norms[0] is not None, norms[1] is not None
+        )
         of_norms = [of if norm is not None else None for of, norm in zip(of_norms, norms, strict=True)]
         return of_x, None, None, None, None, *of_norms, None
 

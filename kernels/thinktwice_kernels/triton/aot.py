@@ -2,7 +2,8 @@
 
 The configurations are recorded from the ops' own launches over all types, optional tensors and options. Their
 product is large, so a covering set stands for it: every pair of values is there in at least one configuration. Of the
-loss, whose kernel takes long to compile, a shorter set can be had, with every value in at least one for each type.
+loss, whose kernel takes long to compile, and of the ops of a decoder layer a shorter set can be had: every value is in
+at least one, of the loss in one for each type.
 """
 
 import random
@@ -24,7 +25,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
-from thinktwice_kernels.launch import Launch, accumulation_dtype, recording
+from thinktwice_kernels.gate import swiglu_gradient_in_triton, swiglu_in_triton
+from thinktwice_kernels.launch import Launch, accumulation_dtype, recording, row_tile
+from thinktwice_kernels.norm import norm_gradients_in_triton, norm_in_triton
 from thinktwice_kernels.options import (
     GuideFallback,
     ImportanceSamplingLevel,
@@ -34,6 +37,7 @@ from thinktwice_kernels.options import (
     PolicyLoss,
     RolloutIs,
 )
+from thinktwice_kernels.rotary import fits_registers, rotary_gradients_in_triton, rotary_in_triton
 from thinktwice_kernels.rows import Head
 from thinktwice_kernels.triton.advantages import launch_group_advantages
 from thinktwice_kernels.triton.loss import launch_sequence_loss
@@ -91,6 +95,22 @@ _LOSS_AXES: dict[str, Sequence[Any]] = {
     **_LOSS_OPTIONS,
     **dict.fromkeys(_OPTIONAL, _BOTH),
 }
+# Rows that begin on multiples of 16 bytes or not, and tiles of 4 to 32 warps.
+_NORM_AXES: dict[str, Sequence[Any]] = {
+    "types": (*((dtype, dtype) for dtype in _TYPES), (torch.bfloat16, torch.float32)),  # x, weight
+    "size": (7, 1024, 2560, 4096, 8192, 16384),
+    "residual": _BOTH,
+    "cast_first": _BOTH,
+    "want_weight": _BOTH,
+}
+_GATE_AXES: dict[str, Sequence[Any]] = {"dtype": _TYPES, "size": (9728, 7)}
+_ROTARY_AXES: dict[str, Sequence[Any]] = {
+    "dtype": _TYPES,
+    "heads": ((32, 8, 128), (16, 8, 128), (40, 40, 128), (14, 2, 64), (3, 1, 6)),  # Q, K, D
+    "norms": ("none", "each head", "all heads"),
+    "shared_angles": _BOTH,
+    "want_norms": _BOTH,
+}
 
 
 @dataclass(frozen=True)
@@ -119,14 +139,15 @@ class Compiled:
 
 
 def configurations(pairs: bool = True) -> dict[Configuration, Launch]:
-    """Configurations, each with a launch that needs it; `pairs` is about the loss: of values, or values alone."""
+    """Configurations, each with a launch that needs it; of the longer sets pairs of values, or values alone."""
+    together = 2 if pairs else 1
     with recording() as launches:
         for values in covering(_STATISTICS_AXES, lambda _: True, 2):
             _launch_statistics(**values)
         for values in covering(_GRADIENT_AXES, _is_gradient, 2):
             _launch_gradient(**values)
         for dtypes in [_LOSS_TYPES] if pairs else [(dtype,) for dtype in _LOSS_TYPES]:
-            for values in covering(_LOSS_AXES | {"logps": dtypes}, _is_loss, 2 if pairs else 1):
+            for values in covering(_LOSS_AXES | {"logps": dtypes}, _is_loss, together):
                 _launch_loss(values)
         for dtype in _LOSS_TYPES:
             for values in covering(_SELECTION_AXES, lambda _: True, 2 if pairs else 1):
@@ -135,6 +156,12 @@ def configurations(pairs: bool = True) -> dict[Configuration, Launch]:
             launch_scale(*(torch.zeros(4, dtype=dtype) for dtype in types))
         for dtype in _LOSS_TYPES:
             launch_group_advantages(torch.zeros(4, dtype=dtype), torch.zeros(4).long(), "none", 1e-6)
+        for values in covering(_NORM_AXES, _is_norm, together):
+            _launch_norm(**values)
+        for values in covering(_GATE_AXES, lambda _: True, together):
+            _launch_gate(**values)
+        for values in covering(_ROTARY_AXES, _is_rotary, together):
+            _launch_rotary(**values)
     return {configuration_of(launch): launch for launch in launches}
 
 
@@ -336,6 +363,45 @@ def _launch_loss(values: Mapping[str, Any]) -> None:
         **optional,
     )
     launch_sequence_loss(inputs, _loss_options(values), values["entropy_coef and want_gradient"][1])
+
+
+def _is_norm(values: Mapping[str, Any]) -> bool:
+    return row_tile(values["size"]).fits(values["types"][0])
+
+
+def _launch_norm(
+    types: tuple[torch.dtype, torch.dtype], size: int, residual: bool, cast_first: bool, want_weight: bool
+) -> None:
+    x, weight = torch.empty(2, size, dtype=types[0]), torch.empty(size, dtype=types[1])
+    other = x if residual else None
+    norm_in_triton(x, other, weight, 1e-6, cast_first)
+    norm_gradients_in_triton(x, other, x, weight, 1e-6, want_weight)
+
+
+def _launch_gate(dtype: torch.dtype, size: int) -> None:
+    gate_up = torch.empty(2, 2 * size, dtype=dtype)
+    swiglu_gradient_in_triton(swiglu_in_triton(gate_up), gate_up)
+
+
+def _is_rotary(values: Mapping[str, Any]) -> bool:
+    query_heads, kv_heads, dim = values["heads"]
+    fits = fits_registers(query_heads, kv_heads, dim, values["dtype"])
+    return fits and (values["norms"] != "none" or not values["want_norms"])
+
+
+def _launch_rotary(
+    dtype: torch.dtype, heads: tuple[int, int, int], norms: str, shared_angles: bool, want_norms: bool
+) -> None:
+    query_heads, kv_heads, dim = heads
+    qkv = torch.empty(2, (query_heads + 2 * kv_heads) * dim, dtype=dtype)
+    angles = torch.empty(2, dim // 2 if shared_angles else dim)
+    q_norm, k_norm = (
+        None if norms == "none" else torch.empty(dim * (count if norms == "all heads" else 1), dtype=dtype)
+        for count in (query_heads, kv_heads)
+    )
+    q, k, v = rotary_in_triton(qkv, angles, angles, query_heads, kv_heads, q_norm, k_norm, 1e-6)
+    kept = None if q_norm is None else qkv
+    rotary_gradients_in_triton(q, k, v, kept, angles, angles, q_norm, k_norm, 1e-6, want_norms, want_norms)
 
 
 def main() -> None:

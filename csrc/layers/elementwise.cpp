@@ -1,4 +1,5 @@
-// What happens in a layer between the products, each in one pass over memory, with its gradient. float32.
+// What happens in a decoder layer between the products, each in one pass over memory, with its gradient.
+// float32, rows one after another.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -18,7 +19,7 @@ using c10::Half;
 
 constexpr int64_t kPart = 8192;  // elements that a task takes
 
-#define THINKTWICE_KERNELS "cpu/elementwise_kernels.inc"
+#define THINKTWICE_KERNELS "layers/elementwise_kernels.inc"
 #include "cpu/for_each_isa.h"
 #undef THINKTWICE_KERNELS
 
@@ -62,24 +63,31 @@ RowTasks norm_rows(const char* op, const Tensor& x, const Tensor& weight) {
   return {x.numel() / size, size};
 }
 
-Tensor rms_norm(Tensor x, Tensor weight, double eps) {
+// y and, where there is a residual, x + residual.
+std::tuple<Tensor, Tensor> rms_norm(Tensor x, std::optional<Tensor> residual, Tensor weight, double eps) {
   const RowTasks tasks = norm_rows("rms_norm", x, weight);
+  if (residual) check_like("rms_norm", "residual", *residual, x);
   const int64_t size = weight.numel();
-  Tensor out = new_tensor({x.numel()}, ScalarType::Float);
-  auto* const to = out.mutable_data_ptr<float>();
+  Tensor out = new_tensor({x.numel()}, ScalarType::Float),
+         sum = new_tensor({residual ? x.numel() : 0}, ScalarType::Float);
+  auto *const to = out.mutable_data_ptr<float>(), *const to_sum = sum.mutable_data_ptr<float>();
+  const auto epsilon = static_cast<float>(eps);
   tasks.each([&](int64_t row) {
     const int64_t i = row * size;
-    ISA_DISPATCH(norm_row)(floats(x) + i, floats(weight), size, static_cast<float>(eps), to + i);
+    if (residual) ISA_DISPATCH(add_norm_row)
+    (floats(x) + i, floats(*residual) + i, floats(weight), size, epsilon, to_sum + i, to + i);
+    else ISA_DISPATCH(norm_row)(floats(x) + i, floats(weight), size, epsilon, to + i);
   });
-  return out;
+  return {out, sum};
 }
 
-// Gradients of a weight that tasks add up on their own; the total does not depend on threads.
+// Gradients of a weight that tasks add up on their own; the total does not depend on threads. Of no elements
+// where none is wanted.
 class WeightSums {
  public:
   WeightSums(int64_t tasks, int64_t size) : tasks_(tasks), size_(size), parts_(tasks * size) {}
 
-  float* of_task(int64_t task) { return parts_.data() + task * size_; }
+  float* of_task(int64_t task) { return size_ ? parts_.data() + task * size_ : nullptr; }
 
   Tensor total() const {
     std::vector<double> sums(size_);
@@ -95,39 +103,24 @@ class WeightSums {
   std::vector<float> parts_;
 };
 
-std::tuple<Tensor, Tensor> rms_norm_backward(Tensor grad, Tensor x, Tensor weight, double eps) {
+std::tuple<Tensor, Tensor> rms_norm_backward(Tensor grad, std::optional<Tensor> besides, Tensor x,
+                                             Tensor weight, double eps, bool want_weight) {
   const RowTasks tasks = norm_rows("rms_norm_backward", x, weight);
   check_like("rms_norm_backward", "grad", grad, x);
+  if (besides) check_like("rms_norm_backward", "besides", *besides, x);
   const int64_t size = weight.numel();
   Tensor of_x = new_tensor({x.numel()}, ScalarType::Float);
   auto* const to_x = of_x.mutable_data_ptr<float>();
-  WeightSums sums(tasks.count, size);
+  WeightSums sums(tasks.count, want_weight ? size : 0);
   parallel_tasks(tasks.count, 1, [&](int64_t task) {
     tasks.each(task, [&](int64_t row) {
       const int64_t i = row * size;
       ISA_DISPATCH(norm_gradient_row)
-      (floats(grad) + i, floats(x) + i, floats(weight), size, static_cast<float>(eps), to_x + i,
-       sums.of_task(task));
+      (floats(grad) + i, besides ? floats(*besides) + i : nullptr, floats(x) + i, floats(weight), size,
+       static_cast<float>(eps), to_x + i, sums.of_task(task));
     });
   });
   return {of_x, sums.total()};
-}
-
-// body(first element, how many) for parts of n elements
-template <typename Body>
-void in_parts(int64_t n, const Body& body) {
-  parallel_tasks((n + kPart - 1) / kPart, 1,
-                 [&](int64_t part) { body(part * kPart, std::min(kPart, n - part * kPart)); });
-}
-
-Tensor silu(Tensor x) {
-  check_like("silu", "x", x, x);
-  Tensor out = new_tensor({x.numel()}, ScalarType::Float);
-  const std::vector<float> ones(kPart, 1.0f);
-  auto* const to = out.mutable_data_ptr<float>();
-  in_parts(x.numel(),
-           [&](int64_t i, int64_t n) { ISA_DISPATCH(gate_row)(floats(x) + i, ones.data(), n, to + i); });
-  return out;
 }
 
 // The rows [gate | up] of a product [tokens, 2 * inner].
@@ -182,20 +175,22 @@ struct Strand {
   }
 };
 
-// Rows [queries | keys | values] of a product, and the angles of their tokens.
+// Rows [queries | keys | values] of a product, and the angles of their tokens: those of a head's halves one
+// after another, or the same for both.
 struct HeadRows {
   int64_t tokens, dim, width;
   float eps;
   Strand q, k;
   int64_t v_start, v_size;
   const float *cos, *sin;
+  int64_t angles, upper;  // of a token; where those of the upper half begin
   RowTasks tasks;
 
-  HeadRows(const char* op, int64_t tokens, int64_t heads, int64_t kv_heads,
+  HeadRows(const char* op, int64_t tokens, int64_t heads, int64_t kv_heads, int64_t dim,
            const std::optional<Tensor>& q_norm, const std::optional<Tensor>& k_norm, double eps,
            const Tensor& cos, const Tensor& sin)
       : tokens(tokens),
-        dim(cos.size(1)),
+        dim(dim),
         width((heads + 2 * kv_heads) * dim),
         eps(static_cast<float>(eps)),
         q(op, 0, heads * dim, dim, q_norm),
@@ -204,11 +199,15 @@ struct HeadRows {
         v_size(kv_heads * dim),
         cos(floats(cos)),
         sin(floats(sin)),
+        angles(cos.size(1)),
+        upper(angles == dim ? dim / 2 : 0),
         tasks(tokens, width) {
+    check(angles == dim || 2 * angles == dim, op, ": cos has rows of ", angles, " elements, expected ", dim,
+          " or half of them");
     for (const Tensor& table : {cos, sin}) {
       check_like(op, "cos or sin", table, table);
-      check(table.numel() == tokens * dim && dim % 2 == 0, op, ": cos and sin must be [", tokens, ", ", dim,
-            "], of two halves");
+      check(table.numel() == tokens * angles && dim % 2 == 0, op, ": cos and sin must be [", tokens, ", ",
+            angles, "], for heads of two halves");
     }
   }
 
@@ -227,27 +226,30 @@ void turn_heads(const HeadRows& rows, const Strand& strand, int64_t token, const
       ISA_DISPATCH(norm_row)(x + i, strand.norm, strand.norm_size, rows.eps, room + i);
     x = room;
   }
-  const float *const cos = rows.cos + token * rows.dim, *const sin = rows.sin + token * rows.dim;
+  const float *const cos = rows.cos + token * rows.angles, *const sin = rows.sin + token * rows.angles;
   for (int64_t i = 0; i < strand.size; i += rows.dim)
-    ISA_DISPATCH(rotate_row<false>)(x + i, cos, sin, rows.dim / 2, to + i);
+    ISA_DISPATCH(rotate_row<false>)(x + i, cos, sin, rows.upper, rows.dim / 2, to + i);
 }
 
 // The gradient of turn_heads, and what the token adds to that of the norm's weight.
 void turn_heads_back(const HeadRows& rows, const Strand& strand, int64_t token, const float* grad,
                      const float* x, float* room, float* to, float* to_norm) {
-  const float *const cos = rows.cos + token * rows.dim, *const sin = rows.sin + token * rows.dim;
+  const float *const cos = rows.cos + token * rows.angles, *const sin = rows.sin + token * rows.angles;
   float* const turned = strand.norm ? room : to;
   for (int64_t i = 0; i < strand.size; i += rows.dim)
-    ISA_DISPATCH(rotate_row<true>)(grad + i, cos, sin, rows.dim / 2, turned + i);
+    ISA_DISPATCH(rotate_row<true>)(grad + i, cos, sin, rows.upper, rows.dim / 2, turned + i);
   for (int64_t i = 0; strand.norm && i < strand.size; i += strand.norm_size) ISA_DISPATCH(norm_gradient_row)
-  (turned + i, x + i, strand.norm, strand.norm_size, rows.eps, to + i, to_norm);
+  (turned + i, nullptr, x + i, strand.norm, strand.norm_size, rows.eps, to + i, to_norm);
 }
 
-std::tuple<Tensor, Tensor, Tensor> qkv_heads(Tensor qkv, int64_t heads, int64_t kv_heads,
-                                             std::optional<Tensor> q_norm, std::optional<Tensor> k_norm,
-                                             double eps, Tensor cos, Tensor sin) {
-  const HeadRows rows("qkv_heads", qkv.size(0), heads, kv_heads, q_norm, k_norm, eps, cos, sin);
-  rows.check_rows("qkv_heads", qkv);
+std::tuple<Tensor, Tensor, Tensor> rotary(Tensor qkv, Tensor cos, Tensor sin, int64_t heads, int64_t kv_heads,
+                                          std::optional<Tensor> q_norm, std::optional<Tensor> k_norm,
+                                          double eps) {
+  check(qkv.dim() == 2 && heads > 0 && kv_heads > 0 && qkv.size(1) % (heads + 2 * kv_heads) == 0,
+        "rotary: qkv must be [tokens, (heads + 2 * kv_heads) * head_dim]");
+  const HeadRows rows("rotary", qkv.size(0), heads, kv_heads, qkv.size(1) / (heads + 2 * kv_heads), q_norm,
+                      k_norm, eps, cos, sin);
+  rows.check_rows("rotary", qkv);
   Tensor q = new_tensor({rows.tokens, heads, rows.dim}, ScalarType::Float),
          k = new_tensor({rows.tokens, kv_heads, rows.dim}, ScalarType::Float),
          v = new_tensor({rows.tokens, kv_heads, rows.dim}, ScalarType::Float);
@@ -266,13 +268,14 @@ std::tuple<Tensor, Tensor, Tensor> qkv_heads(Tensor qkv, int64_t heads, int64_t 
 }
 
 // `qkv` is needed where there are norms.
-std::tuple<Tensor, Tensor, Tensor> qkv_heads_backward(Tensor of_q, Tensor of_k, Tensor of_v,
-                                                      std::optional<Tensor> qkv, std::optional<Tensor> q_norm,
-                                                      std::optional<Tensor> k_norm, double eps, Tensor cos,
-                                                      Tensor sin) {
-  const char* const op = "qkv_heads_backward";
+std::tuple<Tensor, Tensor, Tensor> rotary_backward(Tensor of_q, Tensor of_k, Tensor of_v,
+                                                   std::optional<Tensor> qkv, Tensor cos, Tensor sin,
+                                                   std::optional<Tensor> q_norm, std::optional<Tensor> k_norm,
+                                                   double eps, bool want_q_norm, bool want_k_norm) {
+  const char* const op = "rotary_backward";
   check(of_q.dim() == 3 && of_k.dim() == 3, op, ": gradients must be [tokens, heads, head_dim]");
-  const HeadRows rows(op, of_q.size(0), of_q.size(1), of_k.size(1), q_norm, k_norm, eps, cos, sin);
+  const HeadRows rows(op, of_q.size(0), of_q.size(1), of_k.size(1), of_q.size(2), q_norm, k_norm, eps, cos,
+                      sin);
   check_like(op, "gradient of q", of_q, of_q);
   check_like(op, "gradient of k", of_k, of_k);
   check_like(op, "gradient of v", of_v, of_k);
@@ -283,7 +286,8 @@ std::tuple<Tensor, Tensor, Tensor> qkv_heads_backward(Tensor of_q, Tensor of_k, 
   const float* const from = qkv ? floats(*qkv) : nullptr;
   Tensor of_qkv = new_tensor({rows.tokens, rows.width}, ScalarType::Float);
   auto* const to = of_qkv.mutable_data_ptr<float>();
-  WeightSums q_sums(rows.tasks.count, rows.q.norm_size), k_sums(rows.tasks.count, rows.k.norm_size);
+  WeightSums q_sums(rows.tasks.count, want_q_norm ? rows.q.norm_size : 0),
+      k_sums(rows.tasks.count, want_k_norm ? rows.k.norm_size : 0);
   parallel_tasks(rows.tasks.count, 1, [&](int64_t task) {
     std::vector<float> room(rows.width);
     rows.tasks.each(task, [&](int64_t token) {
@@ -302,12 +306,11 @@ std::tuple<Tensor, Tensor, Tensor> qkv_heads_backward(Tensor of_q, Tensor of_k, 
 }  // namespace
 }  // namespace thinktwice
 
-STABLE_TORCH_LIBRARY_IMPL(thinktwice, CPU, m) {
+STABLE_TORCH_LIBRARY_IMPL(thinktwice_layers, CPU, m) {
   m.impl("rms_norm", TORCH_BOX(&thinktwice::rms_norm));
   m.impl("rms_norm_backward", TORCH_BOX(&thinktwice::rms_norm_backward));
-  m.impl("qkv_heads", TORCH_BOX(&thinktwice::qkv_heads));
-  m.impl("qkv_heads_backward", TORCH_BOX(&thinktwice::qkv_heads_backward));
-  m.impl("silu", TORCH_BOX(&thinktwice::silu));
   m.impl("swiglu", TORCH_BOX(&thinktwice::swiglu));
   m.impl("swiglu_backward", TORCH_BOX(&thinktwice::swiglu_backward));
+  m.impl("rotary", TORCH_BOX(&thinktwice::rotary));
+  m.impl("rotary_backward", TORCH_BOX(&thinktwice::rotary_backward));
 }
