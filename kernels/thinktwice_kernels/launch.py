@@ -21,6 +21,7 @@ from torch import Tensor
 
 NAMESPACE = "thinktwice_kernels"  # of the ops in torch.library
 Gradients = tuple[Tensor | None, ...]
+_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton, too, looks once, when it is imported
 _REMEDY = "run `make`, or `pip install .` in the repository"
 # Where the interpreter or the ahead-of-time compiler stands in for a GPU.
 _PROCESSORS_WITHOUT_GPU = 132
@@ -38,7 +39,7 @@ def fake_gradient(like: Tensor, wanted: bool, dtype: torch.dtype) -> Tensor:
 
 def uses_triton(tensor: Tensor) -> bool:
     """Whether Triton computes with tensors beside this one: on CUDA, or in its interpreter."""
-    return tensor.is_cuda or (tensor.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1")
+    return tensor.is_cuda or (_INTERPRETED and tensor.device.type == "cpu")
 
 
 def in_triton(name: str) -> Any:

@@ -277,7 +277,6 @@ def sequence_loss(
     return _selected_loss(inputs, options, want_gradient) if selected else _any_loss(inputs, options, want_gradient)
 
 
-@torch.no_grad()
 def _any_loss(inputs: LossInputs, options: LossOptions, want_gradient: bool) -> tuple[Tensor, Tensor, Tensor]:
     """The selected tokens' loss, and their gradients among zeros."""
     if inputs.advantages is None:
@@ -296,12 +295,11 @@ def _any_loss(inputs: LossInputs, options: LossOptions, want_gradient: bool) -> 
     return partials, d_logps, d_entropy
 
 
-@torch.no_grad()
 def _selected_loss(inputs: LossInputs, options: LossOptions, want_gradient: bool) -> tuple[Tensor, Tensor, Tensor]:
     """In float64, as Triton has it."""
-    numbers = {name: x for name, x in vars(inputs).items() if isinstance(x, Tensor) and x.is_floating_point()}
-    wide: Any = {name: x.double() for name, x in numbers.items()}
-    inputs, dtype = replace(inputs, **wide), inputs.logps.dtype
+    dtype = inputs.logps.dtype
+    given: dict[str, Any] = vars(inputs)
+    inputs = LossInputs(**{name: x.double() if _is_number(x) else x for name, x in given.items()})
     sequences = Sequences(inputs.cu_seqlens, inputs.logps.numel())
     terms = terms_of(inputs, sequences, options)
     d_logps, d_entropy = (inputs.logps.new_empty(0, dtype=dtype) for _ in range(2))
@@ -310,6 +308,10 @@ def _selected_loss(inputs: LossInputs, options: LossOptions, want_gradient: bool
         if options.entropy_coef != 0:
             d_entropy = (-options.entropy_coef * inputs.weights).to(dtype)
     return partials_of(terms), d_logps, d_entropy
+
+
+def _is_number(x: Any) -> bool:
+    return isinstance(x, Tensor) and x.is_floating_point()
 
 
 def _d_logps(terms: Terms, sequences: Sequences) -> Tensor:  # [T]
@@ -431,7 +433,7 @@ def surrogate(
     if options.policy_loss == "sapo":
         return *_sapo(log_ratio, advantages, options), torch.ones_like(low)
     stopped = low | high
-    bound = torch.full_like(ratio, 1 + options.epsilon_high).masked_fill_(low, 1 - options.epsilon_low)
+    bound = ratio.clamp(1 - options.epsilon_low, 1 + options.epsilon_high)
     # Where A < 0, dual clip's "loss at most -c A" and delta's "ratio at most delta" are one and the same bound.
     ceiling = options.dual_clip if options.dual_clip is not None else options.delta
     if ceiling is not None:

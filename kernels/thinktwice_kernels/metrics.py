@@ -145,7 +145,6 @@ def only(flags: Tensor | None, values: Tensor) -> Tensor:  # [T]
     return values if flags is None else values.masked_fill(~flags, 0)
 
 
-@torch.no_grad()
 def partials_of(terms: Terms) -> Tensor:  # [1, len(PARTIALS)] float64
     """The columns, added up over all tokens."""
     ordinary, (low, high) = terms.ordinary, terms.clipped

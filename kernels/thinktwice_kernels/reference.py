@@ -8,6 +8,7 @@ Letters: T tokens, S sequences, V vocabulary, H hidden size.
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from thinktwice_kernels.advantages import ADVANTAGE_EPS
@@ -70,7 +71,8 @@ def grpo_loss(
     selected = selected_in_torch(inputs, options)
     inputs = selected.inputs
     terms = terms_of(inputs, Sequences(inputs.cu_seqlens, inputs.logps.numel()), options)
-    totals = totals_of(partials_of(terms))
+    with torch.no_grad():
+        totals = totals_of(partials_of(terms))
     totals[PARTIALS.index("tokens")] = selected.in_loss
     return (terms.weights * terms.value).sum(), metrics_of(totals, logps.dtype, absent_metrics(given))
 
