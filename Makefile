@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 CSRC := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inc' -o -name '*.cu' -o -name '*.cuh')
 RUN := $(BIN)/torchrun --standalone --nproc-per-node 1 thinktwice_fast/train.py
 
-.PHONY: setup train test lint types format headers learning bench warm-start tables clean
+.PHONY: setup train test lint types format headers learning bench warm-start tables performance clean
 
 train: $(VENV)/built
 	$(RUN) --resume auto
@@ -24,6 +24,7 @@ lint: $(VENV)/built types
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run -Werror $(CSRC)
 	$(BIN)/python -m thinktwice_fast.run.tables README.md --check
+	$(BIN)/python -m bench.performance docs/performance.md --check
 
 types: $(VENV)/installed
 	$(BIN)/mypy
@@ -51,6 +52,10 @@ bench: $(VENV)/built
 
 tables: $(VENV)/built
 	$(BIN)/python -m thinktwice_fast.run.tables README.md
+
+# docs/performance.md from bench/results/.
+performance: $(VENV)/installed
+	$(BIN)/python -m bench.performance docs/performance.md
 
 # Makes the shipped model again from random weights; one thread, because the sum order of two changes the outcome.
 warm-start: $(VENV)/built

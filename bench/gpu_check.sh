@@ -2,7 +2,7 @@
 # One stage of the check of a machine with an NVIDIA GPU, nvcc, Python, torch and Triton; no network; under four minutes.
 # It needs no other stage and ends with a table (check, figure, goal, met or not); status 1 if a result was wrong.
 #
-#   [WHEELS=dir] [PYTHON=python3] bench/gpu_check.sh correct|ops|decode|step [--cpu] [OUTPUT]
+#   [WHEELS=dir] [PYTHON=python3] [LIMIT=205] bench/gpu_check.sh correct|ops|decode|step [--cpu] [OUTPUT]
 #
 # correct: tests on the GPU, errors that users can cause, a pair of training steps of 0.6 billion parameters.
 # ops: the loss head and log-probabilities against their peers and torch's own products.
@@ -10,6 +10,7 @@
 # step: one update under the profiler, then whole steps of configs/race/qwen3-1.7b-gsm8k.yaml.
 # WHEELS: wheels of what is missing there (the trainer's packages, and peers such as liger-kernel, trl).
 # --cpu: a dry run with tiny shapes, where there is no GPU.
+# LIMIT: seconds for everything but the table.
 # OUTPUT: where STAGE.txt and STAGE.json go, bench/results/<gpu>-<date>; of a dry run build/gpu_check/results.
 set -u
 cd "$(dirname "$0")/.." || exit 2
@@ -32,7 +33,7 @@ case "${1:-}" in -*) usage "unknown option $1" ;; esac
 WORK=build/gpu_check/$STAGE
 OUTPUT=${1:-${CPU:+build/gpu_check/results}}
 PYTHON=${PYTHON:-python3}
-LIMIT=205 # seconds for the parts together; the table takes a few more
+LIMIT=${LIMIT:-205} # seconds for the parts together; the table takes a few more
 SITE=$PWD/build/gpu_check/site
 rm -rf "$WORK"
 mkdir -p "$WORK"
@@ -71,6 +72,7 @@ part() {
   kill "$shower"
   wait "$shower" 2>/dev/null
   printf '%s\t%s\t%s\n' "$name" "$status" $((SECONDS - start)) >>"$WORK/parts.tsv"
+  return "$status"
 }
 
 # What the extension is built from: a file's time says little where a tree was copied.
@@ -85,8 +87,7 @@ build() {
     if [ -n "$CPU" ] || [ "$(cat $built 2>/dev/null)" = "$(sources)" ]; then return; fi
   fi
   rm -f thinktwice_fast/_csrc*.so kernels/thinktwice_kernels/_csrc*.so
-  part build 120 "$PYTHON" setup.py build_ext --inplace
-  if compgen -G 'kernels/thinktwice_kernels/_csrc*.so' >/dev/null; then sources >$built; fi
+  part build 120 "$PYTHON" setup.py build_ext --inplace && sources >$built
 }
 
 tests() {
@@ -97,8 +98,8 @@ tests() {
 
 if [ -n "${WHEELS:-}" ] && [ "$(ls "$WHEELS")" != "$(cat "$SITE.list" 2>/dev/null)" ]; then
   rm -rf "$SITE"
-  part wheels 40 "$PYTHON" -m pip install --quiet --no-index --no-deps --no-compile --target "$SITE" "$WHEELS"/*.whl
-  ls "$WHEELS" >"$SITE.list"
+  part wheels 40 "$PYTHON" -m pip install --quiet --no-index --no-deps --no-compile --target "$SITE" "$WHEELS"/*.whl &&
+    ls "$WHEELS" >"$SITE.list"
 fi
 "$PYTHON" -m bench.hardware >"$WORK/machine.json" || exit 2
 if [ -z "$CPU" ] && grep -q '"gpu": null' "$WORK/machine.json"; then
@@ -108,7 +109,7 @@ build
 case "$STAGE$CPU" in
   correct)
     # shellcheck disable=SC2046,SC2086 # a list of files, and an option with its value
-    "$PYTHON" -c 'import xdist' 2>/dev/null && MANY="-n 8"
+    "$PYTHON" -c 'import xdist' 2>/dev/null && MANY="-n 8 --dist worksteal"
     tests tests 125 ${MANY:-} --timeout=100 -m gpu $(grep -l --include='test_*.py' -r 'mark\.gpu' tests)
     part errors 40 "$PYTHON" -m bench.error_paths "$WORK"
     part pair 45 "$PYTHON" -m bench.pair "Qwen3-0.6B shape" "$WORK"
@@ -122,7 +123,7 @@ case "$STAGE$CPU" in
   decode*) part decode "$LIMIT" "$PYTHON" -m bench.decode_check "$WORK" $CPU ;;
   step*)
     part update 60 "$PYTHON" -m bench.update_check "$WORK" $CPU
-    part steps "$LIMIT" "$PYTHON" -m bench.race "$WORK" $((LIMIT - SECONDS - 10)) $CPU
+    part steps "$LIMIT" "$PYTHON" -m bench.race "$WORK" $((LIMIT - SECONDS - 25)) $CPU
     ;;
 esac
 "$PYTHON" -m bench.gpu_table "$STAGE" "$WORK" ${OUTPUT:+"$OUTPUT"}

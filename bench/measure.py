@@ -81,7 +81,7 @@ class Setting:
 SETTINGS: dict[Size, Setting] = {
     "toy": Setting("toy", torch.device("cpu"), 0.5, (3, 5)),
     "cpu": Setting("cpu", torch.device("cpu"), 12.0, (3, 15)),
-    "gpu": Setting("gpu", torch.device("cuda"), 3.0, (7, 40)),
+    "gpu": Setting("gpu", torch.device("cuda", 0), 3.0, (7, 40)),
 }
 
 

@@ -6,6 +6,7 @@ saved. While it trains, the memory it will take is predicted by ``--dry-run``.
 """
 
 import json
+import math
 import os
 import random
 import re
@@ -96,24 +97,33 @@ def main(work: Path, seconds: float, cpu: bool) -> int:
         planned = _plan([*command, "--output", str(work / "race-plan")])  # the folder of the run is taken by now
         notes.tell("what was planned", planned)
         status: int | None = training.wait(max(1.0, deadline - time.monotonic()))
-    except subprocess.TimeoutExpired:
+    except (subprocess.TimeoutExpired, KeyboardInterrupt):  # what it has done by then is judged
         status = None
     finally:
         if training.poll() is None:
             os.killpg(training.pid, signal.SIGKILL)
     metrics = race.output / "metrics.jsonl"
-    records = [record for record in read_metrics(metrics) if f"{record['phase']}/loss" in record]
+    records = read_metrics(metrics) if metrics.exists() else []
     if records:
         notes.tell("metrics", _table(records))
-    lines = [*_results(records, status), *_speeds(records, race), *_memory(records, planned, race)]
+    lines = judge(race, records, planned, status)
     notes.add(*lines)
     return int(any(line.wrong for line in lines))
 
 
+def judge(race: Race, records: Sequence[Record], planned: str, status: int | None) -> list[Line]:
+    """What the steps that were done say.
+
+    Args:
+        planned: what ``--dry-run`` printed.
+        status: of the run; None if it was cut off.
+    """
+    return [*_results(records, status), *_speeds(records, race), *_memory(records, planned, race)]
+
+
 def _plan(command: Sequence[str]) -> str:
-    dry_run = [*command, "--dry-run"]
-    finished = subprocess.run(dry_run, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    return finished.stdout.decode()
+    """What ``--dry-run`` says; what goes wrong with it goes to the log."""
+    return subprocess.run([*command, "--dry-run"], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True).stdout
 
 
 def _table(records: Sequence[Record]) -> str:
@@ -133,8 +143,10 @@ def _results(records: Sequence[Record], status: int | None) -> Iterator[Line]:
     ended = "cut off" if status is None else f"status {status}"
     done = f"{len(records)} of {_STEPS}, {ended}"
     yield Line("steps of the race", done, f"{_STEPS}", len(records) == _STEPS, wrong=bool(status))
-    worst = max((record[f"{record['phase']}/mismatch"] for record in records), default=None)
-    if worst is not None:
+    # What is not finite is written as null.
+    apart = [record[f"{record['phase']}/mismatch"] for record in records]
+    if records:
+        worst = math.inf if None in apart else max(apart)
         name = "log-probabilities of rollout and training"
         yield result(name, f"{worst:.1e} apart", f"< {_MISMATCH}", worst < _MISMATCH)
 

@@ -3,20 +3,21 @@
 Letters: N sequences, T longest prompt and response.
 """
 
-import copy
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, Qwen3Config
+from transformers import AutoConfig, GenerationConfig, PreTrainedModel, Qwen3Config
 
 from bench.shapes import DEFAULT, LARGE, MEDIUM, SMALL, Case, Size
 from thinktwice_fast.config import ModelOptions
-from thinktwice_fast.model.attention import NAME
+from thinktwice_fast.model.agreement import as_transformers
 from thinktwice_fast.model.loading import load_tokenizer, model_folder
+from thinktwice_fast.model.sharding import cast_parameters
+from thinktwice_fast.model.transformer import Transformer
+from thinktwice_fast.model.weights import read_transformer, weight_files
 from thinktwice_fast.rollout.records import Request, Sampling
 from thinktwice_fast.tasks.arithmetic import ArithmeticSource
 from thinktwice_fast.tasks.prompts import ChatFormat
@@ -77,7 +78,7 @@ class RolloutBatch:
 
     workload: Workload
     theirs: PreTrainedModel
-    ours: PreTrainedModel
+    ours: Transformer
     prompts: tuple[tuple[int, ...], ...]
     temperature: float = 1.0  # 0: greedy
     kept: dict[object, Any] = field(default_factory=dict)  # engines and processes, which go with the batch
@@ -126,12 +127,10 @@ def workload_of(case: Case) -> Workload:
 
 def rollout_batch(case: Case, device: torch.device) -> RolloutBatch:
     workload = workload_of(case)
-    theirs = model_of(workload.model, case.dtype, device).eval().requires_grad_(False)
+    ours = model_of(workload.model, case.dtype, device).requires_grad_(False)
+    theirs = as_transformers(ours, "sdpa").requires_grad_(False)
     # Whatever would end a sequence or narrow its sampling is for the contenders to ask for.
     theirs.generation_config = GenerationConfig(pad_token_id=0)
-    weights = chain(theirs.parameters(), theirs.buffers())
-    ours = copy.deepcopy(theirs, {id(tensor): tensor for tensor in weights})
-    ours.set_attn_implementation(NAME)
     return RolloutBatch(workload, theirs, ours, _prompts(workload, theirs.config.vocab_size))
 
 
@@ -151,15 +150,16 @@ def folder_of(name: str, dtype: torch.dtype) -> Path:
     return FOLDER / f"{name.replace(' ', '_')}-{str(dtype).removeprefix('torch.')}"
 
 
-def model_of(name: str, dtype: torch.dtype, device: torch.device) -> Any:
+def model_of(name: str, dtype: torch.dtype, device: torch.device) -> Transformer:
     """Random weights that are on disk are read again: on a CPU they take long to make."""
     folder = folder_of(name, dtype)
     if (folder / "config.json").exists():
-        saved: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa")
-        return saved.to(device)
+        config = AutoConfig.from_pretrained(folder)
+        return cast_parameters(read_transformer(weight_files(str(folder)), config, device), dtype)
     with torch.random.fork_rng(), device:
-        torch.manual_seed(0)
-        return AutoModelForCausalLM.from_config(shape_config(name), dtype=dtype, attn_implementation="sdpa")
+        model = Transformer(shape_config(name), dtype)
+        model.init_weights(0)
+        return model
 
 
 def shape_config(name: str) -> Qwen3Config:

@@ -18,6 +18,7 @@ from bench.rollout_cases import FOLDER, folder_of, model_of
 from bench.shapes import DEFAULT, LARGE, MEDIUM, SMALL, Case, Size
 from thinktwice_fast.config import Config, ModelOptions
 from thinktwice_fast.model.loading import load_tokenizer
+from thinktwice_fast.model.weights import write_transformer
 from thinktwice_fast.tasks.arithmetic import ArithmeticSource
 from thinktwice_fast.tasks.prompts import ChatFormat
 
@@ -129,7 +130,8 @@ def _model_folder(name: str, dtype: torch.dtype, device: torch.device) -> Path:
     """With the shipped model's tokenizer, whatever the vocabulary of the shape."""
     folder = folder_of(name, dtype)
     if not (folder / "config.json").exists():
-        model_of(name, dtype, device).save_pretrained(folder)
+        model = model_of(name, dtype, device)
+        write_transformer(model, dict(model.split(model.state_dict())), folder, dtype)
     if not (folder / "tokenizer_config.json").exists():
         load_tokenizer(ModelOptions()).save_pretrained(folder)
     return folder.resolve()

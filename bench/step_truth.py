@@ -64,7 +64,7 @@ def errors(ask: Ask, done: Done) -> dict[str, float]:
     if any(found.values()):
         return found
     model: Any = AutoModelForCausalLM.from_pretrained(ask.folder, dtype=torch.float32, attn_implementation="sdpa")
-    device = torch.device("cuda" if ask.cuda else "cpu")
+    device = torch.device("cuda", 0) if ask.cuda else torch.device("cpu")
     model = model.to(device).eval()
     parameters = dict(model.named_parameters())
     with torch.no_grad():

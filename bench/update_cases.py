@@ -3,11 +3,10 @@
 Letters: P prompts, G samples of each, N response tokens, V vocabulary.
 """
 
-import copy
 import random
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import chain, groupby
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -22,8 +21,9 @@ from bench.shapes import DEFAULT, LARGE, MEDIUM, Case, Size
 from bench.step_cases import set_options
 from thinktwice_fast import parallel
 from thinktwice_fast.config import Config
-from thinktwice_fast.model.attention import NAME
+from thinktwice_fast.model.agreement import as_transformers
 from thinktwice_fast.model.loading import checkpoint_layers
+from thinktwice_fast.model.policy import named_weights
 from thinktwice_fast.model.sharding import ModelPair, cast_parameters, pair_models
 from thinktwice_fast.rollout.records import Rollout
 from thinktwice_fast.run.memory import keep_freed_memory
@@ -96,10 +96,8 @@ def update_batch(case: Case, device: torch.device) -> UpdateBatch:
     if device.type == "cpu":
         keep_freed_memory()  # as every run does
     workload = workload_of(case)
-    theirs = cast_parameters(model_of(workload.model, case.dtype, device).eval(), torch.float32)
-    weights = chain(theirs.parameters(), theirs.buffers())
-    ours = copy.deepcopy(theirs, {id(tensor): tensor for tensor in weights})
-    ours.set_attn_implementation(NAME)
+    ours = cast_parameters(model_of(workload.model, case.dtype, device), torch.float32)
+    theirs = as_transformers(ours, "sdpa")
     if workload.checkpointing:
         checkpoint_layers(ours)
     rollouts = made_rollouts(workload, theirs.config.vocab_size)
@@ -157,7 +155,9 @@ def judge(batch: UpdateBatch, contender: Contender) -> dict[str, float]:
     gradients: list[Tensor] = []
 
     def note(*arguments: Any) -> None:
-        gradients.append(_flat(p.grad for p in batch.models.masters.parameters()))
+        model = batch.models.masters.model
+        whole = {name: _whole(p.grad) for name, p in model.named_parameters() if p.grad is not None}
+        gradients.append(_flat(named_weights(model, whole)))
 
     handle = optimizer.register_step_pre_hook(note)
     try:
@@ -174,9 +174,13 @@ def limits(dtype: torch.dtype) -> Mapping[str, float]:
     return {"loss": 0.05, "grad_norm": 0.05, "gradient": 0.05}
 
 
-def _flat(gradients: Iterable[Tensor | None]) -> Tensor:
-    whole = [g.full_tensor() if isinstance(g, DTensor) else g for g in gradients if g is not None]
-    return torch.cat([gradient.detach().flatten().cpu() for gradient in whole])
+def _whole(gradient: Tensor) -> Tensor:
+    return gradient.full_tensor() if isinstance(gradient, DTensor) else gradient
+
+
+def _flat(gradients: Mapping[str, Tensor]) -> Tensor:
+    """By transformers' names."""
+    return torch.cat([gradients[name].detach().flatten().cpu() for name in sorted(gradients)])
 
 
 def _truth(batch: UpdateBatch, rollouts: Sequence[Rollout]) -> Outputs:
@@ -194,7 +198,7 @@ def _truth(batch: UpdateBatch, rollouts: Sequence[Rollout]) -> Outputs:
         loss, _ = grpo_loss(logps, advantages, ends, normalizer=tokens, epsilon_low=0.2, epsilon_high=0.28)
         loss.backward()
         total += float(loss.detach())
-    gradient = _flat(parameter.grad for parameter in batch.theirs.parameters())
+    gradient = _flat({name: p.grad for name, p in batch.theirs.named_parameters() if p.grad is not None})
     batch.theirs.zero_grad()
     loss_and_norm = {"loss": torch.tensor(total), "grad_norm": gradient.double().norm()}
     return {name: value.double() for name, value in {**loss_and_norm, "gradient": gradient}.items()}

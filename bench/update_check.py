@@ -26,7 +26,7 @@ _MFU = 0.45
 
 
 def main(work: Path, cpu: bool) -> int:
-    device = torch.device("cpu" if cpu else "cuda")
+    device = torch.device("cpu") if cpu else torch.device("cuda", 0)
     notes, updater = Notes(work), Updated()
     workload, other = _TOY if cpu else _LARGE
     long = update_batch(update_case(workload, torch.float32 if cpu else torch.bfloat16), device)

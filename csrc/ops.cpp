@@ -46,8 +46,6 @@ STABLE_TORCH_LIBRARY(thinktwice, m) {
   m.def("pack_weight(Tensor weight, Tensor(a!) packed, int first) -> ()");
   m.def("packed_linear(Tensor x, Tensor packed, int outputs) -> Tensor");
 
-  m.def("silu(Tensor x) -> Tensor");  // of a flat x
-
   // A whole decoder (cpu/decode.cpp).
   m.def(
       "decoder_create(Tensor embedding, Tensor norm, Tensor head, Tensor? head_bias, int heads, int kv_heads,"

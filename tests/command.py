@@ -11,6 +11,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+import torch
+
 ROOT = Path(__file__).parent.parent
 TRAIN = ROOT / "thinktwice_fast" / "train.py"
 DATA = ROOT.parent / "shared" / "data"
@@ -68,10 +70,11 @@ def _end(server: "subprocess.Popen[bytes]", folder: Path) -> None:
 def quick_start() -> tuple[str, dict[str, str]]:
     """What to start commands with that are run again and again: a `forked_python`, and the environment for it.
 
-    torchrun starts its processes with it too. Where the system lacks what it takes, this is Python itself.
+    torchrun starts its processes with it too. Where the system lacks what it takes, or has a GPU, this is Python
+    itself: CUDA does not live on in a fork of a process that has so much as counted the GPUs.
     """
     own = environment()
-    if not hasattr(os, "pidfd_open"):
+    if not hasattr(os, "pidfd_open") or torch.cuda.is_available():
         return sys.executable, own
     python = forked_python(tuple((name, value) for name, value in own.items() if name != "PYTEST_CURRENT_TEST"))
     return python, own | {"PYTHON_EXEC": python}
@@ -87,9 +90,11 @@ def train(
 ) -> subprocess.CompletedProcess[str]:
     """``python train.py ...``, or with ``processes`` under torchrun.
 
-    It is started quickly (see `quick_start`) unless it is to be ``fresh``, or to see a GPU or more than one thread.
+    It is started quickly (see `quick_start`) unless it is to be ``fresh``, to have more than one thread, or to see or
+    ask for a GPU.
     """
-    python, own = quick_start() if not (fresh or gpus or threads > 1) else (sys.executable, environment(gpus, threads))
+    forked = not (fresh or gpus or threads > 1 or "cuda" in arguments)
+    python, own = quick_start() if forked else (sys.executable, environment(gpus, threads))
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)] if processes else []
     return subprocess.run(
         [python, *launcher, str(TRAIN), *map(str, arguments)],

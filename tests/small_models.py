@@ -15,6 +15,8 @@ from transformers import (
     Qwen3Config,
 )
 
+from thinktwice_fast.model.transformer import Transformer
+
 FAMILIES = ("qwen3", "olmo3", "llama")
 VOCABULARY = 512
 CHATML = (
@@ -72,6 +74,26 @@ def random_model(family: str, attention: str = "sdpa", seed: int = 0) -> Any:
     """A float32 model with random weights, in evaluation mode."""
     torch.manual_seed(seed)
     return AutoModelForCausalLM.from_config(family_config(family), attn_implementation=attention).eval()
+
+
+def own(theirs: Any) -> Transformer:
+    """The trainer's own model, with the weights of transformers'."""
+    model = Transformer(theirs.config, theirs.dtype)
+    model.load_state_dict(model.joined(theirs.state_dict()))
+    return model.eval()
+
+
+def own_model(family: str, seed: int = 0) -> Transformer:
+    """``random_model`` as the trainer runs it."""
+    return own(random_model(family, seed=seed))
+
+
+def foreign_model(attention: str = "sdpa", seed: int = 0) -> Any:
+    """One that the trainer's own decoder does not know."""
+    config: Any = family_config("llama")
+    config.hidden_act = "gelu"
+    torch.manual_seed(seed)
+    return AutoModelForCausalLM.from_config(config, attn_implementation=attention).eval()
 
 
 def write_model(folder: Path, family: str, tokenizer: PreTrainedTokenizerFast | None = None) -> Path:

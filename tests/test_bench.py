@@ -1,5 +1,7 @@
 """The benchmark suite itself: what it calls wrong, how it takes turns, what it writes. Speeds are not checked here."""
 
+import json
+import subprocess
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -25,6 +27,7 @@ from bench.memory import peak_memory
 from bench.replay import Measured
 from bench.shapes import Case
 from bench.stats import median, median_ratio, quantile
+from tests.command import LIMIT, ROOT, quick_start
 
 TOY = SETTINGS["toy"]
 MIB = 1 << 20
@@ -60,6 +63,51 @@ def made_up_op(contenders: Mapping[str, Callable[[Tensor], Any]]) -> Op:
 
 
 OPS = [made_up_op({"allocating": allocating})]  # for the subprocess that measures memory
+
+
+@pytest.fixture(scope="module")
+def suite(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What two files of the suite leave behind with tiny shapes."""
+    folder = tmp_path_factory.mktemp("suite")
+    python, own = quick_start()
+    files = [ROOT / "bench" / f"bench_{name}.py" for name in ("advantages", "token_logprobs")]
+    options = ("-p", "no:cacheprovider", "-o", "python_files=bench_*.py", "--benchmark-only", "--benchmark-quiet")
+    output = ("--benchmark-json", folder / "pytest_benchmark.json", "--bench-size", "toy", "--bench-output", folder)
+    finished = subprocess.run(
+        [python, "-m", "pytest", "-q", *files, *options, *output],
+        env=own,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=LIMIT,
+    )
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    return folder
+
+
+def test_the_suite_measures_checks_and_reports(suite: Path) -> None:
+    document = json.loads((suite / report.RESULTS).read_text())
+    assert document["machine"]["versions"]["torch"] == torch.__version__
+    rows = [row for row in document["results"] if row["contender"] in (OURS, PLAIN)]
+    assert {row["op"] for row in rows} == {"token_logprobs forward", "token_logprobs", "group_advantages"}
+    for row in rows:
+        assert row["status"] == "ok"
+        assert row["errors"] and max(row["errors"].values()) < 1e-4
+        assert len(row["seconds"]) >= TOY.rounds[0]
+        assert 0 < row["p20"] <= row["median"] <= row["p80"]
+    assert {row["contender"] for row in document["results"] if row["status"] == "not run" and row["reason"]}
+    for name in ("token_logprobs.png", "group_advantages.png", report.TABLE):
+        assert (suite / name).stat().st_size > 100
+
+
+def test_pytest_benchmark_gets_the_rounds_as_they_were_measured(suite: Path) -> None:
+    results = json.loads((suite / report.RESULTS).read_text())["results"]
+    timed = {(row["op"], row["case"], row["contender"]): row["seconds"] for row in results if row["seconds"]}
+    replayed = {}
+    for benchmark in json.loads((suite / "pytest_benchmark.json").read_text())["benchmarks"]:
+        about = benchmark["extra_info"]
+        replayed[about["op"], about["case"], about["contender"]] = benchmark["stats"]["data"]
+    assert replayed == timed
 
 
 @pytest.mark.parametrize("op", EVERY_OP, ids=lambda op: op.name)

@@ -6,10 +6,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
-from tests.command import LIMIT, quick_start
+from tests.command import LIMIT, quick_start, train
 
 SCRIPT = """
 import os, signal, sys, time
@@ -66,6 +68,25 @@ def test_the_fork_ends_with_what_started_it(sent: str, status: str, tmp_path: Pa
     while running(pid):
         assert time.monotonic() < deadline
         time.sleep(0.01)
+
+
+@pytest.mark.parametrize("processes", [0, 2])
+@pytest.mark.parametrize(
+    ("gpu", "arguments"), [(True, ("--model.device", "cpu")), (True, ()), (False, ("--model.device", "cuda"))]
+)
+def test_nothing_that_could_use_cuda_is_forked(
+    gpu: bool, arguments: tuple[str, ...], processes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[tuple[list[str], dict[str, str]]] = []
+
+    def run(command: list[str], *, env: dict[str, str], **rest: Any) -> None:
+        started.append((command, env))
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr(subprocess, "run", run)
+    train(*arguments, processes=processes)
+    ((command, own),) = started
+    assert command[0] == sys.executable and "PYTHON_EXEC" not in own
 
 
 def running(pid: int) -> bool:

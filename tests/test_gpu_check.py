@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 
-from bench import gpu_table, hardware
+from bench import error_paths, gpu_table, hardware
 from bench.error_paths import CASES
+from bench.race import Race, judge
+from bench.shapes import LARGE
 from bench.stage_notes import Line, Notes, result
 from tests.command import LIMIT, ROOT, quick_start
 
@@ -39,6 +41,9 @@ def test_correct(tmp_path: Path) -> None:
     right = {"tests", "errors", "pair", *(f"error: {name}" for name in CASES)}
     assert {name: found[name] for name in right} == dict.fromkeys(right, "met")
     assert found["pair: log-probabilities of rollout and training"] == "met"
+    # Saving would take most of the time.
+    written = {path.name for path in (ROOT / "build" / "gpu_check" / "correct" / "pair-run").iterdir()}
+    assert "metrics.jsonl" in written and not written & {"model", "checkpoints"}
 
 
 def test_ops(tmp_path: Path) -> None:
@@ -82,6 +87,59 @@ def test_a_stage_needs_a_gpu() -> None:
     finished = check("ops")
     assert finished.returncode == 2
     assert finished.stderr.startswith("gpu_check.sh: torch sees no GPU here; a dry run is --cpu")
+
+
+LARGE_RACE = Race(Path("race.yaml"), LARGE, 32, 8, Path("race-run"))
+PLANNED = "predicted peak 100,000 MiB, in the update phase; the GPU has 143,000 MiB: it fits"
+
+
+def step(number: int, seconds: float, peak: float, mismatch: float = 0.03) -> dict[str, Any]:
+    phase = "solve" if number % 2 else "refine"
+    measures = {"tokens_per_second": 2e4, "prompt_tokens": 116.0, "response_tokens": 1021.0, "mismatch": mismatch}
+    measures |= {"seconds_rollout": 0.4 * seconds, "seconds_update": 0.6 * seconds, "seconds_step": seconds}
+    record = {f"{phase}/{name}": value for name, value in measures.items()}
+    return {"step": number, "phase": phase, "peak_memory_bytes": peak, **record}
+
+
+def verdicts(records: list[dict[str, Any]], status: int | None) -> dict[str, tuple[str, bool]]:
+    lines = judge(LARGE_RACE, records, PLANNED, status)
+    return {line.check.partition(",")[0]: (line.verdict, line.wrong) for line in lines}
+
+
+def test_the_race_is_judged_by_its_last_steps_and_its_prediction() -> None:
+    gib = 2**30
+    whole = [step(1, 40, 80 * gib), step(2, 30, 90 * gib), step(3, 15, 90 * gib), step(4, 20, 99 * gib)]
+    found = verdicts(whole, 0)
+    assert [found[f"step {number}"][0] for number in (1, 2, 3, 4)] == ["", "", "met", "NOT MET"]
+    assert found["steps of the race"] == ("met", False)
+    assert found["predicted peak memory"] == ("met", False)  # 70 % of what there is
+    assert found["peak memory"] == ("NOT MET", False)  # 97.7 GiB were predicted
+    # Cut off, the steps that were done count; a run that fails is wrong, and so is one that trains on other numbers.
+    found = verdicts(whole[:2], None)
+    assert found["steps of the race"] == ("NOT MET", False) and found["step 2"][0] == "NOT MET"
+    assert verdicts(whole[:2], 1)["steps of the race"] == ("NOT MET", True)
+    assert verdicts([], 1)["steps of the race"] == ("NOT MET", True)
+    off = [*whole[:3], step(4, 20, gib, mismatch=0.4)]
+    assert verdicts(off, 0)["log-probabilities of rollout and training"] == ("NOT MET", True)
+
+
+def test_the_share_of_the_peak_counts_what_an_update_cannot_save(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hardware, "peak_flop", lambda: 989e12)
+    record = step(1, 31.1 / 0.6, 1.0)
+    lines = {line.check: line for line in judge(LARGE_RACE, [record], PLANNED, None)}
+    # 6 operations for each weight of the layers and token, of the head and response token, and attention's.
+    flop = 6 * (1.409e9 * (32 * 116 + 256 * 1021) + 311e6 * 256 * 1021) + 3 * 3.75e13
+    share = float(lines["step 1, MFU of the update"].figure.removesuffix("%")) / 100
+    assert share == pytest.approx(flop / 31.1 / 989e12, rel=0.01)
+
+
+def test_an_error_that_ends_the_process_is_wrong(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    python = work / "python"
+    python.write_text("#!/bin/sh\nkill -SEGV $$\n")
+    python.chmod(0o755)
+    monkeypatch.setenv("PYTHON_EXEC", str(python))
+    assert error_paths.main(work, "cuda") == 1
+    assert {(line.figure, line.wrong) for line in Notes(work).lines()} == {("ended by signal 11: no output", True)}
 
 
 @pytest.fixture

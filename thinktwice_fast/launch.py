@@ -1,4 +1,4 @@
-"""What torchrun tells each process through its environment; needs no torch."""
+"""What a process is told through its environment, by torchrun and for torch; needs no torch."""
 
 import os
 
@@ -21,3 +21,13 @@ def env_local_world_size() -> int:
 def env_world_size() -> int:
     """How many processes torchrun started; 1 without torchrun."""
     return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def grow_segments() -> None:
+    """Have torch's GPU allocator map memory into segments that grow, unless the user has told it something.
+
+    A gap between tensors is then of use to any other; segments of fixed sizes would keep it to tensors of theirs. Torch
+    reads this when it is imported.
+    """
+    if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
+        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"

@@ -21,11 +21,11 @@ def main() -> int:
 
             check_files(config)
             check_config(config, launch.env_world_size())
-            check_output(config, write=not dry_run)
-            if dry_run:
+            check_output(config, write=dry_run is None)
+            if dry_run is not None:
                 from thinktwice_fast.run.plan import print_plan
 
-                print_plan(config)
+                print_plan(config, dry_run)
                 return 0
             from thinktwice_fast.run.loop import run
 
@@ -40,4 +40,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    from thinktwice_fast.launch import grow_segments
+
+    grow_segments()
     sys.exit(main())

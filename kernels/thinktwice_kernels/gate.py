@@ -64,7 +64,7 @@ def _swiglu(
         return swiglu_in_triton(gate_up)
     if native.computes(gate_up):
         rows = gate_up.reshape(-1, gate_up.shape[-1]).contiguous()
-        return native.layer_ops().swiglu(rows).view(*gate_up.shape[:-1], -1)
+        return native.layer_ops().swiglu(rows).view(*gate_up.shape[:-1], gate_up.shape[-1] // 2)
     return swiglu_reference(gate_up)
 
 

@@ -178,7 +178,7 @@ def norm_gradients_in_torch(
     of_h = (scaled - normed * (scaled * normed).mean(-1, keepdim=True)) * scale
     if d_h is not None:
         of_h += d_h
-    of_weight = (flow * normed).flatten(0, -2).sum(0) if want_weight else weight.new_empty(0)
+    of_weight = (flow * normed).reshape(-1, len(weight)).sum(0) if want_weight else weight.new_empty(0)
     return of_h.to(h.dtype).contiguous(), of_weight.to(weight.dtype)
 
 

@@ -16,6 +16,7 @@ from thinktwice_fast.algorithms.groups import Base, Group
 from thinktwice_fast.algorithms.step import Step
 from thinktwice_fast.algorithms.thinktwice import ThinkTwice
 from thinktwice_fast.config import UpdateOptions
+from thinktwice_fast.model.agreement import as_transformers
 from thinktwice_fast.rollout.engine import Engine
 from thinktwice_fast.rollout.records import Rollout
 from thinktwice_fast.update.batches import pack
@@ -176,11 +177,10 @@ def test_with_a_real_model_the_weights_move_between_base_and_refinement() -> Non
 
     def mismatch(model: Any, step: Step) -> float:
         """Largest difference of a log-probability under ``model`` from the engine's."""
-        model.config._attn_implementation = "sdpa"
         rollouts = [rollout for group in step.groups for rollout in group.rollouts]
         noted = torch.tensor([logp for rollout in rollouts for logp in rollout.logps])
         with torch.no_grad():
-            return float((padded_logps(model, rollouts) - noted).abs().max())
+            return float((padded_logps(as_transformers(model, "sdpa"), rollouts) - noted).abs().max())
 
     assert mismatch(first, solve) < 1e-4
     assert mismatch(second, refine) < 1e-4

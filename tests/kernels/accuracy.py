@@ -3,7 +3,8 @@
 Letters: T tokens, V vocabulary.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -47,6 +48,17 @@ def assert_accurate(
             continue
         limit = FP32_ERROR if plain is None else max(FP32_ERROR, 2 * error(plain[name], value))
         assert error(got[name], value) <= limit, name
+
+
+@contextmanager
+def poisoned_memory(device: torch.device) -> Iterator[None]:
+    """torch.empty and its kin give NaN, so that a kernel that leaves out an element shows."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        assert torch.empty(5, device=device).isnan().all()
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def moved_to(

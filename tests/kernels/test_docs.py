@@ -31,8 +31,8 @@ def run(title: str, folder: Path, *launcher: str) -> str:
     return done.stdout
 
 
-def test_there_are_five() -> None:
-    assert len(PROGRAMS) == DOCS.count("```python") == 5
+def test_there_are_six() -> None:
+    assert len(PROGRAMS) == DOCS.count("```python") == 6
 
 
 @pytest.mark.parametrize(
@@ -41,6 +41,7 @@ def test_there_are_five() -> None:
         ("A plain torch loop", "'tokens_skipped': 36.0"),
         ("In a TRL trainer", "'train_loss':"),
         ("In a trainer of verl's shape", "."),
+        ("A decoder layer", "gradient of the keys' norm tensor("),
         ("Guided tokens (ThinkTuning)", "tensor(["),
     ],
 )

@@ -22,6 +22,7 @@ from tests.kernels.accuracy import (
     gradients,
     moved_to,
     normal,
+    poisoned_memory,
     with_leaves,
 )
 from tests.kernels.batches import make_batch
@@ -50,12 +51,9 @@ on_device = partial(moved_to, DEVICE)
 
 
 @pytest.fixture(autouse=True)
-def poisoned_memory() -> Iterator[None]:
-    """torch.empty and its kin give NaN, so that a kernel that leaves out an element shows."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    assert torch.empty(5, device=DEVICE).isnan().all()
-    yield
-    torch.use_deterministic_algorithms(False)
+def poisoned() -> Iterator[None]:
+    with poisoned_memory(DEVICE):
+        yield
 
 
 def head(tokens: int, vocabulary: int, dtype: torch.dtype, **wanted: bool) -> dict[str, Any]:

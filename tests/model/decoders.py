@@ -1,4 +1,4 @@
-"""Small random models of every architecture that the C++ decoder knows, and how they are fed."""
+"""Small random models of every architecture that the trainer's own decoder knows, and how the C++ one is fed."""
 
 import copy
 from collections.abc import Iterator
@@ -17,9 +17,11 @@ from transformers import (
     Qwen2Config,
 )
 
-from tests.small_models import FAMILIES, family_config
+from tests.small_models import FAMILIES, family_config, own
 from thinktwice_fast.model.decoder import Decoder
 from thinktwice_fast.model.paged import PagedKVCache
+from thinktwice_fast.model.policy import attention_heads
+from thinktwice_fast.model.transformer import Transformer
 
 # No width is a multiple of a vector.
 _ODD: dict[str, Any] = {
@@ -67,11 +69,15 @@ def made(name: str, attention: str = "sdpa", **changes: Any) -> Any:
     return model
 
 
-def paged(model: Any, blocks: int) -> PagedKVCache:
+def ours(name: str, **changes: Any) -> Transformer:
+    """``made`` as the trainer runs it."""
+    return own(made(name, **changes))
+
+
+def paged(model: Transformer, blocks: int) -> PagedKVCache:
     """A cache of blocks of 16 tokens for the model, its memory full of NaN."""
-    config = model.config
-    dim = model.base_model.layers[0].self_attn.head_dim
-    cache = PagedKVCache(config.num_hidden_layers, blocks, config.num_key_value_heads, dim, dtype=model.dtype)
+    _, kv_heads, dim = attention_heads(model)
+    cache = PagedKVCache(len(model.layers), blocks, kv_heads, dim, dtype=model.dtype)
     cache.k_cache.fill_(torch.nan)
     cache.v_cache.fill_(torch.nan)
     return cache

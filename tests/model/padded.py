@@ -8,9 +8,11 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from thinktwice_fast.model.attention import Attention
+
 
 @dataclass(frozen=True)
-class PaddedAttention:
+class PaddedAttention(Attention):
     """Causal attention of each sequence over itself; differentiable.
 
     Rows are padded to [S, L] for the attention alone: padding sits at the end of a row, where causality

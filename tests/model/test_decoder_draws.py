@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.model.decoders import feed, made, paged, prompts, threads
+from tests.model.decoders import feed, ours, paged, prompts, threads
 from thinktwice_fast.model import csrc
 from thinktwice_fast.model.decoder import Decoded, Decoder
 from thinktwice_fast.model.paged import PagedKVCache
@@ -77,7 +77,7 @@ def drawn_step_by_step(given: Prefilled, steps: int) -> csrc.Sampled:  # each [N
 )
 def test_draws_are_those_of_single_steps(name: str, dtype: torch.dtype, cores: int) -> None:
     """Bit for bit: the same passes and the same sampler, which sees the logits before they are copied anywhere."""
-    model = made(name).to(dtype)
+    model = ours(name).to(dtype)
     lengths = [3, 15, 64, 70, 130]
     expected = drawn_step_by_step(prefilled(model, lengths, samples=4), STEPS)
     with threads(cores):
@@ -88,7 +88,7 @@ def test_draws_are_those_of_single_steps(name: str, dtype: torch.dtype, cores: i
 
 
 def test_calls_go_on_where_the_last_one_ended() -> None:
-    model = made("olmo3")
+    model = ours("olmo3")
     whole = prefilled(model, [20, 70], samples=3).draw()
     parts = prefilled(model, [20, 70], samples=3)
     start, tokens = 0, parts.tokens
@@ -101,7 +101,7 @@ def test_calls_go_on_where_the_last_one_ended() -> None:
 
 
 def test_a_sequence_ends_at_a_stop_token_or_its_limit_and_the_others_go_on() -> None:
-    model = made("qwen3")
+    model = ours("qwen3")
     free = prefilled(model, [5, 20], samples=4)
     whole = free.draw()
     stops = [int(whole.tokens[0, 4]), int(whole.tokens[5, 7])]
@@ -122,7 +122,7 @@ def test_a_sequence_ends_at_a_stop_token_or_its_limit_and_the_others_go_on() -> 
 
 @pytest.mark.parametrize(("enough", "drawn"), [(0, 0), (1, 2), (2, 4), (3, 4), (4, 9), (5, 12)])
 def test_all_stop_once_enough_have_ended(enough: int, drawn: int) -> None:
-    given = prefilled(made("llama"), [9] * 5)
+    given = prefilled(ours("llama"), [9] * 5)
     limits = [4, 2, 50, 4, 9]
     got = given.draw(left=torch.tensor(limits), enough_ended=enough)
     assert got.counts.tolist() == [min(limit, drawn) for limit in limits]
@@ -130,8 +130,8 @@ def test_all_stop_once_enough_have_ended(enough: int, drawn: int) -> None:
 
 def test_missing_blocks_end_the_call_with_what_was_drawn() -> None:
     """Four sequences of 12 tokens have room for 4 more in their blocks; then each needs one, and three are free."""
-    whole = prefilled(made("qwen3"), [12] * 4).draw()
-    given = prefilled(made("qwen3"), [12] * 4, blocks=7)
+    whole = prefilled(ours("qwen3"), [12] * 4).draw()
+    given = prefilled(ours("qwen3"), [12] * 4, blocks=7)
     got = given.draw()
     assert got.counts.tolist() == [4] * 4 and torch.equal(got.tokens[:, :4], whole.tokens[:, :4])
     assert given.lengths() == [16] * 4 and given.cache.free_blocks == 3
@@ -144,7 +144,7 @@ def test_missing_blocks_end_the_call_with_what_was_drawn() -> None:
 
 
 def test_a_sequence_of_another_version_is_refused() -> None:
-    given = prefilled(made("qwen3"), [9, 5])
+    given = prefilled(ours("qwen3"), [9, 5])
     given.cache.policy_version = 3
     with pytest.raises(RuntimeError, match="was written by policy version 0 and cannot be extended under version 3"):
         given.draw()
@@ -153,14 +153,14 @@ def test_a_sequence_of_another_version_is_refused() -> None:
 
 def test_logits_that_are_no_numbers_give_minus_one() -> None:
     """Only to their own sequence; the call ends with that step."""
-    model = made("olmo3")
+    model = ours("olmo3")
     given = prefilled(model, [9, 5, 7])
     broken = prefilled(model, [9, 5, 7])
     whole = given.draw().tokens
     third = whole[0, 2]
     assert third not in whole[1:, :3] and third not in whole[0, :2] and third not in given.tokens
     with torch.no_grad():
-        model.base_model.embed_tokens.weight[third] = torch.nan
+        model.embed_tokens.weight[third] = torch.nan
     got = broken.draw()
     assert got.counts.tolist() == [4] * 3
     whole[0, 3] = -1
@@ -168,7 +168,7 @@ def test_logits_that_are_no_numbers_give_minus_one() -> None:
 
 
 def test_wrong_arguments() -> None:
-    given = prefilled(made("llama"), [9, 5])
+    given = prefilled(ours("llama"), [9, 5])
     bad: list[tuple[dict[str, Any], str]] = [
         ({"left": torch.tensor([1, 0])}, "sequence 1 has no token left to draw"),
         ({"steps": 0}, "steps must be at least 1"),
@@ -176,14 +176,14 @@ def test_wrong_arguments() -> None:
         ({"tokens": torch.tensor([0])}, "decoder_decode: tokens has 1 entries, expected 2"),
         ({"positions": torch.tensor([0, 1], dtype=torch.int32)}, "positions must be a contiguous Long vector"),
         ({"stop_ids": torch.tensor([1.0])}, "stop_ids must be a contiguous Long vector"),
-        ({"cache": paged(made("mistral"), 4)}, r"contiguous CPU tensors \[3, blocks, 2, block_size, 16\] of one type"),
+        ({"cache": paged(ours("mistral"), 4)}, r"contiguous CPU tensors \[3, blocks, 2, block_size, 16\] of one type"),
     ]
     for change, message in bad:
         with pytest.raises(RuntimeError, match=message):
             changed = given._replace(cache=change.pop("cache", given.cache))
             changed.draw(**change)
         assert given.lengths() == [9, 5]
-    short = given._replace(decoder=Decoder(made("llama"), 10))
+    short = given._replace(decoder=Decoder(ours("llama"), 10))
     with pytest.raises(RuntimeError, match="position 10 of row 0 lies outside the 10 that the rotary tables hold"):
         short.draw()
     given.cache.release(given.handles[1:])

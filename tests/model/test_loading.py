@@ -11,14 +11,17 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma2Config, GptOssConfig, PreTrainedConfig
+from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP
 
 from tests.model.padded import PaddedAttention
-from tests.small_models import CHATML, FAMILIES, VOCABULARY, bpe_tokenizer, random_model, write_model
+from tests.small_models import CHATML, FAMILIES, VOCABULARY, bpe_tokenizer, own_model, random_model, write_model
 from thinktwice_fast.config import ModelOptions
 from thinktwice_fast.errors import UserError
+from thinktwice_fast.model import weights as weights_module
 from thinktwice_fast.model.loading import load_model, model_folder, pick_device, pick_dtype, save_model
 from thinktwice_fast.model.policy import Policy, linear_head
 from thinktwice_fast.model.sharding import cast_parameters, full_state, load_full_state, pair_models
+from thinktwice_fast.model.transformer import Transformer
 
 CPU = torch.device("cpu")
 
@@ -175,10 +178,55 @@ def test_attention_sinks_are_refused(tmp_path: Path) -> None:
     refuse(write_config(config, tmp_path), "GptOssAttention asks its attention for s_aux", random_init=True)
 
 
+def test_sharded_weights_are_read_as_they_are(tmp_path: Path) -> None:
+    """Also without the head of a decoder that was saved alone, and next to another copy."""
+    model = random_model("llama")
+    write_model(tmp_path, "llama")
+    (tmp_path / "model.safetensors").unlink()
+    model.base_model.save_pretrained(tmp_path / "alone", max_shard_size="100KB")
+    for path in (tmp_path / "alone").glob("model*"):
+        path.rename(tmp_path / path.name)
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 2
+    save_file({"other": torch.ones(1)}, tmp_path / "consolidated.safetensors")
+    found = load(tmp_path).model
+    assert isinstance(found, Transformer)
+    for name, value in found.split(found.state_dict()):
+        assert torch.equal(value, model.state_dict()[name])
+
+
+def test_large_weights_are_written_in_shards(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(weights_module, "_SHARD", "100KB")
+    loaded = load(folder)
+    state = dict(loaded.model.split(loaded.model.state_dict()))
+    for _ in range(2):  # the second time over the first's files
+        save_model(loaded.model, state, loaded.tokenizer, tmp_path / "out", torch.float32)
+        assert len(list((tmp_path / "out").glob("model-*.safetensors"))) > 2
+        back = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+        assert all(torch.equal(value, state[name]) for name, value in back.named_parameters())
+
+
+@pytest.mark.parametrize("kind", ["transformers disagrees", "unknown", "pytorch files"])
+def test_transformers_modules_run_where_the_own_decoder_can_not(
+    kind: str, folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    if kind == "transformers disagrees":
+        own = Qwen3MLP.forward
+        monkeypatch.setattr(Qwen3MLP, "forward", lambda self, x: 1.1 * own(self, x))
+    elif kind == "unknown":
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | {"hidden_act": "gelu"}))
+    else:
+        torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+        (folder / "model.safetensors").unlink()
+    assert not isinstance(load(folder).model, Transformer)
+    says = ["the trainer's own decoder does not reproduce qwen3: transformers' modules run instead"]
+    assert [record.getMessage() for record in caplog.records] == (says if kind == "transformers disagrees" else [])
+
+
 def test_random_weights_come_from_the_seed(folder: Path) -> None:
-    def head(seed: int) -> torch.Tensor:
+    def head(seed: int) -> Any:
         options = ModelOptions(path=str(folder), random_init=True)
-        return load_model(options, seed, CPU).model.get_output_embeddings().weight
+        return load_model(options, seed, CPU).model.head
 
     assert torch.equal(head(1), head(1))
     assert not torch.equal(head(1), head(2))
@@ -188,16 +236,18 @@ def test_random_weights_come_from_the_seed(folder: Path) -> None:
 def test_activation_checkpointing_computes_each_layer_again(folder: Path, checkpointing: bool) -> None:
     model = load(folder, activation_checkpointing=checkpointing).model
     calls: list[nn.Module] = []
-    for layer in model.base_model.layers:
+    for layer in model.layers:
         layer.mlp.register_forward_pre_hook(lambda module, *_: calls.append(module))
     ids = torch.arange(9)
     logits = Policy(model)(ids, ids, PaddedAttention.from_lengths([9], CPU), ids, linear_head)
     logits.square().sum().backward()
-    assert len(calls) == (2 if checkpointing else 1) * len(model.base_model.layers)
+    assert len(calls) == (2 if checkpointing else 1) * len(model.layers)
     plain = random_model("qwen3")
     plain(input_ids=ids[None], use_cache=False).logits.square().sum().backward()
-    for got, expected in zip(model.parameters(), plain.parameters(), strict=True):
-        torch.testing.assert_close(got.grad, expected.grad, rtol=1e-3, atol=1e-5 * float(expected.grad.abs().max()))
+    found = dict(model.split({name: parameter.grad for name, parameter in model.named_parameters()}))
+    for name, parameter in plain.named_parameters():
+        scale = float(parameter.grad.abs().max())
+        torch.testing.assert_close(found[name], parameter.grad, rtol=1e-3, atol=1e-5 * scale)
 
 
 def test_a_copy_of_a_checkpointed_model_has_its_own_layers(folder: Path) -> None:
@@ -211,7 +261,7 @@ def test_a_copy_of_a_checkpointed_model_has_its_own_layers(folder: Path) -> None
             return Policy(of)(ids, ids, PaddedAttention.from_lengths([9], CPU), ids, linear_head)
 
     before = logits(model)
-    for layer in copied.base_model.layers:
+    for layer in copied.layers:
         layer.mlp.down_proj.weight.data.zero_()
     assert torch.equal(logits(model), before)
     assert not torch.equal(logits(copied), before)
@@ -280,9 +330,10 @@ def test_saving_in_bfloat16(tmp_path: Path) -> None:
     models = pair_models(loaded.model, torch.float32)
     save_model(models.masters.model, full_state(models.masters), loaded.tokenizer, tmp_path / "out", torch.bfloat16)
     back = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
-    for value, trained in zip(back.parameters(), models.masters.parameters(), strict=True):
-        assert trained.dtype == torch.float32
-        assert torch.equal(value, trained.to(torch.bfloat16))
+    trained = full_state(models.masters)
+    for name, value in back.named_parameters():
+        assert trained[name].dtype == torch.float32
+        assert torch.equal(value, trained[name].to(torch.bfloat16))
 
 
 @pytest.mark.usefixtures("one_process")
@@ -293,13 +344,12 @@ def test_full_state_comes_back(tmp_path: Path) -> None:
         for parameter in models.masters.parameters():
             parameter.zero_()
     load_full_state(models.masters, state)
-    for value, original in zip(models.masters.parameters(), random_model("qwen3").parameters(), strict=True):
-        assert torch.equal(value, original)
+    for name, value in random_model("qwen3").named_parameters():
+        assert torch.equal(full_state(models.masters)[name], value)
 
 
 def test_rotary_frequencies_stay_float32() -> None:
-    model = cast_parameters(random_model("llama"), torch.bfloat16)
-    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
-    buffers = dict(model.named_buffers())
-    assert any("inv_freq" in name for name in buffers)
-    assert all(buffer.dtype == torch.float32 for buffer in buffers.values())
+    for model in (cast_parameters(own_model("llama"), torch.bfloat16), own_model("llama").to(torch.bfloat16)):
+        assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+        (frequencies,) = model.buffers()
+        assert torch.equal(frequencies, own_model("llama").rotary["every"].inv_freq)

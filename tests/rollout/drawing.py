@@ -5,9 +5,8 @@ from typing import Any
 
 import torch
 
-from tests.small_models import VOCABULARY, random_model
+from tests.small_models import VOCABULARY, own_model
 from thinktwice_fast.config import RolloutOptions
-from thinktwice_fast.model.attention import NAME
 from thinktwice_fast.rollout.engine import Engine
 from thinktwice_fast.rollout.records import Request, Rollout, Sampling
 
@@ -32,7 +31,7 @@ def requests(samples: int, sampling: Sampling | None = None) -> list[Request]:
 
 
 def make(family: str = "qwen3", stop_ids: Iterable[int] = (), **options: Any) -> Engine:
-    return Engine(random_model(family, NAME), frozenset(stop_ids), RolloutOptions(**options), LONGEST)
+    return Engine(own_model(family), frozenset(stop_ids), RolloutOptions(**options), LONGEST)
 
 
 def draw(engine: Engine, asked: list[Request], seed: int = 0) -> dict[int, Rollout]:

@@ -20,11 +20,10 @@ from tests.rollout.drawing import (
     response_logits,
     tokens,
 )
-from tests.small_models import FAMILIES, random_model
+from tests.small_models import FAMILIES, own, own_model, random_model
 from thinktwice_fast.config import RolloutOptions
 from thinktwice_fast.errors import UserError
 from thinktwice_fast.model import csrc, reference
-from thinktwice_fast.model.attention import NAME
 from thinktwice_fast.rollout import engine as engine_module
 from thinktwice_fast.rollout import generation as generation_module
 from thinktwice_fast.rollout.engine import Engine
@@ -77,7 +76,7 @@ def _logps_and_entropies(logits: torch.Tensor, rollout: Rollout) -> tuple[torch.
 
 
 def test_bfloat16_weights_and_cache() -> None:
-    model = random_model("llama", NAME).bfloat16()
+    model = own_model("llama").bfloat16()
     engine = Engine(model, frozenset(), RolloutOptions(), 40 + RESPONSE)
     assert engine.cache.k_cache.dtype == torch.bfloat16
     got = draw(engine, requests(2))
@@ -96,7 +95,7 @@ def test_logits_of_bfloat16_weights_are_sampled_unrounded(monkeypatch: pytest.Mo
         return csrc.sample(logits, *columns, **keys)
 
     monkeypatch.setattr(generation_module, "sample", spy)
-    engine = Engine(random_model("llama", NAME).bfloat16(), frozenset(), RolloutOptions(), 40 + RESPONSE)
+    engine = Engine(own_model("llama").bfloat16(), frozenset(), RolloutOptions(), 40 + RESPONSE)
     draw(engine, requests(1))
     assert {logits.dtype for logits in seen} == {torch.float32}
     assert not torch.equal(seen[0], seen[0].bfloat16().float())
@@ -254,27 +253,45 @@ def test_the_cache_is_as_large_as_the_options_say() -> None:
     assert make("qwen3").cache.k_cache.shape[-1] == 32
 
 
-TOKEN_BYTES = 1000  # of the cache, in the tests below: 16000 a block
+def test_the_cache_is_as_large_as_what_is_needed() -> None:
+    model = own_model("qwen3")
+
+    def blocks(needed: int, **options: Any) -> int:
+        return Engine(model, frozenset(), RolloutOptions(**options), LONGEST, needed).cache.num_blocks
+
+    assert blocks(100) == 100
+    assert blocks(3) == LONGEST // 16  # one sequence fits in any case
+    assert blocks(100, cache_tokens=LONGEST + 1) == LONGEST // 16 + 1
 
 
-def gpu_blocks(monkeypatch: pytest.MonkeyPatch, free: int, reserve: int = 0, **options: Any) -> int:
-    """Blocks of a cache on a GPU with ``free`` bytes once the allocator's own are given back; sequences take 5."""
+BLOCK_BYTES = 16_000  # of the cache, in the tests below
+
+
+def gpu_blocks(
+    monkeypatch: pytest.MonkeyPatch, free: int, reserve: int = 0, needed: int | None = None, **options: Any
+) -> int:
+    """Blocks of a cache on a GPU with ``free`` bytes once the allocator's own are given back; sequences take 5.
+
+    One block more is there for nobody.
+    """
     returned: list[bool] = []
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: returned.append(True))
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free if returned else 0, 10 * free))
     gpu = torch.device("cuda", 0)
-    return engine_module._cache_blocks(RolloutOptions(**options), 40 + RESPONSE, TOKEN_BYTES, gpu, reserve)
+    return engine_module._blocks(RolloutOptions(**options), 40 + RESPONSE, needed, BLOCK_BYTES, gpu, reserve)
 
 
-def test_on_a_gpu_the_cache_takes_its_share_of_what_training_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert gpu_blocks(monkeypatch, 10_000_000) == 6_000_000 // 16_000
-    assert gpu_blocks(monkeypatch, 10_000_000, reserve=4_000_000) == 3_600_000 // 16_000
+def test_on_a_gpu_the_cache_takes_what_it_needs_of_what_others_leave(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert gpu_blocks(monkeypatch, 10_000_000) == 9_984_000 // BLOCK_BYTES
+    assert gpu_blocks(monkeypatch, 10_000_000, reserve=4_000_000) == 5_984_000 // BLOCK_BYTES
     assert gpu_blocks(monkeypatch, 10_000_000, max_sequences=7) == 7 * 5
+    assert gpu_blocks(monkeypatch, 10_000_000, needed=99, max_sequences=7) == 99
+    assert gpu_blocks(monkeypatch, 10_000_000, needed=4) == 5
     assert gpu_blocks(monkeypatch, 10_000, reserve=20_000, cache_tokens=33) == 3
-    assert gpu_blocks(monkeypatch, 140_000) == 5
+    assert gpu_blocks(monkeypatch, 6 * BLOCK_BYTES) == 5
 
 
-@pytest.mark.parametrize(("free", "reserve"), [(2 << 30, 3 << 30), (130_000, 0)])
+@pytest.mark.parametrize(("free", "reserve"), [(2 << 30, 3 << 30), (95_999, 0)])
 def test_a_gpu_without_room_for_one_sequence_is_an_error(
     monkeypatch: pytest.MonkeyPatch, free: int, reserve: int
 ) -> None:
@@ -283,8 +300,8 @@ def test_a_gpu_without_room_for_one_sequence_is_an_error(
     missing, rest = str(caught.value).split(
         " GiB of GPU memory are missing for a KV cache of one sequence of 80 tokens "
     )
-    assert float(missing) == pytest.approx((80_000 / 0.6 - (free - reserve)) / 2**30, abs=0.006)
-    assert f"(training will take {reserve / 2**30:.2f} GiB more): lower --rollout.max_response_tokens" in rest
+    assert float(missing) == pytest.approx((6 * BLOCK_BYTES - (free - reserve)) / 2**30, abs=0.006)
+    assert f"(the rest of the run will take {reserve / 2**30:.2f} GiB more): lower --rollout.max_resp" in rest
 
 
 def test_preemptions_are_counted_over_calls_also_those_closed_early() -> None:
@@ -305,10 +322,10 @@ def test_changed_weights_are_sampled_from_at_once(decoder: str) -> None:
     before = tokens({r.sample_id: r for r in engine.generate(requests(2), seed=0, version=0)})
     other = random_model("qwen3", "sdpa", seed=9)
     with torch.no_grad():
-        for mine, new in zip(engine.model.parameters(), other.parameters(), strict=True):
+        for mine, new in zip(engine.model.parameters(), own(other).parameters(), strict=True):
             mine.copy_(new)
     after = tokens({r.sample_id: r for r in engine.generate(requests(2), seed=0, version=1)})
-    fresh = Engine(random_model("qwen3", NAME, seed=9), frozenset(), RolloutOptions(), 40 + RESPONSE)
+    fresh = Engine(own_model("qwen3", seed=9), frozenset(), RolloutOptions(), 40 + RESPONSE)
     assert after != before
     assert after == tokens(draw(fresh, requests(2)))
 

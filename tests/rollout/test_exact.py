@@ -4,15 +4,16 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig
+from torch.nn.functional import linear
+from transformers import LlamaConfig
 
 from tests.rollout.drawing import LONGEST, draw, make, requests, tokens
-from tests.small_models import FAMILIES, VOCABULARY, random_model
+from tests.small_models import FAMILIES, VOCABULARY, own_model
 from thinktwice_fast.config import RolloutOptions
 from thinktwice_fast.errors import UserError
-from thinktwice_fast.model.attention import NAME
-from thinktwice_fast.model.exact import ExactLinear, ExactSiLU, exact_logprobs
 from thinktwice_fast.model.policy import Policy
+from thinktwice_fast.model.products import PackedProducts, exact_logprobs, exact_product
+from thinktwice_fast.model.transformer import Transformer
 from thinktwice_fast.rollout.engine import Engine
 from thinktwice_fast.rollout.records import Rollout, Sampling
 from thinktwice_fast.update.batches import pack, pack_shared
@@ -28,7 +29,8 @@ def trained(model: Any, rollouts: list[Rollout], layout: Any, temperature: float
     def head(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         return exact_logprobs(hidden, weight, bias, row.targets, temperature)
 
-    found: torch.Tensor = Policy(model)(row.input_ids, row.position_ids, row.attention, row.select, head)
+    arguments = (row.input_ids, row.position_ids, row.attention, row.select)
+    found: torch.Tensor = Policy(model)(*arguments, head, exact_product)
     return found.tolist()
 
 
@@ -50,13 +52,13 @@ def test_rollouts_and_training_agree_bit_for_bit(family: str, threads: int) -> N
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_they_agree_where_vectors_do_not_divide_the_sizes(threads: int) -> None:
-    """Torch's own SiLU rounds the last elements of each thread's share in another way."""
+    """Torch's own SiLU, for one, rounds the last elements of each thread's share in another way."""
     config = LlamaConfig(
         vocab_size=VOCABULARY, hidden_size=40, intermediate_size=50, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, head_dim=10,
     )  # fmt: skip
-    torch.manual_seed(0)
-    model: Any = AutoModelForCausalLM.from_config(config, attn_implementation=NAME)
+    model = Transformer(config)
+    model.init_weights(0)
     threads_before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -69,24 +71,11 @@ def test_they_agree_where_vectors_do_not_divide_the_sizes(threads: int) -> None:
         torch.set_num_threads(threads_before)
 
 
-def test_a_later_engine_takes_it_back() -> None:
-    model = random_model("qwen3", NAME)
+def test_it_leaves_nothing_in_the_model() -> None:
+    model = own_model("qwen3")
     Engine(model, frozenset(), RolloutOptions(exact=True), LONGEST)
-    assert any(isinstance(module, ExactLinear) for module in model.modules())
     later = Engine(model, frozenset(), RolloutOptions(), LONGEST)
-    assert not any(isinstance(module, ExactLinear | ExactSiLU) for module in model.modules())
     assert tokens(draw(later, requests(2))) == tokens(draw(make(), requests(2)))
-
-
-@pytest.mark.parametrize("shape", [(3, 50), (1, 7), (100, 333)])
-def test_silu_is_silu(shape: tuple[int, int]) -> None:
-    x = (10 * torch.randn(shape, generator=torch.Generator().manual_seed(0))).requires_grad_()
-    y = x.detach().clone().requires_grad_()
-    expected, found = torch.nn.functional.silu(x), ExactSiLU()(y)
-    expected.sum().backward()
-    found.sum().backward()
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(y.grad, x.grad, rtol=1e-4, atol=1e-6)
 
 
 def test_without_it_they_do_not() -> None:
@@ -110,7 +99,7 @@ def test_changed_weights_are_packed_anew() -> None:
     rollouts = list(draw(engine, requests(2)).values())
     noted = [logp for rollout in rollouts for logp in rollout.logps]
     assert trained(engine.model, rollouts, pack, 1.0) == noted
-    fresh = random_model("qwen3", NAME)
+    fresh = own_model("qwen3")
     with torch.no_grad():
         for weight in fresh.parameters():
             weight.mul_(1.1)
@@ -119,22 +108,18 @@ def test_changed_weights_are_packed_anew() -> None:
 
 
 @pytest.mark.parametrize("bias", [True, False])
-def test_gradients_are_those_of_the_plain_layer(bias: bool) -> None:
-    torch.manual_seed(0)
-    plain = torch.nn.Linear(37, 21, bias=bias)
-    exact = torch.nn.Linear(37, 21, bias=bias)
-    exact.load_state_dict(plain.state_dict())
-    exact.__class__ = ExactLinear
-    x, y = (torch.randn(2, 5, 37, generator=torch.Generator().manual_seed(1), requires_grad=True) for _ in range(2))
-    weights = torch.randn(2, 5, 21)
-    (plain(x) * weights).sum().backward()
-    (exact(y) * weights).sum().backward()
-    for expected, found in [
-        (x.grad, y.grad),
-        *((p.grad, q.grad) for p, q in zip(plain.parameters(), exact.parameters(), strict=True)),
-    ]:
-        assert expected is not None and found is not None
-        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+def test_gradients_are_those_of_the_plain_product(bias: bool) -> None:
+    found = []
+    for product in (linear, exact_product, PackedProducts()):
+        generator = torch.Generator().manual_seed(0)
+        shapes = [(10, 37), (21, 37), (21,)][: 3 if bias else 2]
+        x, weight, *rest = (torch.randn(shape, generator=generator).requires_grad_() for shape in shapes)
+        out = product(x, weight, rest[0] if rest else None)
+        (out * torch.linspace(-1, 1, out.numel()).view(out.shape)).sum().backward()
+        found.append([out.detach(), *(leaf.grad for leaf in (x, weight, *rest))])
+    for other in found[1:]:
+        for got, expected in zip(other, found[0], strict=True):
+            torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_log_probabilities_are_those_of_the_op() -> None:
@@ -146,7 +131,7 @@ def test_log_probabilities_are_those_of_the_op() -> None:
 
 
 def test_other_types_are_refused() -> None:
-    model = random_model("qwen3", NAME).to(torch.bfloat16)
+    model = own_model("qwen3").to(torch.bfloat16)
     with pytest.raises(
         UserError, match=r"--rollout\.exact needs float32 on the CPU, and this is torch\.bfloat16 on cpu"
     ):

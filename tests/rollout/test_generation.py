@@ -9,10 +9,9 @@ import pytest
 import torch
 
 from tests.rollout.drawing import DECODERS, LONGEST, RESPONSE, draw, make, prompts, requests, tokens
-from tests.small_models import random_model
+from tests.small_models import own, own_model, random_model
 from thinktwice_fast.config import RolloutOptions
 from thinktwice_fast.errors import UserError
-from thinktwice_fast.model.attention import NAME
 from thinktwice_fast.rollout.engine import Engine
 from thinktwice_fast.rollout.records import Request, Rollout, Sampling
 from thinktwice_fast.rollout.scheduler import _handle
@@ -138,7 +137,7 @@ def test_a_carried_rollout_goes_on_under_the_new_weights(decoder: str) -> None:
     assert len(tokens) == 8
     other = random_model("qwen3", "sdpa", seed=9)
     with torch.no_grad():
-        for mine, new in zip(engine.model.parameters(), other.parameters(), strict=True):
+        for mine, new in zip(engine.model.parameters(), own(other).parameters(), strict=True):
             mine.copy_(new)
     (rollout,) = engine.generate([replace(left, group=6)], seed=0, version=1)
     assert (rollout.response[:8], rollout.logps[:8], rollout.group) == (tokens, logps, 6)
@@ -195,7 +194,7 @@ def letters(ids: Sequence[int]) -> str:
 
 @pytest.mark.parametrize("decoder", ["auto", "modules"])
 def test_a_stop_string_ends_a_response_with_the_token_that_completes_it(decoder: Any) -> None:
-    model, asked = random_model("qwen3", NAME), requests(2)
+    model, asked = own_model("qwen3"), requests(2)
     engine = Engine(model, frozenset(), RolloutOptions(decoder=decoder), LONGEST, decode=letters)
     plain = draw(engine, asked)
     # Across the border of two tokens, at the 7th and 8th of the first sample.

@@ -13,11 +13,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from tests.small_models import FAMILIES, VOCABULARY, random_model
-from thinktwice_fast.model.attention import NAME, PagedAttention
-from thinktwice_fast.model.fused import fuse_attention
+from tests.small_models import FAMILIES, VOCABULARY, own_model
+from thinktwice_fast.model.attention import PagedAttention
 from thinktwice_fast.model.paged import PagedKVCache, Plan
-from thinktwice_fast.model.policy import Policy, linear_head
+from thinktwice_fast.model.policy import Policy, attention_heads, linear_head
 from thinktwice_fast.rollout.graphs import GraphRunner, Shape, block_buckets, group_room, row_buckets
 
 # They make the host wait for values, or bring values from it.
@@ -63,9 +62,8 @@ class Pair:
     """A captured and a plain way through one model, each with its own cache."""
 
     def __init__(self, family: str = "qwen3", max_sequences: int = 40, device: str = "cpu", capture: Any = None):
-        model = random_model(family, NAME).to(device).requires_grad_(False)
-        assert fuse_attention(model, 2 * MAX_TOKENS)
-        dim = model.model.layers[0].self_attn.head_dim
+        model = own_model(family).to(device).requires_grad_(False)
+        _, _, dim = attention_heads(model)
         self.caches = [PagedKVCache(3, 300, 2, dim, spare_blocks=spare, device=device) for spare in (1, 0)]
         for cache in self.caches:
             cache.k_cache.zero_()

@@ -126,12 +126,12 @@ MODEL_CASES = [
     ),
     Case(
         "fused decoder for an architecture that it does not know",
-        ("--rollout.decoder fused does not know Qwen3ForCausalLM in torch.float32 on cpu", "leave the option out"),
+        ("--rollout.decoder fused does not know qwen3 in torch.float32 on cpu", "leave the option out"),
         lambda folder: ["--rollout.decoder", "fused", "--model.path", gelu_model(folder)],
     ),
     Case(
         "LoRA on a layer that the model lacks",
-        ("--model.lora_targets ['query']", "Qwen3ForCausalLM has no linear layer 'query'", "down_proj, gate_proj"),
+        ("--model.lora_targets ['query']", "qwen3 has no linear layer 'query'", "down_proj, gate_proj"),
         options("--model.lora_rank", "4", "--model.lora_targets", "['query']"),
     ),
     Case(

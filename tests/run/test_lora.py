@@ -11,11 +11,10 @@ import torch
 from safetensors.torch import load_file
 
 from tests.command import train
-from tests.small_models import bpe_tokenizer, random_model
+from tests.small_models import bpe_tokenizer, own_model
 from tests.update.worlds import one_process
 from thinktwice_fast.config import Config, ModelOptions
 from thinktwice_fast.errors import UserError
-from thinktwice_fast.model.attention import NAME
 from thinktwice_fast.model.loading import model_folder
 from thinktwice_fast.model.lora import add_adapters
 from thinktwice_fast.model.sharding import pair_models
@@ -93,7 +92,7 @@ def test_only_the_layers_with_adapters_differ_from_the_model_trained_on(whole: P
 
 def made(family: str = "llama", options: ModelOptions | None = RANK_4, seed: int = 0) -> Updater:
     adapt = partial(add_adapters, options=options, seed=seed) if options is not None else None
-    models = pair_models(random_model(family, NAME, seed=seed), torch.float32, adapt)
+    models = pair_models(own_model(family, seed=seed), torch.float32, adapt)
     optimizer, schedule = build_optimizer(models.policy, Config().update, 5)
     return Updater(models, None, optimizer, schedule, Config())
 

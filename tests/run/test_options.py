@@ -21,7 +21,7 @@ from thinktwice_fast.run.checks import check_config, check_output
 from thinktwice_fast.run.options import from_yaml, parse_config, to_yaml
 from thinktwice_fast.update.objective import loss_arguments
 
-CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
 PAPER_CONFIGS = ("qwen3-4b", "olmo3-7b", "llama3.2-3b")
 # ThinkTwice, arXiv 2604.01591, hyperparameters of its runs.
 PAPER = {
@@ -100,7 +100,7 @@ def test_help_explains_every_option_with_its_default(name: str, default: Any, he
 
 
 def test_help_names_only_what_exists(help_text: str) -> None:
-    known = {name for name, _ in leaves()} | {"config", "dry-run", "help", "print_config"}
+    known = {name for name, _ in leaves()} | {"config", "dry-run", "dry-run-gpu", "help", "print_config"}
     sections = {field.name for field in fields(Config) if is_dataclass(field.default_factory)}
     named = {name.rstrip(".") for name in re.findall(r"--([a-z_.-]+)", help_text)}
     assert named - sections <= known
@@ -203,6 +203,8 @@ def test_the_tiny_configuration_is_the_default() -> None:
         '--eval.sets {"a":"mine.jsonl"} --eval.subset main',
         "--eval.sets {} --eval.limit 10",
         "--eval.sets {} --eval.every 10",
+        "--run.save false --resume auto",
+        "--run.save false --run.checkpoint_every 5",
         "--data.source mine.jsonl --eval.limit 10",  # a file holds nothing back, so there are no sets
     ],
 )

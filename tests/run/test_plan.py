@@ -9,18 +9,19 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, GPT2Config, Qwen3Config
 
-from tests.command import train
-from tests.run.refusals import SMALL, refused
-from tests.small_models import FAMILIES, bpe_tokenizer, family_config, random_model
+from tests.command import ROOT, train
+from tests.run.refusals import SMALL, jsonl, refused
+from tests.small_models import FAMILIES, bpe_tokenizer, family_config, own, own_model
 from thinktwice_fast import train as entry
 from thinktwice_fast.config import Config, ModelOptions
+from thinktwice_fast.errors import UserError
 from thinktwice_fast.model.attention import NAME, PrefixAttention
-from thinktwice_fast.model.elementwise import fuse_elementwise, fuses
 from thinktwice_fast.model.flops import Flops
 from thinktwice_fast.model.lora import add_adapters
 from thinktwice_fast.model.policy import Policy
 from thinktwice_fast.run.memory import Load, Shape, held_bytes, layer_bytes, predict
 from thinktwice_fast.run.metrics import read_metrics
+from thinktwice_fast.run.options import parse_command
 from thinktwice_fast.run.workload import phases
 
 MIB = 1 << 20
@@ -36,7 +37,7 @@ def write_shape(folder: Path, **shape: Any) -> Path:
     tokenizer = bpe_tokenizer()
     tokenizer.save_pretrained(folder)
     Qwen3Config(
-        **shape, head_dim=64, max_position_embeddings=2048, tie_word_embeddings=True,
+        **{"head_dim": 64, "max_position_embeddings": 2048} | shape, tie_word_embeddings=True,
         eos_token_id=tokenizer.eos_token_id, bos_token_id=None, architectures=["Qwen3ForCausalLM"],
     ).save_pretrained(folder)  # fmt: skip
     return folder
@@ -107,7 +108,7 @@ def test_the_plan_counts_what_a_step_does(dry_run: Command, model: Path, tmp_pat
     assert re.search(r"solve +per process 4 x 4 = 16 responses.*up to 48; 2 optimizer steps of 1 micro-batch ", text)
     assert table["master weights"] == (103, 103) and table["optimizer state"] == (207, 207)
     assert table["gradients"] == (0, 103) and table["packed weights"] == (103, 103)
-    assert text.splitlines()[-1].endswith("it fits")
+    assert re.search(r"it fits, with \d+% to spare$", text)
     assert not (tmp_path / "run").exists()
 
 
@@ -120,6 +121,82 @@ def test_a_large_model_is_planned_without_its_memory(dry_run: Command, tmp_path:
     text = dry_run(*STEP, "--model.path", large, "--output", tmp_path / "run").stdout
     assert held_bytes(torch.device("cpu")) - before < 500 * MIB
     assert parsed(text)["total"][1] > 60_000 and "IT DOES NOT FIT: lower --update.microbatch_tokens" in text
+
+
+RACE = ROOT / "configs" / "race" / "qwen3-1.7b-gsm8k.yaml"
+RACE_SHAPE = {
+    "vocab_size": 151936, "hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 28,
+    "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128, "max_position_embeddings": 40960,
+}  # fmt: skip
+
+
+def test_the_race_leaves_a_fifth_of_a_gpu(tmp_path: Path) -> None:
+    shape = write_shape(tmp_path / "shape", **RACE_SHAPE)
+    words = "Natalia sold clips to 48 of her friends in April, and then she sold half as many clips in May. "
+    # From the shortest on to some that leave no room for a base and the instruction: prompts as long as any may be.
+    rows = [{"question": f"{n}. {words * (n // 4)}How many?", "answer": f"She sold {n}.\n#### {n}"} for n in range(160)]
+    problems = jsonl(tmp_path, *rows)
+    arguments = ("--config", RACE, "--model.path", shape, "--model.random_init", "true", "--data.source", problems)
+    planned = train(
+        *arguments, "--data.subset", "null", "--output", tmp_path / "run", "--dry-run", "--dry-run-gpu", "141"
+    )
+    assert planned.returncode == 0, planned.stderr
+    text, table = planned.stdout, parsed(planned.stdout)
+    assert "1.72 billion parameters (1.72 billion trained), bfloat16 on cuda" in text
+    longest = re.search(r"refine +per process 32 x 8 = 256 responses, prompts of up to (\d+) tokens", text)
+    assert longest is not None and 1750 < int(longest[1]) <= 1792 and "dropped" in text
+    assert max(table["total"]) * MIB <= 0.8 * 141e9
+    spare = re.search(r"the GPU has 134,468 MiB: it fits, with (\d+)% to spare$", text)
+    assert spare is not None and int(spare[1]) >= 20
+    assert sum(update for name, (_, update) in table.items() if name != "total") == pytest.approx(
+        table["total"][1], abs=len(table)
+    )
+    assert {"libraries", "allocator", "KV cache", "activations", "loss head"} <= table.keys()
+    cache = re.search(r"KV cache +([\d,]+) tokens; those that are there together take up to ([\d,]+)$", text, re.M)
+    assert cache is not None and cache[1] == cache[2]
+    assert int(cache[1].replace(",", "")) * 114688 / MIB == pytest.approx(table["KV cache"][0], abs=3)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_pretended_gpu_of_little_memory_has_a_small_cache(dry_run: Command, model: Path, tmp_path: Path) -> None:
+    def plan(gigabytes: str, *more: str) -> str:
+        arguments: tuple[str | Path, ...] = (*STEP, "--model.path", model, "--output", tmp_path / "run", *more)
+        return dry_run(*arguments, "--dry-run-gpu", gigabytes).stdout
+
+    assert "it fits" in plan("4") and "will wait" not in plan("4")
+    table = {name: update for name, (_, update) in parsed(plan("4")).items()}
+    others = table["total"] - table["allocator"] - table["KV cache"]
+    small = plan(str((others + table["KV cache"] / 2) / 0.97 * MIB / 1e9))
+    assert "some will wait, or start over" in small and "it fits, with 0% to spare" in small
+    assert parsed(small)["KV cache"][1] == pytest.approx(table["KV cache"] / 2, abs=2)
+    assert "IT DOES NOT FIT" in plan("1")
+    assert parsed(plan("4", "--rollout.cache_tokens", "160000"))["KV cache"] == (938, 938)  # 6144 bytes a token
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("--dry-run-gpu", "0"), "--dry-run-gpu 0: must be above 0 and at most 1000000 (gigabytes)"),
+        (("--dry-run-gpu", "-3"), "--dry-run-gpu -3: must be above 0"),
+        (("--dry-run-gpu", ".nan"), "--dry-run-gpu nan: must be above 0"),
+        (("--dry-run-gpu", "1e300"), "--dry-run-gpu 1e+300: must be above 0"),
+        (("--dry-run-gpu", "large"), "dry_run_gpu"),
+        (("--dry-run-gpu", "80", "--model.device", "cpu"), "would be ignored with --model.device cpu"),
+        (("--dry-run-gpu", "80", "--rollout.exact", "true"), "--rollout.exact needs float32 on the CPU"),
+    ],
+)
+def test_a_pretended_gpu_that_can_not_be_is_refused(
+    dry_run: Command, arguments: tuple[str, ...], says: str, model: Path, tmp_path: Path
+) -> None:
+    refused(dry_run(*STEP, "--model.path", model, "--output", tmp_path / "run", *arguments), says)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_gpu_is_pretended_in_a_dry_run_alone(dry_run: Command, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="--dry-run-gpu would be ignored without --dry-run: give both, or none"):
+        parse_command(["--dry-run-gpu", "80"])
+    (tmp_path / "mine.yaml").write_text("dry_run_gpu: 80\n")
+    refused(dry_run("--config", tmp_path / "mine.yaml"), "give --dry-run-gpu on the command line")
 
 
 @pytest.mark.parametrize(
@@ -177,9 +254,9 @@ def saved_bytes(model: Any, tokens: int) -> int:
     return sum(tensor.untyped_storage().nbytes() for place, tensor in kept.items() if place not in own)
 
 
-@pytest.mark.parametrize(("dtype", "fused"), [(torch.float32, True), (torch.float32, False), (torch.bfloat16, False)])
+@pytest.mark.parametrize(("dtype", "ours"), [(torch.float32, True), (torch.float32, False), (torch.bfloat16, False)])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_layer_keeps_what_the_formula_says(family: str, dtype: torch.dtype, fused: bool) -> None:
+def test_a_layer_keeps_what_the_formula_says(family: str, dtype: torch.dtype, ours: bool) -> None:
     found, models = [], []
     for layers in (1, 2):
         config: Any = family_config(family)
@@ -187,27 +264,26 @@ def test_a_layer_keeps_what_the_formula_says(family: str, dtype: torch.dtype, fu
         if family != "llama":
             config.layer_types = ["full_attention"] * layers
         torch.manual_seed(0)
-        models.append(AutoModelForCausalLM.from_config(config, attn_implementation=NAME).eval().to(dtype))
-        assert fuses(models[-1])
-        if fused:
-            fuse_elementwise(models[-1])
+        theirs = AutoModelForCausalLM.from_config(config, attn_implementation=NAME).eval().to(dtype)
+        models.append(own(theirs) if ours else theirs)
         found.append(saved_bytes(models[-1], 200))
     # OLMo's norms keep their float32 output as well, 13 % of its layer in bfloat16.
-    assert layer_bytes(Shape.of(models[0], ModelOptions()), dtype, fused=fused) == pytest.approx(
+    assert layer_bytes(Shape.of(models[0], ModelOptions()), dtype, own=ours) == pytest.approx(
         (found[1] - found[0]) / 200, rel=0.15
     )
 
 
 def test_what_is_sharded_divides_and_what_is_copied_does_not() -> None:
-    model = AutoModelForCausalLM.from_config(family_config("qwen3"))
-    load, cpu = Load(8, 64, 64, 512, 256), torch.device("cpu")
+    model = own_model("qwen3")
+    load, cpu = Load(8, 4, 64, 512, 256), torch.device("cpu")
 
     def parts(world: int, dtype: torch.dtype, **loss: float) -> dict[str, int]:
         config = Config()
         config.model.lora_rank = int(loss.get("rank", 0))
         config.loss.beta = loss.get("beta", 0.0)
         config.model.activation_checkpointing = "checkpointing" in loss
-        return {part.name: part.update for part in predict(config, model, cpu, dtype, load, world, 0).parts}
+        predicted = predict(config, model, cpu, dtype, load, world, 0, 1 << 40)
+        return {"KV cache": predicted.cache_bytes} | {part.name: part.update for part in predicted.parts}
 
     one, four = parts(1, torch.bfloat16, beta=0.1), parts(4, torch.bfloat16, beta=0.1)
     for name in ("master weights", "gradients", "optimizer state", "reference weights"):
@@ -217,11 +293,12 @@ def test_what_is_sharded_divides_and_what_is_copied_does_not() -> None:
     whole = parts(1, torch.float32)
     assert "compute weights" not in whole and "reference weights" not in whole
     assert parts(1, torch.float32, checkpointing=1)["activations"] < whole["activations"]
-    adapters = random_model("qwen3")
+    adapters = own_model("qwen3")
     add_adapters(adapters, ModelOptions(lora_rank=8), 0)
     trained = sum(parameter.numel() for parameter in adapters.parameters() if parameter.requires_grad)
     assert parts(1, torch.float32, rank=8)["gradients"] == 4 * trained
-    assert parts(1, torch.float32, rank=8)["compute weights"] == 4 * model.num_parameters()
+    whole_model = sum(parameter.numel() for parameter in model.parameters())
+    assert parts(1, torch.float32, rank=8)["compute weights"] == 4 * whole_model
 
 
 def test_a_joint_pair_is_one_phase_of_both_prompts() -> None:
@@ -230,9 +307,13 @@ def test_a_joint_pair_is_one_phase_of_both_prompts() -> None:
     config.update.minibatch_sequences = 256
     (pair,) = phases(config, Flops(100, 10, {0: 1}), {"solve": 20, "refine": 90}, 1)
     assert (pair.name, pair.prompts, pair.prompt_tokens, pair.optimizer_steps) == ("pair", 64, 90, 2)
-    responses = 256 * (config.rollout.max_response_tokens - 1)
-    assert sum(tokens for tokens, _ in pair.rows) >= 16 * (20 + 90) + responses
-    assert sum(targets for _, targets in pair.rows) == 256 * config.rollout.max_response_tokens
+    everything = 16 * (20 + 90) + 256 * (config.rollout.max_response_tokens - 1)
+    assert everything > config.update.microbatch_tokens
+    assert (pair.rows, pair.row_tokens) == (2, config.update.microbatch_tokens)
+    config.update.microbatch_tokens = 2 * everything
+    (pair,) = phases(config, Flops(100, 10, {0: 1}), {"solve": 20, "refine": 90}, 1)
+    assert (pair.rows, pair.row_tokens) == (1, everything)
+    assert pair.row_targets == 256 * config.rollout.max_response_tokens
 
 
 def test_a_model_whose_config_has_other_names() -> None:

@@ -158,17 +158,20 @@ def test_ctrl_c_before_training_is_one_line(tmp_path: Path) -> None:
     assert errors.splitlines() == ["stopped before the first step of this session"]
 
 
+FAILS_LATE = """
+calls = 0
+def fails_late(prompts, completions, **columns):
+    global calls
+    calls += 1
+    if calls > 4 and not __import__('os').path.exists('mended'):
+        raise ValueError('worn out')
+    return [float(len(c[0]['content']) % 2) for c in completions]
+"""
+
+
 def test_a_failure_on_one_of_two_processes_keeps_the_steps_before(tmp_path: Path) -> None:
     reward = tmp_path / "reward.py"
-    reward.write_text(
-        "calls = 0\n"
-        "def fails_late(prompts, completions, **columns):\n"
-        "    global calls\n"
-        "    calls += 1\n"
-        "    if calls > 4 and not __import__('os').path.exists('mended'):\n"
-        "        raise ValueError('worn out')\n"
-        "    return [float(len(c[0]['content']) % 2) for c in completions]\n"
-    )
+    reward.write_text(FAILS_LATE)
     # Two groups a process and step: the fifth call is in step 3.
     rest = ("--run.checkpoint_every", "0", "--eval.sets", "{}", "--run.steps", "4", "--output", tmp_path / "run")
     command = (*BATCH, "--reward", f"{reward}:fails_late", *rest)
@@ -181,3 +184,13 @@ def test_a_failure_on_one_of_two_processes_keeps_the_steps_before(tmp_path: Path
     finished = train(*command, "--resume", "auto", processes=2, cwd=tmp_path)
     assert finished.returncode == 0, finished.stderr
     assert steps(tmp_path / "run") == [(1, "solve"), (2, "refine"), (3, "solve"), (4, "refine")]
+
+
+def test_a_run_that_saves_nothing_says_so(tmp_path: Path) -> None:
+    reward, output = tmp_path / "reward.py", tmp_path / "run"
+    reward.write_text(FAILS_LATE)
+    rest = ("--eval.sets", "{}", "--run.steps", "2", "--run.save", "false", "--output", output)
+    failed = train(*BATCH, "--reward", f"{reward}:fails_late", *rest)
+    assert failed.returncode == 2
+    assert "step 2: " in failed.stderr and "nothing was saved (--run.save false)" in failed.stderr
+    assert steps(output) == [(1, "solve")] and not (output / "checkpoints").exists()

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from tests.small_models import VOCABULARY, random_model
+from tests.small_models import VOCABULARY, own_model
 from thinktwice_fast import parallel
 from thinktwice_fast.config import Config, ModelOptions
-from thinktwice_fast.model.attention import NAME
 from thinktwice_fast.model.lora import Adapters, add_adapters, is_adapter
+from thinktwice_fast.model.policy import Policy, named_weights
 from thinktwice_fast.model.sharding import frozen_copy, pair_models
 from thinktwice_fast.rollout.records import Rollout
 from thinktwice_fast.update.updater import Updater
@@ -67,15 +67,17 @@ def updater(
     learning_rate: float = 1.0,
     prepare: Callable[[Any], None] = lambda model: None,
     adapt: Callable[[Any], Adapters] | None = None,
+    model: Any = None,
 ) -> Any:
     """With plain gradient descent, so that weights before - weights after = learning rate * gradient.
 
-    ``prepare`` gets the model before it is sharded; ``adapt`` as in ``pair_models``.
+    ``model`` is that of the family unless it is given. ``prepare`` gets it before it is sharded; ``adapt`` as in
+    ``pair_models``.
     """
-    model = random_model(family, NAME)
+    model = own_model(family) if model is None else model
     prepare(model)
     shards = made.update.shard_processes
-    reference = frozen_copy(random_model(family, NAME, seed=5), dtype, shards) if made.loss.beta else None
+    reference = frozen_copy(own_model(family, seed=5), dtype, shards) if made.loss.beta else None
     models = pair_models(model, dtype, adapt, shards)
     models.sync()  # `adapt` may give adapters that are not 0 to begin with
     optimizer = torch.optim.SGD(models.masters.parameters(), lr=learning_rate)
@@ -94,10 +96,21 @@ def adapt(model: Any, rank: int = 4, targets: tuple[str, ...] = ()) -> Adapters:
     return adapters
 
 
-def weights(model: torch.nn.Module) -> torch.Tensor:
-    """All parameters as one float32 vector. Collective where they are sharded."""
-    parts = [p.full_tensor() if hasattr(p, "full_tensor") else p for p in model.parameters()]
-    return torch.cat([part.detach().float().flatten() for part in parts])
+def weights(model: Any) -> torch.Tensor:
+    """All parameters in the order of transformers' names, as one float32 vector. Collective where they are sharded."""
+    if isinstance(model, Policy):
+        model = model.model
+    whole = {n: p.full_tensor() if hasattr(p, "full_tensor") else p for n, p in model.named_parameters()}
+    if not any(is_adapter(name) for name in whole):
+        whole = named_weights(model, whole)
+    return torch.cat([whole[name].detach().float().flatten() for name in sorted(whole)])
+
+
+def gradients(model: Any) -> torch.Tensor:
+    """Of all parameters, as ``weights`` has these; the model is of no use after that."""
+    for parameter in model.parameters():
+        parameter.data = parameter.grad
+    return weights(model)
 
 
 def share(minibatches: Sequence[list[Rollout]]) -> list[list[Rollout]]:

@@ -11,11 +11,10 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from tests.small_models import random_model
+from tests.small_models import own_model
 from tests.update.cases import config, rollouts, share, updater, weights
 from thinktwice_fast import parallel
 from thinktwice_fast.config import UpdateOptions
-from thinktwice_fast.model.attention import NAME
 from thinktwice_fast.model.sharding import full_state, load_full_state, pair_models
 from thinktwice_fast.update.optimizer import build_optimizer
 
@@ -37,9 +36,9 @@ def update() -> tuple[torch.Tensor, dict[str, float], list[int]]:
 def state_round_trip() -> torch.Tensor:
     """Weights saved whole, and loaded into a model that started from others."""
     shards = max(1, parallel.world_size() // 2)
-    first = pair_models(random_model("llama", NAME), torch.float32, shard_processes=shards)
+    first = pair_models(own_model("llama"), torch.float32, shard_processes=shards)
     state = {name: value.clone() for name, value in full_state(first.policy).items()}
-    other = pair_models(random_model("llama", NAME, seed=7), torch.float32, shard_processes=shards)
+    other = pair_models(own_model("llama", seed=7), torch.float32, shard_processes=shards)
     load_full_state(other.policy, state)
     other.sync()
     assert torch.equal(weights(other.policy), weights(other.rollout))
@@ -51,7 +50,7 @@ def optimizer_round_trip() -> None:
     shards = max(1, parallel.world_size() // 2)
     optimizers, policies = [], []
     for seed in (0, 7):
-        policy = pair_models(random_model("llama", NAME, seed=seed), torch.float32, shard_processes=shards).policy
+        policy = pair_models(own_model("llama", seed=seed), torch.float32, shard_processes=shards).policy
         optimizer, _ = build_optimizer(policy, UpdateOptions(), 10)
         for parameter in policy.parameters():
             parameter.grad = torch.full_like(parameter, 0.5 + seed)

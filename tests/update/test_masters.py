@@ -1,5 +1,6 @@
 """One process in bfloat16: one set of weights for rollouts and updates, float32 masters beside it."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -7,9 +8,9 @@ import pytest
 import torch
 from torch.distributed.tensor import DTensor
 
-from tests.small_models import FAMILIES, bpe_tokenizer, random_model
+from tests.small_models import FAMILIES, bpe_tokenizer, own_model
 from tests.update.cases import config, rollouts, updater, weights
-from thinktwice_fast.model.attention import NAME
+from thinktwice_fast.errors import UserError
 from thinktwice_fast.model.sharding import ModelPair, _shard, cast_parameters, full_state, pair_models
 from thinktwice_fast.run.checkpoint import load_checkpoint, save_checkpoint
 from thinktwice_fast.update.optimizer import build_optimizer
@@ -21,8 +22,8 @@ BFLOAT16 = torch.bfloat16
 
 def sharded(family: str) -> ModelPair:
     """What several processes have."""
-    model = random_model(family, NAME)
-    rollout = cast_parameters(random_model(family, NAME), BFLOAT16)
+    model = own_model(family)
+    rollout = cast_parameters(own_model(family), BFLOAT16)
     policy = _shard(model, BFLOAT16, 0)
     return ModelPair(policy, rollout, policy)
 
@@ -46,8 +47,8 @@ def assert_in_step(models: ModelPair) -> None:
 
 
 def test_one_set_of_weights_follows_its_masters_in_place() -> None:
-    models = pair_models(random_model("qwen3", NAME), BFLOAT16)
-    assert torch.equal(weights(models.masters), weights(random_model("qwen3")))
+    models = pair_models(own_model("qwen3"), BFLOAT16)
+    assert torch.equal(weights(models.masters), weights(own_model("qwen3")))
     assert_in_step(models)
     places, before = [parameter.data_ptr() for parameter in models.rollout.parameters()], weights(models.rollout)
     with_adamw(models).policy_update([rollouts(8, seed) for seed in range(2)])
@@ -61,7 +62,7 @@ def test_one_set_of_weights_follows_its_masters_in_place() -> None:
 def test_updates_are_those_of_sharded_weights(family: str, budget: int) -> None:
     """Later mini-batches would see it if the weights lagged behind."""
     changes = []
-    for models in (pair_models(random_model(family, NAME), BFLOAT16), sharded(family)):
+    for models in (pair_models(own_model(family), BFLOAT16), sharded(family)):
         before = weights(models.masters)
         optimizer = torch.optim.SGD(models.masters.parameters(), lr=0.5)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
@@ -83,7 +84,7 @@ def test_gradients_of_micro_batches_add_up_in_float32() -> None:
 
 
 def test_checkpoints_go_from_one_kind_of_masters_to_the_other(tmp_path: Path) -> None:
-    alone, several = with_adamw(pair_models(random_model("llama", NAME), BFLOAT16)), with_adamw(sharded("llama"))
+    alone, several = with_adamw(pair_models(own_model("llama"), BFLOAT16)), with_adamw(sharded("llama"))
     for number, (first, second) in enumerate([(alone, several), (several, alone)]):
         first.policy_update([rollouts(8, number)])
         folder = save_checkpoint(tmp_path, number, first, bpe_tokenizer(), {}, 9)
@@ -95,3 +96,13 @@ def test_checkpoints_go_from_one_kind_of_masters_to_the_other(tmp_path: Path) ->
         for here, there in zip(*states, strict=True):
             for name in ("step", "exp_avg", "exp_avg_sq"):
                 assert torch.equal(whole(here[name]), whole(there[name]))
+
+
+def test_a_checkpoint_of_an_earlier_version_is_refused(tmp_path: Path) -> None:
+    made = with_adamw(pair_models(own_model("llama"), torch.float32))
+    folder = save_checkpoint(tmp_path, 1, made, bpe_tokenizer(), {}, 9)
+    state = json.loads((folder / "state.json").read_text())
+    del state["layout"]
+    (folder / "state.json").write_text(json.dumps(state))
+    with pytest.raises(UserError, match=r"a checkpoint of an earlier version.*weights with --model\.path"):
+        load_checkpoint(folder, made)

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.model.padded import PaddedAttention
-from tests.small_models import FAMILIES, VOCABULARY, random_model
-from thinktwice_fast.model.attention import NAME, PrefixAttention
+from tests.small_models import FAMILIES, VOCABULARY, own_model
+from thinktwice_fast.model.attention import PrefixAttention
 from thinktwice_fast.model.policy import Policy
 from thinktwice_fast.update.batches import (
     Example,
@@ -106,7 +106,7 @@ def groups(sizes: Sequence[tuple[int, Sequence[int]]]) -> list[Example]:
 def test_loss_and_gradients_are_those_of_ordinary_packing(family: str) -> None:
     """In float64; prompts and responses are longer and shorter than OLMo-3's window of 8 here."""
     examples = groups([(25, [1, 3, 30, 12]), (3, [7, 7]), (1, [20, 2, 9]), (10, [11])])
-    model = random_model(family, NAME).double()
+    model = own_model(family).double()
     ordinary = pack(examples, CPU)
     padded = PaddedAttention.from_lengths([sequence_tokens(e) for e in examples], CPU)
     exact = results(model, replace(ordinary, attention=padded))
@@ -119,7 +119,7 @@ def test_loss_and_gradients_are_those_of_ordinary_packing(family: str) -> None:
 @given(EXAMPLES)
 def test_the_kernel_gives_the_same_for_any_groups(examples: list[Example]) -> None:
     """In float32, relative to all gradients together; a token seen too much or too little would change 1e-2 of it."""
-    model = random_model("qwen3", NAME)
+    model = own_model("qwen3")
     ordinary, shared = results(model, pack(examples, CPU)), results(model, pack_shared(examples, CPU))
     assert torch.allclose(ordinary[0], shared[0], rtol=1e-5, atol=1e-4)
     norm = torch.stack([x.norm() for x in ordinary[1:]]).norm()

@@ -8,17 +8,19 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.small_models import FAMILIES, VOCABULARY, random_model
+from tests.small_models import FAMILIES, VOCABULARY, foreign_model, random_model
 from tests.update.cases import (
     TEMPERATURE,
     assert_same_step,
     config,
     formula,
+    gradients,
     padded_logps,
     rollouts,
     updater,
     weights,
 )
+from thinktwice_fast.model.attention import NAME
 from thinktwice_fast.rollout.records import Rollout
 from thinktwice_fast.update import updater as updater_module
 from thinktwice_fast.update.batches import Example
@@ -68,6 +70,13 @@ def test_gradient_is_that_of_the_formula_on_a_padded_batch(family: str) -> None:
     assert measures["ratio_mean"] == measures["ratio_max"] == 1.0
     assert measures["grad_norm"] == pytest.approx(float(got.norm()), rel=1e-4)
     assert measures["tokens"] == sum(len(rollout.response) for rollout in batch)
+
+
+def test_gradient_of_a_model_of_transformers() -> None:
+    batch = rollouts(11)
+    made = updater(config(update__microbatch_tokens=60), model=foreign_model(NAME))
+    got, _ = change(made, [batch])
+    assert_same_step(got, plain_change(foreign_model(), [batch], 1.0))
 
 
 @pytest.mark.parametrize("mode", ["token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm"])
@@ -155,7 +164,7 @@ def test_the_first_mini_batch_has_no_log_probabilities_recomputed(monkeypatch: p
         if not torch.is_grad_enabled():
             recomputed.append(inputs[0].numel())
 
-    made.models.policy.model.base_model.embed_tokens.register_forward_pre_hook(count)
+    made.models.policy.model.embed_tokens.register_forward_pre_hook(count)
     got, measures = change(made, [[], *minibatches])
     later = [r for minibatch in minibatches[1:] for r in minibatch if r.advantage]
     assert sum(recomputed) == sum(len(r.prompt) + len(r.response) - 1 for r in later)
@@ -180,8 +189,8 @@ def test_gradient_falls_on_what_predicts_a_sampled_token_alone() -> None:
         output.retain_grad()
         states.append(output)
 
-    made.models.policy.model.base_model.norm.register_forward_hook(keep)
-    made.models.policy.model.base_model.embed_tokens.register_forward_pre_hook(lambda _, inputs: ids.append(inputs[0]))
+    made.models.policy.model.norm.register_forward_hook(keep)
+    made.models.policy.model.embed_tokens.register_forward_pre_hook(lambda _, inputs: ids.append(inputs[0]))
     made.policy_update([batch])
     (state,), (row,) = states, ids
     assert state.grad is not None
@@ -191,8 +200,8 @@ def test_gradient_falls_on_what_predicts_a_sampled_token_alone() -> None:
         for rollout in batch
         if rollout.advantage
     }
-    with_gradient = (state.grad[0] != 0).any(-1).tolist()
-    start, tokens = 0, row[0].tolist()
+    with_gradient = (state.grad != 0).any(-1).tolist()
+    start, tokens = 0, row.tolist()
     while start < len(tokens):
         sequence = next(s for s in expected if tuple(tokens[start : start + len(s)]) == s)
         assert with_gradient[start : start + len(sequence)] == expected.pop(sequence)
@@ -249,7 +258,7 @@ def test_a_loss_that_is_no_number_is_an_error_and_leaves_the_weights(spoiled: st
         bad[0].advantage = math.inf
     else:
         # The second mini-batch's gradients, of losses that are finite.
-        model = made.models.policy.model.base_model
+        model = made.models.policy.model
 
         def spoil(module: torch.nn.Module, inputs: Any, output: torch.Tensor) -> None:
             if output.requires_grad and made.version == 1:
@@ -298,7 +307,7 @@ def test_supervised_loss_is_transformers_own(microbatch_tokens: int) -> None:
         labels[row, len(e.prompt) : end] = torch.tensor(e.response)
     output = model(input_ids=ids, labels=labels, use_cache=False)
     output.loss.backward()
-    expected = torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
+    expected = gradients(model)
     assert measures["loss"] == pytest.approx(output.loss.item(), rel=1e-5)
     assert_same_step(got, -expected)
     hits = (output.logits[:, :-1].argmax(-1) == labels[:, 1:]).sum()
@@ -345,8 +354,7 @@ def test_bfloat16_compute_trains_float32_weights_and_refreshes_the_read_ones() -
     assert (got - exact).norm() < 0.05 * exact.norm()
     assert math.isfinite(measures["loss"])
     trained = weights(made.models.masters)
-    read = [parameter.flatten() for parameter in made.models.rollout.parameters()]
-    assert torch.equal(torch.cat(read), trained.bfloat16())
+    assert torch.equal(weights(made.models.rollout), trained.bfloat16().float())
     assert [parameter.data_ptr() for parameter in made.models.rollout.parameters()] == addresses
 
 

@@ -7,11 +7,10 @@ from typing import Any
 
 import torch
 
-from tests.small_models import random_model
+from tests.small_models import own_model
 from tests.update.cases import adapt, config, rollouts, share, updater, weights
 from thinktwice_fast import parallel
 from thinktwice_fast.config import ModelOptions
-from thinktwice_fast.model.attention import NAME
 from thinktwice_fast.model.loading import checkpoint_layers
 from thinktwice_fast.model.lora import add_adapters
 from thinktwice_fast.model.sharding import adapter_state, full_state, load_full_state, pair_models
@@ -92,10 +91,10 @@ def adapted(options: dict[str, Any], prepare: Any = lambda model: None) -> dict[
 
 def adapter_round_trip() -> dict[str, Any]:
     """Adapters in bfloat16 saved on rank 0 and loaded into other ones; gives what rollouts read before and after."""
-    models = pair_models(random_model("llama", NAME), torch.bfloat16, adapt)
+    models = pair_models(own_model("llama"), torch.bfloat16, adapt)
     models.sync()
     state = {name: value.clone() for name, value in adapter_state(models.policy).items()}
-    other = pair_models(random_model("llama", NAME), torch.bfloat16, partial(add_adapters, options=RANK_4, seed=7))
+    other = pair_models(own_model("llama"), torch.bfloat16, partial(add_adapters, options=RANK_4, seed=7))
     load_full_state(other.policy, state)
     other.sync()
     return {
@@ -108,17 +107,17 @@ def adapter_round_trip() -> dict[str, Any]:
 
 def state_round_trip() -> dict[str, Any]:
     """Saved on rank 0, loaded into other weights; gives what was saved and what rollouts then read."""
-    models = pair_models(random_model("llama", NAME), torch.float32)
+    models = pair_models(own_model("llama"), torch.float32)
     state = {name: value.clone() for name, value in full_state(models.policy).items()}
     assert bool(state) == (parallel.rank() == 0)
-    other = pair_models(random_model("llama", NAME, seed=7), torch.float32)
+    other = pair_models(own_model("llama", seed=7), torch.float32)
     load_full_state(other.policy, state)
     other.sync()
     return {"state": state, "read": weights(other.rollout), "trained": weights(other.policy)}
 
 
 def bfloat16_pair() -> dict[str, torch.Tensor]:
-    models = pair_models(random_model("olmo3", NAME), torch.bfloat16)
+    models = pair_models(own_model("olmo3"), torch.bfloat16)
     trained = weights(models.masters)
     with torch.no_grad():
         for parameter in models.masters.parameters():

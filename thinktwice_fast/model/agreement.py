@@ -1,42 +1,49 @@
-"""Whether a faster way through a model gives the logits of its own modules.
+"""Whether a way through a ``Transformer`` gives the logits of transformers' own module with the same weights.
 
-Shows what a changed version of transformers, or modules replaced by the user, do differently.
+Shows what a version of transformers that came later does differently, before anything trains.
 
 Letters: T tokens, V vocabulary.
 """
 
+import copy
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from thinktwice_fast.model.attention import causal_attention
-from thinktwice_fast.model.paged import PagedKVCache, Plan
-from thinktwice_fast.model.policy import Policy, attention_heads, linear_head
+from thinktwice_fast.model.attention import NAME, causal_attention
+from thinktwice_fast.model.policy import Policy, linear_head
+from thinktwice_fast.model.transformer import Transformer
 
-# How far the logits may lie from those of the model's modules, as a share of the largest.
+# How far the logits may lie from those of the other module, as a share of the largest.
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.03}
 _TOKENS = 24
 
-# token ids [T], their rows (0 to T - 1), the cache and their places in it -> logits [T, V]
-PagedLogits = Callable[[Tensor, Tensor, PagedKVCache, Plan], Tensor]
-
 
 @torch.no_grad()
-def agrees(logits: PagedLogits, model: PreTrainedModel, positions: int) -> bool:
-    """Compare ``logits`` of a few tokens (at most ``positions``), over a paged cache, with training's.
+def agrees(logits: Callable[[Tensor], Tensor], model: Transformer, positions: int = _TOKENS) -> bool:
+    """Compare ``logits``, which gives those [T, V] of a sequence's tokens [T], at most ``positions`` of them."""
+    ids = torch.arange(min(_TOKENS, positions), device=model.device) * 7919 % model.config.vocab_size
+    theirs = packed_logits(as_transformers(model), ids)
+    return bool((logits(ids) - theirs).abs().max() <= TOLERANCE[model.dtype] * theirs.abs().max())
 
-    Args:
-        model: float32, bfloat16 or float16.
-    """
-    config, device = model.config, model.device
-    rows = torch.arange(min(_TOKENS, positions), device=device)
-    ids = rows * 7919 % config.vocab_size
-    _, kv_heads, head_dim = attention_heads(model)
-    cache = PagedKVCache(config.num_hidden_layers, 2, kv_heads, head_dim, dtype=model.dtype, device=device)
-    plan = cache.extend([cache.prefill()], [len(rows)])
-    assert plan is not None
-    ours = logits(ids, rows, cache, plan)
-    theirs = Policy(model)(ids, rows, causal_attention([len(rows)], device), rows, linear_head)
-    return bool((ours - theirs).abs().max() <= TOLERANCE[model.dtype] * theirs.abs().max())
+
+def packed_logits(model: Transformer | PreTrainedModel, ids: Tensor) -> Tensor:  # int64 [T] -> float32 [T, V]
+    """What updates compute, of one sequence."""
+    rows = torch.arange(len(ids), device=ids.device)
+    return Policy(model)(ids, rows, causal_attention([len(ids)], ids.device), rows, linear_head)
+
+
+def as_transformers(model: Transformer, attention: str = NAME) -> Any:
+    """Transformers' module over views of the model's weights."""
+    config = copy.deepcopy(model.config)
+    with torch.device("meta"):
+        theirs: Any = AutoModelForCausalLM.from_config(config, dtype=model.dtype, attn_implementation=attention)
+    theirs.load_state_dict(dict(model.split(model.state_dict())), strict=False, assign=True)
+    theirs.tie_weights()
+    with torch.device(model.device):  # its frequencies are no weights
+        theirs.base_model.rotary_emb = type(theirs.base_model.rotary_emb)(config)
+    assert not any(tensor.is_meta for tensor in theirs.state_dict().values())
+    return theirs.eval()

@@ -1,16 +1,18 @@
-"""The attention that every model here runs with, registered with transformers as ``thinktwice``.
+"""What the tokens of a forward pass attend to, a value that models are called with.
 
-A forward pass is one row of T tokens without padding; what they attend to is said by the ``attention``
-keyword, which transformers hands down to each layer:
+A forward pass is one row of T tokens without padding:
 
 - ``PrefixAttention``: segments one after another that may share a prefix (training);
 - ``PagedAttention``: tokens just reserved in a paged KV cache (rollouts).
+
+Transformers' modules run with it too: it is registered as ``thinktwice``, and reaches each layer as the keyword
+``attention``.
 
 Letters: T tokens, S segments, Hq / Hkv query / key-value heads, D head size.
 """
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from transformers import AttentionInterface
@@ -19,13 +21,14 @@ from thinktwice_fast.errors import UserError
 from thinktwice_fast.model.paged import PagedKVCache, Plan
 from thinktwice_fast.model.rotary import Rotation
 from thinktwice_fast.model.shared_prefix import Gathered, in_torch, prefix_attention, varlen_attention
+from thinktwice_kernels import rotary
 
 NAME = "thinktwice"
 # What transformers hands to every attention function and these need not know.
 _UNUSED = {"position_ids", "use_cache", "cache_position", "output_attentions", "is_causal"}
 
 
-class Attention(Protocol):
+class Attention:
     """What the tokens of one forward pass attend to."""
 
     def attend(
@@ -37,11 +40,28 @@ class Attention(Protocol):
         scale: float,
         window: int,  # keys seen by a query, itself included; 0 = all
     ) -> torch.Tensor:  # [T, Hq, D]
-        ...
+        """Of queries and keys that are normed and rotated."""
+        raise NotImplementedError
+
+    def rotate_and_attend(
+        self,
+        layer: int,
+        qkv: torch.Tensor,  # [T, (Hq + 2 * Hkv) * D]; may be overwritten
+        rotation: Rotation,
+        scale: float,
+        window: int,
+    ) -> torch.Tensor:  # [T, Hq, D]
+        """Of the joint product of queries, keys and values."""
+        r = rotation
+        q, k, v = rotary(
+            qkv, r.angles.cos, r.angles.sin, query_heads=r.query_heads, kv_heads=r.kv_heads, q_norm=r.q_norm,
+            k_norm=r.k_norm, eps=r.eps,
+        )  # fmt: skip
+        return self.attend(layer, q, k, v, scale, window)
 
 
 @dataclass(frozen=True)
-class PrefixAttention:
+class PrefixAttention(Attention):
     """Causal attention of each segment over itself and all of the prefix that it continues; differentiable.
 
     On the CPU the extension's own kernel, on CUDA variable-length attention over gathered keys; plain torch, a segment
@@ -76,7 +96,7 @@ def causal_attention(lengths: list[int], device: torch.device) -> PrefixAttentio
 
 
 @dataclass(frozen=True)
-class PagedAttention:
+class PagedAttention(Attention):
     """Attention of newly reserved tokens over a paged KV cache, which it also fills; no gradient."""
 
     cache: PagedKVCache
@@ -88,17 +108,11 @@ class PagedAttention:
         return self.cache.attend(layer, self.plan, q, k, v, scale, window)
 
     def rotate_and_attend(
-        self,
-        layer: int,
-        rotation: Rotation,
-        q: torch.Tensor,  # [T, Hq, D], overwritten
-        k: torch.Tensor,  # [T, Hkv, D]
-        v: torch.Tensor,  # [T, Hkv, D]
-        scale: float,
-        window: int,
-    ) -> torch.Tensor:  # [T, Hq, D]
-        """``attend`` from queries and keys that are not normed and rotated yet."""
-        return self.cache.rotate_and_attend(layer, self.plan, rotation, q, k, v, scale, window)
+        self, layer: int, qkv: torch.Tensor, rotation: Rotation, scale: float, window: int
+    ) -> torch.Tensor:
+        if qkv.device.type == "cpu":  # the bits of training (`rollout.exact`)
+            return super().rotate_and_attend(layer, qkv, rotation, scale, window)
+        return self.cache.rotate_and_attend(layer, self.plan, qkv, rotation, scale, window)
 
 
 def _attention_forward(

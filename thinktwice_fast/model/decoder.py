@@ -1,53 +1,24 @@
-"""The whole decoder in C++ (``csrc/cpu/decoder.cpp``): what rollouts on the CPU run instead of transformers' modules.
+"""The whole decoder in C++ (``csrc/cpu/decoder.cpp``): what rollouts on the CPU run instead of ``transformer.py``.
 
-It reads the model's weights into packed copies, which ``refresh`` renews, and knows the architectures that are one of
-these, with any of its biases and norms missing:
+It computes what that describes, from packed copies of its weights, which ``refresh`` renews.
 
-    x += [norm] attention([norm] x)        with QK-norm per head or over all heads, rotary positions, a sliding window
-    x += [norm] down(silu(gate(h)) * up(h)),   h = [norm] x
-
-Letters: T tokens, N rows whose logits are wanted, V vocabulary, H hidden size, D head size, P positions.
+Letters: T tokens, N rows whose logits are wanted, V vocabulary, P positions.
 """
 
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from thinktwice_fast.model.agreement import TOLERANCE, agrees
 from thinktwice_fast.model.csrc import ops
 from thinktwice_fast.model.paged import PagedKVCache, Plan
-from thinktwice_fast.model.policy import attention_heads
-from thinktwice_fast.model.rotary import has_fixed_angles, rotary_tables
-
-PANEL = 16  # outputs side by side in a packed weight, as in csrc/cpu/matmul.h
-
-
-@dataclass(frozen=True)
-class _Family:
-    """Where an architecture keeps what the decoder needs; None = it has no such norm."""
-
-    norm_before_attention: str | None
-    norm_after_attention: str | None
-    norm_before_mlp: str | None
-    norm_after_mlp: str | None
-    qk_norm: bool
-    window: Literal["of the layer", "of the model", "none"]
-
-
-_FAMILIES = {
-    "llama": _Family("input_layernorm", None, "post_attention_layernorm", None, False, "none"),
-    "mistral": _Family("input_layernorm", None, "post_attention_layernorm", None, False, "of the model"),
-    "qwen2": _Family("input_layernorm", None, "post_attention_layernorm", None, False, "of the layer"),
-    "qwen3": _Family("input_layernorm", None, "post_attention_layernorm", None, True, "of the layer"),
-    "olmo2": _Family(None, "post_attention_layernorm", None, "post_feedforward_layernorm", True, "none"),
-    "olmo3": _Family(None, "post_attention_layernorm", None, "post_feedforward_layernorm", True, "of the layer"),
-}
+from thinktwice_fast.model.policy import Model, attention_heads
+from thinktwice_fast.model.products import PANEL
+from thinktwice_fast.model.transformer import Layer, Norm, Projection, Transformer
 
 
 class Decoded(NamedTuple):
@@ -60,48 +31,33 @@ class Decoded(NamedTuple):
 
 
 class Decoder:
-    """A model on the CPU, run without transformers' modules.
+    """A model on the CPU.
 
     Args:
-        model: float32, bfloat16 or float16, of an architecture that ``supports`` accepts. Products are computed in
-            float32 whatever the type, from weights in the model's own.
+        model: one that ``supports`` accepts. Products are computed in float32 whatever its type, from weights in that.
         positions: longest sequence.
         group_attention: read keys that sequences share once for all of them.
     """
 
-    def __init__(self, model: PreTrainedModel, positions: int, *, group_attention: bool = True):
-        base: Any = model.base_model
-        family = _FAMILIES[model.config.model_type]
+    def __init__(self, model: Transformer, positions: int, *, group_attention: bool = True):
         self.positions = positions
         self._copies: list[Callable[[], object]] = []
+        scale = model.layers[0].self_attn.scale
         self._id: int = ops.decoder_create(
-            base.embed_tokens.weight.detach(), self._floats(base.norm.weight), *self._linear(_head(model)),
-            *attention_heads(model), base.layers[0].self_attn.scaling, model.config.rms_norm_eps, group_attention,
+            model.embed_tokens.weight.detach(), self._floats(model.norm.weight), *self._packed(model.head, None),
+            *attention_heads(model), scale, model.norm.eps, group_attention,
         )  # fmt: skip
         self._close = weakref.finalize(self, ops.decoder_destroy, self._id)
-        tables: dict[str, tuple[Tensor, Tensor]] = {}
-        for layer in base.layers:
-            kind = layer.self_attn.attention_type if model.config.model_type == "olmo3" else ""
-            if kind not in tables:
-                tables[kind] = rotary_tables(model, positions, *filter(None, [kind]))
-            self._add_layer(layer, family, *tables[kind])
+        every = torch.arange(positions)
+        angles = {kind: rotary(every, model.dtype) for kind, rotary in model.rotary.items()}
+        for layer in model.layers:
+            self._add_layer(layer, *angles[layer.self_attn.rope_type].tables)
         self.refresh()
 
     @staticmethod
-    def supports(model: PreTrainedModel) -> bool:
+    def supports(model: Model) -> bool:
         """Whether a decoder of this model can be built: on the CPU (or without memory), of a known kind and type."""
-        config = model.config
-        base: Any = model.base_model
-        return (
-            model.device.type in ("cpu", "meta")
-            and model.dtype in TOLERANCE
-            and config.model_type in _FAMILIES
-            and config.hidden_act == "silu"
-            and has_fixed_angles(model)
-            and type(model.get_output_embeddings()) is nn.Linear
-            and len(_head(model).weight) == config.vocab_size
-            and all(type(module) is nn.Linear for layer in base.layers for module in _projections(layer))
-        )
+        return isinstance(model, Transformer) and model.device.type in ("cpu", "meta") and model.dtype in TOLERANCE
 
     @torch.no_grad()
     def refresh(self) -> None:
@@ -123,9 +79,17 @@ class Decoder:
             select, cache.k_cache, cache.v_cache,
         )  # fmt: skip
 
-    def reproduces(self, model: PreTrainedModel) -> bool:
-        """Whether its logits are those of the model's own modules."""
-        return agrees(lambda ids, rows, cache, plan: self.forward(ids, plan, rows, cache), model, self.positions)
+    def reproduces(self, model: Transformer) -> bool:
+        """Whether its logits are those of transformers' module with the model's weights."""
+
+        def logits(ids: Tensor) -> Tensor:
+            _, kv_heads, size = attention_heads(model)
+            cache = PagedKVCache(len(model.layers), 2, kv_heads, size, dtype=model.dtype)
+            plan = cache.extend([cache.prefill()], [len(ids)])
+            assert plan is not None
+            return self.forward(ids, plan, torch.arange(len(ids)), cache)
+
+        return agrees(logits, model, self.positions)
 
     def decode(
         self,
@@ -158,52 +122,36 @@ class Decoder:
             )
         )  # fmt: skip
 
-    def _add_layer(self, layer: Any, family: _Family, cos: Tensor, sin: Tensor) -> None:
+    def _add_layer(self, layer: Layer, cos: Tensor, sin: Tensor) -> None:
         attention, mlp = layer.self_attn, layer.mlp
-        names = (family.norm_before_attention, family.norm_after_attention,
-                 family.norm_before_mlp, family.norm_after_mlp)  # fmt: skip
-        norms = [name and getattr(layer, name) for name in names]
-        norms += [attention.q_norm, attention.k_norm] if family.qk_norm else [None, None]
-        window = {"of the layer": attention, "of the model": attention.config, "none": None}[family.window]
         ops.decoder_add_layer(
-            self._id,
-            *(norm and self._floats(norm.weight) for norm in norms),
-            *self._linear(attention.q_proj, attention.k_proj, attention.v_proj),
-            *self._linear(attention.o_proj),
-            *self._linear(mlp.gate_proj, mlp.up_proj),
-            *self._linear(mlp.down_proj),
-            cos,
-            sin,
-            (window and window.sliding_window) or 0,
-        )
+            self._id, *self._norms(layer), *self._linear(attention.qkv_proj), *self._linear(attention.o_proj),
+            *self._linear(mlp.gate_up_proj), *self._linear(mlp.down_proj), cos, sin, attention.window,
+        )  # fmt: skip
 
-    def _linear(self, *modules: nn.Linear) -> tuple[Tensor, Tensor | None]:
-        """Packed weight and padded bias of linear layers with one input, their outputs one after another."""
-        panels = -(-sum(module.out_features for module in modules) // PANEL)
-        first_weight = modules[0].weight
-        packed = first_weight.new_zeros(panels, modules[0].in_features, PANEL, requires_grad=False)
-        bias = torch.zeros(panels * PANEL) if any(module.bias is not None for module in modules) else None
-        first = 0
-        for module in modules:
-            self._copies.append(partial(ops.pack_weight, module.weight.detach(), packed, first))
-            if bias is not None and module.bias is not None:
-                self._copies.append(partial(bias[first : first + module.out_features].copy_, module.bias.detach()))
-            first += module.out_features
-        return packed, bias
+    def _norms(self, layer: Layer) -> list[Tensor | None]:
+        """Before and after the attention, before and after the MLP, of queries and keys; None where there is none."""
+        around: list[Norm | None] = []
+        for norm in (layer.attention_norm, layer.mlp_norm):
+            around += [norm, None] if layer.norms == "before" else [None, norm]
+        norms = [*around, layer.self_attn.q_norm, layer.self_attn.k_norm]
+        return [self._floats(norm.weight) if norm is not None else None for norm in norms]
+
+    def _linear(self, projection: Projection) -> tuple[Tensor, Tensor | None]:
+        return self._packed(projection.weight, projection.bias)
+
+    def _packed(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Packed weight and padded bias."""
+        panels = -(-len(weight) // PANEL)
+        packed = weight.new_zeros(panels, weight.shape[1], PANEL, requires_grad=False)
+        self._copies.append(partial(ops.pack_weight, weight.detach(), packed, 0))
+        if bias is None:
+            return packed, None
+        padded = torch.zeros(panels * PANEL)
+        self._copies.append(partial(padded[: len(bias)].copy_, bias.detach()))
+        return packed, padded
 
     def _floats(self, weight: nn.Parameter) -> Tensor:
         copy = torch.empty(weight.shape, dtype=torch.float32)
         self._copies.append(partial(copy.copy_, weight.detach()))
         return copy
-
-
-def _projections(layer: Any) -> list[nn.Module]:
-    attention, mlp = layer.self_attn, layer.mlp
-    return [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj,
-            mlp.gate_proj, mlp.up_proj, mlp.down_proj]  # fmt: skip
-
-
-def _head(model: PreTrainedModel) -> nn.Linear:
-    head = model.get_output_embeddings()
-    assert isinstance(head, nn.Linear)
-    return head

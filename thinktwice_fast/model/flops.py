@@ -6,9 +6,7 @@ The products alone: what surrounds them is bound by memory. A backward pass take
 from collections import Counter
 from dataclasses import dataclass
 
-from transformers import PreTrainedModel
-
-from thinktwice_fast.model.policy import attention_heads, decoder_layers
+from thinktwice_fast.model.policy import Model, attention_heads, decoder_layers
 
 
 @dataclass(frozen=True)
@@ -20,7 +18,7 @@ class Flops:
     key: dict[int, int]  # for every key that a query sees, summed over the layers of each window; 0 = sees all
 
     @classmethod
-    def of(cls, model: PreTrainedModel) -> "Flops":
+    def of(cls, model: Model) -> "Flops":
         """Of a decoder; its experts, where it has several, all count."""
         config = model.config.get_text_config()
         matrices = (p for layer in decoder_layers(model) for p in layer.parameters() if p.dim() > 1)

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import logging
 from dataclasses import dataclass
 from functools import partial
 from importlib import resources
@@ -12,24 +13,28 @@ import torch
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from safetensors import SafetensorError
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.utils import logging as transformers_logging
 
 from thinktwice_fast.config import ModelOptions
 from thinktwice_fast.errors import UserError
+from thinktwice_fast.model.agreement import agrees, packed_logits
 from thinktwice_fast.model.attention import NAME as ATTENTION_NAME
 from thinktwice_fast.model.files import readable_by_all
-from thinktwice_fast.model.policy import check_head_is_linear, decoder_layers
+from thinktwice_fast.model.policy import Model, check_head_is_linear, decoder_layers
+from thinktwice_fast.model.transformer import Layer, Transformer
+from thinktwice_fast.model.weights import generation_config, read_transformer, weight_files, write_transformer
 
 SHIPPED = "tiny"
 _WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin")
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class LoadedModel:
     """A model, its tokenizer, and the token ids that end a response."""
 
-    model: PreTrainedModel
+    model: Model
     tokenizer: Any
     stop_ids: frozenset[int]
 
@@ -71,11 +76,14 @@ def load_model(options: ModelOptions, seed: int, device: torch.device) -> Loaded
     folder = model_folder(options.path)
     config = _config(folder, options.path)
     tokenizer = load_tokenizer(options)
-    random = options.random_init
-    model = _random_model(config, options, seed, device) if random else _saved_model(folder, config, options)
+    if options.random_init:
+        model = _random_model(config, options, seed, device)
+    else:
+        model = _saved_model(folder, config, options, device)
+    model.eval()
     _check_vocabulary(config, tokenizer, options)
-    model = model.to(device).eval()
-    check_head_is_linear(model)
+    if not isinstance(model, Transformer):
+        check_head_is_linear(model)
     if options.activation_checkpointing:
         checkpoint_layers(model)
     return LoadedModel(model, tokenizer, _stop_ids(model, tokenizer, options.path))
@@ -122,23 +130,26 @@ def load_tokenizer(options: ModelOptions) -> Any:
     return tokenizer
 
 
-def checkpoint_layers(model: PreTrainedModel) -> None:
+def checkpoint_layers(model: Model) -> None:
     """Recompute each layer in the backward pass instead of keeping its activations."""
-    # Not by transformers' own switch, which counts in training mode alone, where dropout would wake up as well.
     for layer in decoder_layers(model):
-        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
+        if isinstance(layer, Layer):
+            layer.recomputed = True
+        else:  # not by transformers' own switch, which counts in training mode alone, where dropout wakes up as well
+            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
 
 
-def save_model(
-    model: PreTrainedModel, state: dict[str, torch.Tensor], tokenizer: Any, folder: Path, dtype: torch.dtype
-) -> None:
-    """Write ``state`` as a transformers model folder that ``AutoModelForCausalLM.from_pretrained`` loads."""
+def save_model(model: Model, state: dict[str, torch.Tensor], tokenizer: Any, folder: Path, dtype: torch.dtype) -> None:
+    """Write ``state``, under transformers' names, as a folder that ``AutoModelForCausalLM.from_pretrained`` loads."""
+    tokenizer.save_pretrained(folder)
+    if isinstance(model, Transformer):
+        write_transformer(model, state, folder, dtype)
+        return
     saved = {name: value.to(dtype) for name, value in state.items()}
     model.save_pretrained(folder, state_dict=saved)
     config = copy.deepcopy(model.config)
     config.dtype = dtype  # save_pretrained writes the model's own
     config.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
     for path in folder.glob("*.safetensors"):
         readable_by_all(path)
 
@@ -161,6 +172,11 @@ def _config(folder: str, name: str) -> Any:
 
 def _random_model(config: Any, options: ModelOptions, seed: int, device: torch.device) -> Any:
     """Drawn on the device itself: a CPU takes a minute for what a GPU does in a second."""
+    if Transformer.knows(config):
+        with device:
+            model = Transformer(config)
+        model.init_weights(seed)
+        return model
     torch.manual_seed(seed)
     try:
         with device:
@@ -169,8 +185,10 @@ def _random_model(config: Any, options: ModelOptions, seed: int, device: torch.d
         raise _unloadable(options.path, _first_line(error)) from error
 
 
-def _saved_model(folder: str, config: Any, options: ModelOptions) -> Any:
+def _saved_model(folder: str, config: Any, options: ModelOptions, device: torch.device) -> Any:
     _require_weights(folder, options.path)
+    if Transformer.knows(config) and (own := _own_model(folder, config, options, device)) is not None:
+        return own
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder, config=config, dtype="auto", attn_implementation=ATTENTION_NAME, output_loading_info=True
@@ -181,7 +199,23 @@ def _saved_model(folder: str, config: Any, options: ModelOptions) -> Any:
     # transformers fills these with random numbers.
     if missing := sorted(report["missing_keys"]):
         raise _unloadable(options.path, f"{len(missing)} tensors are missing, among them {missing[0]}")
-    return model
+    return model.to(device)
+
+
+def _own_model(folder: str, config: Any, options: ModelOptions, device: torch.device) -> Transformer | None:
+    """None where transformers has to load it: it is in another format, or not what its module would compute."""
+    try:
+        files = weight_files(folder)
+        if not files:
+            return None
+        model = read_transformer(files, config, device)
+    except (OSError, HfHubHTTPError, ValueError, SafetensorError) as error:
+        raise _unloadable(options.path, _first_line(error)) from error
+    model.generation_config = generation_config(folder, config)
+    if agrees(lambda ids: packed_logits(model, ids), model):
+        return model
+    log.warning("the trainer's own decoder does not reproduce %s: transformers' modules run instead", config.model_type)
+    return None
 
 
 def _unloadable(name: str, reason: str) -> UserError:
@@ -214,7 +248,7 @@ def _require_weights(folder: str, name: str) -> None:
         )
 
 
-def _stop_ids(model: PreTrainedModel, tokenizer: Any, name: str) -> frozenset[int]:
+def _stop_ids(model: Model, tokenizer: Any, name: str) -> frozenset[int]:
     configured = model.generation_config.eos_token_id if model.generation_config is not None else None
     ids = set(configured if isinstance(configured, list) else [configured]) | {tokenizer.eos_token_id}
     ids.discard(None)

@@ -1,9 +1,10 @@
-"""LoRA (Hu et al. 2021, arXiv 2106.09685): peft's low-rank adapters on linear layers that are not trained themselves.
+"""LoRA (Hu et al. 2021, arXiv 2106.09685): low-rank adapters on linear layers that are not trained themselves.
 
     y = W x + s B A x,   s = lora_alpha / lora_rank
 
 A is drawn from the seed and B starts at 0, so training starts from the model as it was. Rollouts and saved models have
-the adapters merged: W + s B A.
+the adapters merged: W + s B A. A ``Transformer`` computes them itself, on their rows of a joint product; transformers'
+modules get peft's. Saved they are peft's either way.
 
 Letters: I inputs, O outputs, R rank.
 """
@@ -13,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -24,10 +25,22 @@ from transformers import PreTrainedModel
 from thinktwice_fast.config import ModelOptions
 from thinktwice_fast.errors import UserError
 from thinktwice_fast.model.files import readable_by_all
+from thinktwice_fast.model.transformer import Projection, Transformer
 
 # How peft names parameters in a model, and what it adds to the names in a file.
-_BASE, _A, _B, _PREFIX = ".base_layer.", ".lora_A.default.", ".lora_B.default.", "base_model.model."
+_BASE, _NAME, _PREFIX = ".base_layer.", ".default.", "base_model.model."
+_A, _B = ".lora_A.", ".lora_B."
 _WEIGHTS = "adapter_model.safetensors"
+
+
+class Adapter(NamedTuple):
+    """The parameters of one, by their names in the model."""
+
+    weight: str  # that it changes
+    first: int  # of the weight's rows, as many as `b` has
+    a: str  # [R, I]
+    b: str  # [O, R]
+    saved: str  # as transformers calls the layer
 
 
 @dataclass(frozen=True)
@@ -35,6 +48,7 @@ class Adapters:
     """What was put into a model; ``config`` is peft's ``LoraConfig``."""
 
     config: Any
+    all: tuple[Adapter, ...]
 
     @property
     def scale(self) -> float:
@@ -44,7 +58,7 @@ class Adapters:
     def save(self, state: Mapping[str, Tensor], folder: Path) -> None:
         """Write the adapters' weights as a folder that peft's ``PeftModel.from_pretrained`` loads."""
         folder.mkdir(exist_ok=True)
-        files = {_PREFIX + name.replace(".default.", "."): value.contiguous() for name, value in state.items()}
+        files = {file: state[name].contiguous() for name, file in self._files().items()}
         save_file(files, folder / _WEIGHTS, metadata={"format": "pt"})
         readable_by_all(folder / _WEIGHTS)
         self.config.save_pretrained(folder)
@@ -52,7 +66,14 @@ class Adapters:
     def read(self, folder: Path) -> dict[str, Tensor]:
         """The weights that ``save`` wrote there, under the names that they have in the model."""
         saved = load_file(folder / _WEIGHTS)
-        return {name.removeprefix(_PREFIX).replace(".weight", ".default.weight"): saved[name] for name in saved}
+        return {name: saved[file] for name, file in self._files().items()}
+
+    def _files(self) -> dict[str, str]:
+        """What each parameter is called in the file."""
+        names = (
+            (adapter, getattr(adapter, part), kind) for adapter in self.all for part, kind in (("a", _A), ("b", _B))
+        )
+        return {name: f"{_PREFIX}{adapter.saved}{kind}weight" for adapter, name, kind in names}
 
     def differences(self, folder: Path) -> list[str]:
         """What the adapters that ``save`` wrote there have otherwise, in words."""
@@ -73,7 +94,7 @@ def check_library(options: ModelOptions) -> None:
         )
 
 
-def add_adapters(model: PreTrainedModel, options: ModelOptions, seed: int) -> Adapters:
+def add_adapters(model: Transformer | PreTrainedModel, options: ModelOptions, seed: int) -> Adapters:
     """Put adapters on the linear layers that ``lora_targets`` names; of all parameters they alone are trained now.
 
     Raises:
@@ -85,27 +106,45 @@ def add_adapters(model: PreTrainedModel, options: ModelOptions, seed: int) -> Ad
     alpha: Any = options.lora_alpha  # peft says int, and takes any number
     config = LoraConfig(
         task_type="CAUSAL_LM",
-        base_model_name_or_path=model.name_or_path,
+        base_model_name_or_path=model.config.name_or_path,
         r=options.lora_rank,
         lora_alpha=alpha,
         target_modules=_targets(model, options.lora_targets),
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
+        if isinstance(model, Transformer):
+            model.requires_grad_(False)
+            return Adapters(config, tuple(_adapted(model, options, _targets(model, options.lora_targets))))
         inject_adapter_in_model(config, model)
-    return Adapters(config)
+    stems = [
+        name.removesuffix(f"{_BASE}weight") for name, _ in model.named_parameters() if name.endswith(f"{_BASE}weight")
+    ]
+    return Adapters(config, tuple(
+        Adapter(f"{stem}{_BASE}weight", 0, f"{stem}.lora_A{_NAME}weight", f"{stem}.lora_B{_NAME}weight", stem)
+        for stem in stems
+    ))  # fmt: skip
 
 
-def adapter_parameters(model: PreTrainedModel, options: ModelOptions) -> int:
+def _adapted(model: Transformer, options: ModelOptions, targets: list[str]) -> Iterator[Adapter]:
+    """Put adapters on the parts of the model's products that the targets name."""
+    parts = model.parts()
+    for path, module in model.named_modules():
+        if not isinstance(module, Projection):
+            continue
+        module.lora_scale = options.lora_alpha / options.lora_rank
+        for name, part in zip(module.sizes, parts[f"{path}.weight"], strict=True):
+            saved = part.name.removesuffix(".weight")
+            if _is_target(saved, targets):
+                module.add_adapter(name, options.lora_rank)
+                yield Adapter(f"{path}.weight", part.first, f"{path}{_A}{name}", f"{path}{_B}{name}", saved)
+
+
+def adapter_parameters(model: Transformer | PreTrainedModel, options: ModelOptions) -> int:
     """How many parameters ``add_adapters`` would put into a model, which may have no memory yet."""
     targets = _targets(model, options.lora_targets)
-    base: Any = model.base_model
-    adapted = (
-        module
-        for name, module in base.named_modules()
-        if isinstance(module, nn.Linear) and any(f".{name}".endswith(f".{target}") for target in targets)
-    )
-    return sum(options.lora_rank * (module.in_features + module.out_features) for module in adapted)
+    shapes = (shape for name, shape in _linears(model).items() if _is_target(name, targets))
+    return sum(options.lora_rank * sum(shape) for shape in shapes)
 
 
 def merged_weights(weights: Mapping[str, Tensor], adapters: Adapters | None) -> Iterator[tuple[str, Tensor]]:
@@ -113,11 +152,16 @@ def merged_weights(weights: Mapping[str, Tensor], adapters: Adapters | None) -> 
 
     Where there is an adapter that is W + s B A, whole and in float32; other values are as they stand.
     """
+    by_weight: dict[str, list[Adapter]] = {}
+    for adapter in adapters.all if adapters is not None else ():
+        by_weight.setdefault(adapter.weight, []).append(adapter)
     for name, value in weights.items():
-        if adapters is not None and name.endswith(f"{_BASE}weight"):
-            stem = name.removesuffix(f"{_BASE}weight")
-            a, b = _whole(weights[f"{stem}{_A}weight"]), _whole(weights[f"{stem}{_B}weight"])  # [R, I], [O, R]
-            yield f"{stem}.weight", _whole(value).float() + adapters.scale * (b @ a)
+        if adapters is not None and name in by_weight:
+            merged = _whole(value).to(torch.float32, copy=True)
+            for adapter in by_weight[name]:
+                a, b = _whole(weights[adapter.a]), _whole(weights[adapter.b])  # [R, I], [O, R]
+                merged[adapter.first : adapter.first + len(b)] += adapters.scale * (b @ a)
+            yield name.replace(_BASE, "."), merged
         elif not is_adapter(name):
             yield name.replace(_BASE, "."), value
 
@@ -132,15 +176,35 @@ def _whole(value: Tensor) -> Tensor:
     return value.full_tensor() if isinstance(value, DTensor) else value
 
 
-def _targets(model: PreTrainedModel, asked: tuple[str, ...]) -> list[str]:
+def _targets(model: Transformer | PreTrainedModel, asked: tuple[str, ...]) -> list[str]:
     """What to give peft, which matches the ends of full names."""
-    base: Any = model.base_model
-    names = [name for name, module in base.named_modules() if isinstance(module, nn.Linear)]
+    names = list(_linears(model))
     short = sorted({name.rpartition(".")[2] for name in names})
     for target in asked:
-        if not any(f".{name}".endswith(f".{target}") for name in names):
+        if not any(_is_target(name, [target]) for name in names):
             raise UserError(
-                f"--model.lora_targets {list(asked)}: {type(model).__name__} has no linear layer {target!r} below its "
-                f"head: take some of {', '.join(short)}, or leave the option out for all of them"
+                f"--model.lora_targets {list(asked)}: {model.config.model_type} has no linear layer {target!r} below "
+                f"its head: take some of {', '.join(short)}, or leave the option out for all of them"
             )
     return list(asked) or short
+
+
+def _linears(model: Transformer | PreTrainedModel) -> dict[str, tuple[int, int]]:
+    """Inputs and outputs of each linear layer below the head, by its name in transformers."""
+    if isinstance(model, Transformer):
+        parts, projections = model.parts(), {n: m for n, m in model.named_modules() if isinstance(m, Projection)}
+        return {
+            part.name.removesuffix(".weight"): (module.weight.shape[1], part.rows)
+            for path, module in projections.items()
+            for part in parts[f"{path}.weight"]
+        }
+    base: Any = model.base_model
+    return {
+        name: (module.in_features, module.out_features)
+        for name, module in base.named_modules()
+        if isinstance(module, nn.Linear)
+    }
+
+
+def _is_target(name: str, targets: list[str]) -> bool:
+    return any(f".{name}".endswith(f".{target}") for target in targets)

@@ -182,17 +182,17 @@ class PagedKVCache:
         self,
         layer: int,
         plan: Plan,
+        qkv: Tensor,  # [T, (Hq + 2 * Hkv) * D], overwritten
         rotation: Rotation,
-        q: Tensor,  # [T, Hq, D], overwritten
-        k: Tensor,  # [T, Hkv, D]
-        v: Tensor,  # [T, Hkv, D]
         scale: float,
         window: int = 0,
         softcap: float = 0.0,
     ) -> Tensor:  # [T, Hq, D]
         """``attend`` from queries and keys that are not normed and rotated yet; see ``csrc.rotary_write_kv``."""
         r = rotation
-        tables = (r.q_norm, r.k_norm, r.eps, r.cos, r.sin, plan.positions, plan.slots)
+        heads = [r.query_heads, r.kv_heads, r.kv_heads]
+        q, k, v = qkv.unflatten(1, (sum(heads), -1)).split(heads, 1)
+        tables = (r.q_norm, r.k_norm, r.eps, r.angles.cos, r.angles.sin, r.angles.rows, plan.slots)
         rotary_write_kv(q, k, v, *tables, *self._layers[layer])
         return self._read(layer, plan, q, scale, window, softcap)
 

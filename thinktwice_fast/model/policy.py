@@ -1,21 +1,26 @@
-"""A transformers causal language model as the trainer sees it: one packed row in, head results out.
+"""A causal language model as the trainer sees it: one packed row in, head results out.
+
+It is the trainer's own ``Transformer``, or, of an architecture that this does not know, transformers' module.
 
 Letters: T tokens of the row, N rows of hidden state that go to the head, H hidden size, V vocabulary.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import torch
 from torch import nn
+from torch.nn.functional import linear
 from transformers import PreTrainedModel
 
 from thinktwice_fast.errors import UserError
 from thinktwice_fast.model.attention import Attention, causal_attention
 from thinktwice_fast.model.lora import Adapters
+from thinktwice_fast.model.transformer import Product, Transformer, heads_of
 from thinktwice_kernels import linear_logits
 
 R = TypeVar("R")
+Model = Transformer | PreTrainedModel
 # hidden [N, H], head weight [V, H], head bias [V] or None -> anything
 Head = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], R]
 
@@ -28,7 +33,7 @@ class Policy(nn.Module):
 
     adapters: Adapters | None = None  # that the model has been given
 
-    def __init__(self, model: PreTrainedModel):
+    def __init__(self, model: Model):
         super().__init__()
         self.model = model
 
@@ -43,8 +48,13 @@ class Policy(nn.Module):
         attention: Attention,
         select: torch.Tensor,  # int64 [N], rows of the T whose hidden state the head gets
         head: Head[R],
+        product: Product = linear,  # of the decoder's weights; a Transformer alone takes another
     ) -> R:
         """Run the decoder over the row and ``head`` over the selected hidden states; gives the head's result."""
+        if isinstance(self.model, Transformer):
+            hidden = self.model(input_ids, position_ids, attention, product)
+            return head(_rows(hidden, select), self.model.head, None)
+        assert product is linear, "transformers' modules multiply by themselves"
         hidden = self.model.base_model(
             input_ids=input_ids[None], position_ids=position_ids[None], attention=attention, use_cache=False
         ).last_hidden_state[0]
@@ -67,18 +77,27 @@ def linear_head(
     return linear_logits(hidden, weight, bias)
 
 
-def decoder_layers(model: PreTrainedModel) -> Iterator[nn.Module]:
+def decoder_layers(model: Model) -> Iterator[nn.Module]:
     """The blocks that the model repeats: what is sharded, and what is recomputed, as one."""
+    if isinstance(model, Transformer):
+        return iter(model.layers)
     names = set(model._no_split_modules or ())
     return (module for module in model.modules() if type(module).__name__ in names)
 
 
-def attention_heads(model: PreTrainedModel) -> tuple[int, int, int]:
+def attention_heads(model: Model) -> tuple[int, int, int]:
     """Query heads, key-value heads and the size of each, by the model's config."""
-    config: Any = model.config.get_text_config()
-    heads: int = config.num_attention_heads
-    size: int = getattr(config, "head_dim", None) or config.hidden_size // heads
-    return heads, getattr(config, "num_key_value_heads", None) or heads, size
+    return heads_of(model.config.get_text_config())
+
+
+def named_weights(model: Model, weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """``weights`` of the model under the names that transformers gives them."""
+    return dict(model.split(weights) if isinstance(model, Transformer) else weights)
+
+
+def own_weights(model: Model, weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The way back: ``weights`` that transformers knows under the model's own names."""
+    return dict(model.joined(weights) if isinstance(model, Transformer) else weights)
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
-from typing import cast
+from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -21,11 +21,11 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
-from transformers import PreTrainedModel
 
 from thinktwice_fast.model.lora import Adapters, is_adapter, merged_weights
-from thinktwice_fast.model.policy import Policy, decoder_layers
+from thinktwice_fast.model.policy import Model, Policy, decoder_layers, named_weights, own_weights
 
+M = TypeVar("M", bound=Model)
 _WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 _FROM_RANK_0 = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
 
@@ -35,7 +35,7 @@ class ModelPair:
     """``policy`` computes losses, ``rollout`` is decoded with, ``masters`` are optimized and saved."""
 
     policy: Policy
-    rollout: PreTrainedModel
+    rollout: Model
     masters: Policy  # the policy itself, unless that computes in another type on its own
 
     @torch.no_grad()
@@ -65,9 +65,9 @@ def shards_weights(world: int, dtype: torch.dtype, *, lora: bool) -> bool:
 
 
 def pair_models(
-    model: PreTrainedModel,
+    model: Model,
     dtype: torch.dtype,
-    adapt: Callable[[PreTrainedModel], Adapters] | None = None,
+    adapt: Callable[[Model], Adapters] | None = None,
     shard_processes: int = 0,
 ) -> ModelPair:
     """Split a freshly loaded model into the trained policy and what rollouts read. Collective.
@@ -89,13 +89,13 @@ def pair_models(
     return ModelPair(policy, rollout, policy)
 
 
-def frozen_copy(model: PreTrainedModel, dtype: torch.dtype, shard_processes: int = 0) -> Policy:
+def frozen_copy(model: Model, dtype: torch.dtype, shard_processes: int = 0) -> Policy:
     """A copy of a freshly loaded model that is never trained (the reference of a KL term). Collective."""
     frozen = cast_parameters(copy.deepcopy(model), dtype).requires_grad_(False)
     return Policy(frozen) if dist.get_world_size() == 1 else _shard(frozen, dtype, shard_processes)
 
 
-def cast_parameters(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+def cast_parameters(model: M, dtype: torch.dtype) -> M:
     """Change the parameters' type in place; buffers (rotary frequencies) stay in float32."""
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
@@ -105,7 +105,7 @@ def cast_parameters(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedMod
 def full_state(policy: Policy) -> dict[str, torch.Tensor]:
     """Whole master weights on the CPU, adapters merged, under transformers' names; empty but on rank 0. Collective."""
     state = cast(dict[str, torch.Tensor], get_model_state_dict(policy, options=_WHOLE))
-    return dict(merged_weights(_without_prefix(state), policy.adapters))
+    return named_weights(policy.model, dict(merged_weights(_without_prefix(state), policy.adapters)))
 
 
 def adapter_state(policy: Policy) -> dict[str, torch.Tensor]:
@@ -120,8 +120,10 @@ def adapter_state(policy: Policy) -> dict[str, torch.Tensor]:
 def load_full_state(policy: Policy, state: dict[str, torch.Tensor]) -> None:
     """Set the master weights from rank 0's ``state`` (the others pass an empty one). Collective.
 
-    Of a policy with adapters these are the adapters', as ``adapter_state`` gives them.
+    Of a policy with adapters these are the adapters', as ``adapter_state`` gives them; else it is as ``full_state``'s.
     """
+    if policy.adapters is None and state:
+        state = own_weights(policy.model, state)
     options = replace(_FROM_RANK_0, strict=policy.adapters is None)
     set_model_state_dict(policy, {f"model.{name}": value for name, value in state.items()}, options=options)
 
@@ -130,7 +132,7 @@ def _without_prefix(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name.removeprefix("model."): value for name, value in state.items()}
 
 
-def _one_set(model: PreTrainedModel, dtype: torch.dtype) -> ModelPair:
+def _one_set(model: Model, dtype: torch.dtype) -> ModelPair:
     policy = Policy(model)
     if dtype == torch.float32:
         cast_parameters(model, dtype)
@@ -153,7 +155,7 @@ def _hand_over_gradient(master: torch.Tensor, parameter: torch.Tensor) -> None:
     parameter.grad = None
 
 
-def _shard(model: PreTrainedModel, dtype: torch.dtype, shard_processes: int) -> Policy:
+def _shard(model: Model, dtype: torch.dtype, shard_processes: int) -> Policy:
     """Embedding and head stay gathered from forward to backward, every layer is gathered one ahead of its turn."""
     policy = Policy(model)
     mesh = _mesh(model.device.type, shard_processes)

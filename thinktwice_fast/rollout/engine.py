@@ -6,12 +6,11 @@ The scheduler decides, the model runs one row of tokens over the paged cache, th
 from collections.abc import Iterable
 
 import torch
-from transformers import PreTrainedModel
 
 from thinktwice_fast.config import RolloutOptions
 from thinktwice_fast.errors import UserError
 from thinktwice_fast.model.paged import PagedKVCache
-from thinktwice_fast.model.policy import attention_heads
+from thinktwice_fast.model.policy import Model, attention_heads
 from thinktwice_fast.rollout.generation import Decode, Generation
 from thinktwice_fast.rollout.kept import Counts, KeptCaches
 from thinktwice_fast.rollout.records import Request, Rollout
@@ -19,7 +18,7 @@ from thinktwice_fast.rollout.runner import make_runner
 from thinktwice_fast.rollout.scheduler import Scheduler
 
 BLOCK_SIZE = 16  # tokens per cache block
-GPU_SHARE = 0.6  # of the GPU's free memory, for a cache whose size the user left open
+SPARE_BLOCKS = 1  # on a GPU, for the rows that a graph has too many
 GIB = 1 << 30
 
 
@@ -31,8 +30,10 @@ class Engine:
         stop_ids: token ids that end a response.
         options: cache size and batch limits.
         max_tokens: longest prompt + response that will be asked for.
-        reserve: bytes that training will still allocate on this GPU (gradients, optimizer state); a cache whose size
-            the options leave open keeps off them.
+        needed: cache blocks that all sequences take which are there together (see ``shared_blocks``), in the place of
+            ``max_sequences`` that have nothing in common.
+        reserve: bytes of this GPU that others will still take; a cache whose size the options leave open keeps off
+            them.
         decode: tokens to text, for stop strings.
 
     Raises:
@@ -41,10 +42,11 @@ class Engine:
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        model: Model,
         stop_ids: frozenset[int],
         options: RolloutOptions,
         max_tokens: int,
+        needed: int | None = None,
         reserve: int = 0,
         decode: Decode | None = None,
     ):
@@ -55,14 +57,15 @@ class Engine:
         self._decode = decode
         _, heads, head_dim = attention_heads(model)
         layers: int = model.config.get_text_config().num_hidden_layers
-        token_bytes = 2 * layers * heads * head_dim * model.dtype.itemsize
+        on_gpu = model.device.type == "cuda"
+        block_bytes = 2 * layers * heads * head_dim * model.dtype.itemsize * BLOCK_SIZE
         self.cache = PagedKVCache(
             layers,
-            _cache_blocks(options, max_tokens, token_bytes, model.device, reserve),
+            _blocks(options, max_tokens, needed, block_bytes, model.device, reserve),
             heads,
             head_dim,
             block_size=BLOCK_SIZE,
-            spare_blocks=1 if model.device.type == "cuda" else 0,  # for the rows that a graph has too many
+            spare_blocks=SPARE_BLOCKS if on_gpu else 0,
             group_attention=options.group_attention,
             dtype=model.dtype,
             device=model.device,
@@ -108,25 +111,61 @@ class Engine:
             self._kept.release(rollout)
 
 
-def _cache_blocks(
-    options: RolloutOptions, max_tokens: int, token_bytes: int, device: torch.device, reserve: int
-) -> int:
+def blocks_for(tokens: int) -> int:
+    """Cache blocks that so many tokens of one sequence take."""
+    return -(-tokens // BLOCK_SIZE)
+
+
+def shared_blocks(prompts: Iterable[int], samples: int, response_tokens: int) -> int:
+    """Cache blocks that samples of some prompts take together at most, whatever the lengths are.
+
+    A prompt's full blocks are there once for all of its samples. Each sample has those from the one on that its
+    response begins in, behind a part of the prompt.
+
+    Args:
+        prompts: tokens of each prompt, at most.
+        samples: of all prompts together, kept ones among them.
+        response_tokens: of each sample, at most.
+    """
+    return sum(tokens // BLOCK_SIZE for tokens in prompts) + samples * blocks_for(BLOCK_SIZE - 1 + response_tokens)
+
+
+def cache_blocks(options: RolloutOptions, needed: int, longest: int, room: int | None = None) -> int:
+    """Blocks of a KV cache.
+
+    Args:
+        options: which may say how many.
+        needed: by all sequences that are there together.
+        longest: by the longest that may be asked for.
+        room: how many the memory holds; None = any number.
+    """
     if options.cache_tokens:
-        return -(-options.cache_tokens // BLOCK_SIZE)
-    longest = -(-max_tokens // BLOCK_SIZE)
-    wanted = options.max_sequences * longest
-    if device.type != "cuda":
-        return wanted
+        return blocks_for(options.cache_tokens)
+    wanted = max(needed, longest)
+    return wanted if room is None else min(wanted, room)
+
+
+def _blocks(
+    options: RolloutOptions,
+    max_tokens: int,
+    needed: int | None,
+    block_bytes: int,
+    device: torch.device,
+    reserve: int,
+) -> int:
+    longest = blocks_for(max_tokens)
+    if needed is None:
+        needed = options.max_sequences * longest
+    if options.cache_tokens or device.type != "cuda":
+        return cache_blocks(options, needed, longest)
     # What the allocator keeps for tensors that are gone counts as used until it is given back.
     torch.cuda.empty_cache()
-    free = torch.cuda.mem_get_info(device)[0] - reserve
-    block_bytes = token_bytes * BLOCK_SIZE
-    blocks = int(free * GPU_SHARE) // block_bytes
+    free = torch.cuda.mem_get_info(device)[0] - reserve - SPARE_BLOCKS * block_bytes
+    blocks = cache_blocks(options, needed, longest, free // block_bytes)
     if blocks < longest:
-        missing = longest * block_bytes / GPU_SHARE - free
         raise UserError(
-            f"{missing / GIB:.2f} GiB of GPU memory are missing for a KV cache of one sequence of {max_tokens} tokens "
-            f"(training will take {reserve / GIB:.2f} GiB more): lower --rollout.max_response_tokens or "
-            "--rollout.max_prompt_tokens, or use more GPUs or a smaller model"
+            f"{(longest * block_bytes - free) / GIB:.2f} GiB of GPU memory are missing for a KV cache of one sequence "
+            f"of {max_tokens} tokens (the rest of the run will take {reserve / GIB:.2f} GiB more): lower "
+            "--rollout.max_response_tokens or --rollout.max_prompt_tokens, or use more GPUs or a smaller model"
         )
-    return min(wanted, blocks)
+    return blocks

@@ -68,7 +68,7 @@ class GraphRunner:
         self._capture = capture or CudaCapture(cache.device)
         self._rows = row_buckets(max_sequences)
         self._blocks = block_buckets(-(-max_tokens // cache.block_size), cache.block_size)
-        vocabulary = policy.model.get_output_embeddings().weight.shape[0]
+        vocabulary: int = policy.model.config.get_text_config().vocab_size
         self._buffers = _Buffers(cache, self._rows[-1], self._blocks[-1], vocabulary)
         self._graphs: dict[Shape, Callable[[], None]] = {}
 

@@ -1,21 +1,21 @@
-"""What runs the model for a generation: the C++ decoder on the CPU, CUDA graphs on a GPU, or transformers' modules."""
+"""What runs the model for a generation: the C++ decoder on the CPU, CUDA graphs on a GPU, or the model itself."""
 
 import logging
 from typing import Literal, Protocol
 
 import torch
-from transformers import PreTrainedModel
+from torch.nn.functional import linear
 
 from thinktwice_fast.config import RolloutOptions
 from thinktwice_fast.errors import UserError
 from thinktwice_fast.model.attention import PagedAttention
 from thinktwice_fast.model.csrc import torch_versions
 from thinktwice_fast.model.decoder import Decoder
-from thinktwice_fast.model.exact import ExactLinear, exact_logits, make_exact, make_plain, pack_weights
-from thinktwice_fast.model.fused import fuse_attention, unfuse_attention
 from thinktwice_fast.model.lists import int64, upload
 from thinktwice_fast.model.paged import PagedKVCache, Plan
-from thinktwice_fast.model.policy import Policy, linear_head
+from thinktwice_fast.model.policy import Model, Policy, linear_head
+from thinktwice_fast.model.products import PackedProducts
+from thinktwice_fast.model.transformer import Transformer
 from thinktwice_fast.rollout.graphs import GraphRunner
 
 log = logging.getLogger(__name__)
@@ -41,17 +41,19 @@ class Runner(Protocol):
 
 
 class ModuleRunner:
-    """Transformers' modules, with attention over the cache in place of their own.
+    """The model as it is, over the cache.
 
     Args:
         model: to be decoded with.
         cache: of its keys and values.
-        exact: its linear layers are exact ones (``model/exact.py``); logits come from such a product too.
+        exact: with exact products (``model/products.py``), those of the head among them.
     """
 
-    def __init__(self, model: PreTrainedModel, cache: PagedKVCache, *, exact: bool = False):
+    def __init__(self, model: Model, cache: PagedKVCache, *, exact: bool = False):
         self._policy = Policy(model)
         self._cache = cache
+        self._product = PackedProducts() if exact else linear
+        self._head = self._product if exact else linear_head
         self.exact = exact
 
     @property
@@ -59,9 +61,7 @@ class ModuleRunner:
         return self._policy.device
 
     def refresh(self) -> None:
-        """Packs exact layers' weights; other modules read theirs themselves."""
-        if self.exact:
-            pack_weights(self._policy.model)
+        """Nothing to do: weights are read where they are."""
 
     @torch.inference_mode()
     def logits(self, tokens: list[int], plan: Plan, last: list[int]) -> torch.Tensor:
@@ -71,12 +71,9 @@ class ModuleRunner:
             plan.positions,
             PagedAttention(self._cache, plan),
             rows,
-            self._exact_head if self.exact else linear_head,
+            self._head,
+            self._product,
         )
-
-    def _exact_head(self, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        head = self._policy.model.get_output_embeddings()
-        return exact_logits(hidden, weight, bias, head.packed() if isinstance(head, ExactLinear) else None)
 
 
 class DecoderRunner:
@@ -96,7 +93,7 @@ class DecoderRunner:
         return self.decoder.forward(torch.tensor(tokens), plan, torch.tensor(last, dtype=torch.int64), self._cache)
 
 
-def make_runner(model: PreTrainedModel, cache: PagedKVCache, options: RolloutOptions, max_tokens: int) -> Runner:
+def make_runner(model: Model, cache: PagedKVCache, options: RolloutOptions, max_tokens: int) -> Runner:
     """The fastest that runs this model.
 
     Args:
@@ -110,22 +107,21 @@ def make_runner(model: PreTrainedModel, cache: PagedKVCache, options: RolloutOpt
     """
     way = planned_runner(model, options, model.device, model.dtype)
     if way == "exact":
-        make_exact(model)
         return ModuleRunner(model, cache, exact=True)
-    make_plain(model)  # another engine may have made it exact
     if model.device.type == "cuda":
         return _gpu_runner(model, cache, options, max_tokens)
     if way == "decoder":
+        assert isinstance(model, Transformer), "Decoder.supports nothing else"
         decoder = Decoder(model, max_tokens, group_attention=options.group_attention)
         if decoder.reproduces(model):
             return DecoderRunner(decoder, cache)
-        log.warning("the fused decoder does not reproduce %s: rollouts run its modules", type(model).__name__)
+        log.warning("the fused decoder does not reproduce %s: rollouts run its modules", model.config.model_type)
         _refuse_fused(model, options, model.device, model.dtype)
     return ModuleRunner(model, cache)
 
 
 def planned_runner(
-    model: PreTrainedModel, options: RolloutOptions, device: torch.device, dtype: torch.dtype
+    model: Model, options: RolloutOptions, device: torch.device, dtype: torch.dtype
 ) -> Literal["exact", "decoder", "modules", "gpu"]:
     """What ``make_runner`` will try first, from the model's shape alone (its tensors may be on the meta device).
 
@@ -139,12 +135,19 @@ def planned_runner(
     """
     if options.cuda_graphs and device.type != "cuda":
         raise UserError(f"--rollout.cuda_graphs true needs a GPU, and the model is on {device.type}: leave it out")
+    if options.decoder != "auto" and device.type != "cpu":
+        raise UserError(
+            f"--rollout.decoder {options.decoder} is a choice for the CPU, and the model is on {device.type}: leave it "
+            "out"
+        )
     if options.exact:
         if device.type != "cpu" or dtype != torch.float32:
             raise UserError(
                 f"--rollout.exact needs float32 on the CPU, and this is {dtype} on {device.type}: leave it out, or "
                 "give --model.device cpu --model.compute_dtype float32"
             )
+        if not isinstance(model, Transformer):
+            raise UserError(f"--rollout.exact does not know {model.config.model_type}: leave it out")
         return "exact"
     if device.type == "cuda":
         return "gpu"
@@ -156,10 +159,7 @@ def planned_runner(
     return "modules"
 
 
-def _gpu_runner(model: PreTrainedModel, cache: PagedKVCache, options: RolloutOptions, max_tokens: int) -> Runner:
-    unfuse_attention(model)  # another engine may have fused it
-    if options.decoder != "modules" and not fuse_attention(model, max_tokens):
-        _refuse_fused(model, options, model.device, model.dtype)
+def _gpu_runner(model: Model, cache: PagedKVCache, options: RolloutOptions, max_tokens: int) -> Runner:
     in_torch = "paged_attention" in torch_versions  # which waits for the GPU, so that it can't be captured
     if options.cuda_graphs and in_torch:
         raise UserError(
@@ -171,10 +171,10 @@ def _gpu_runner(model: PreTrainedModel, cache: PagedKVCache, options: RolloutOpt
     return GraphRunner(Policy(model), cache, options.max_sequences, max_tokens)
 
 
-def _refuse_fused(model: PreTrainedModel, options: RolloutOptions, device: torch.device, dtype: torch.dtype) -> None:
+def _refuse_fused(model: Model, options: RolloutOptions, device: torch.device, dtype: torch.dtype) -> None:
     """Raise UserError where a fused runner was asked for outright."""
     if options.decoder == "fused":
         raise UserError(
-            f"--rollout.decoder fused does not know {type(model).__name__} in {dtype} on {device.type}: "
+            f"--rollout.decoder fused does not know {model.config.model_type} in {dtype} on {device.type}: "
             "leave the option out"
         )

@@ -19,7 +19,6 @@ from thinktwice_fast.config import (
     ARITHMETIC,
     Config,
     DataOptions,
-    UpdateOptions,
     evaluation_sources,
     samples_per_step,
 )
@@ -29,15 +28,15 @@ from thinktwice_fast.model.loading import SHIPPED, LoadedModel, load_model, pick
 from thinktwice_fast.model.lora import add_adapters, check_library
 from thinktwice_fast.model.sharding import frozen_copy, pair_models, shards_weights
 from thinktwice_fast.rollout.engine import Engine
-from thinktwice_fast.run.memory import held_bytes, keep_freed_memory
-from thinktwice_fast.run.workload import phases, predicted_memory
+from thinktwice_fast.run.memory import device_bytes, held_bytes, keep_freed_memory, predict
+from thinktwice_fast.run.workload import Evaluated, heaviest_load, phases
 from thinktwice_fast.tasks.arithmetic import RECHECK, warm_start_example
 from thinktwice_fast.tasks.pool import Grader
 from thinktwice_fast.tasks.problem import Message, Problem
 from thinktwice_fast.tasks.prompts import ChatFormat
 from thinktwice_fast.tasks.sources import Source, load_source
 from thinktwice_fast.tasks.stream import ProblemStream
-from thinktwice_fast.update.optimizer import MOMENT_BYTES, build_optimizer, check_optimizer
+from thinktwice_fast.update.optimizer import build_optimizer, check_optimizer
 from thinktwice_fast.update.updater import Updater
 
 _ENDLESS_SAMPLE = 64  # problems of an endless source that its longest prompt is judged by
@@ -71,12 +70,24 @@ class Prepared:
     usable: int | None  # problems; None = endless
     longest_prompts: dict[str, int]  # tokens, by phase
     evaluation_sets: Mapping[str, Sequence[Problem]]
+    evaluated: Evaluated
     notes: list[str]
     held_bytes: int  # before the model was loaded
 
 
-def prepare(config: Config, resources: ExitStack, load: Callable[[torch.device], LoadedModel]) -> Prepared:
-    """Read the problems, load the model by ``load``, and check that they fit together. ``resources`` ends the graders.
+def prepare(
+    config: Config,
+    resources: ExitStack,
+    load: Callable[[torch.device], LoadedModel],
+    device: torch.device | None = None,
+) -> Prepared:
+    """Read the problems, load the model, and check that they fit together.
+
+    Args:
+        config: of the run.
+        resources: ends the graders.
+        load: gives the model.
+        device: to compute on, where that is not for ``config`` and this machine to say.
 
     Raises:
         UserError: anything wrong with problems, reward or model.
@@ -91,7 +102,7 @@ def prepare(config: Config, resources: ExitStack, load: Callable[[torch.device],
     if workers is None:
         workers = min(8, max(1, (os.cpu_count() or 1) // 2))
     grader = resources.enter_context(Grader(config.reward, config.reward_timeout, workers))
-    device = pick_device(config.model, launch.env_local_rank())
+    device = device or pick_device(config.model, launch.env_local_rank())
     dtype = pick_dtype(config.model, device)
     sharded = shards_weights(launch.env_world_size(), dtype, lora=bool(config.model.lora_rank))
     check_optimizer(config.update, sharded=sharded)
@@ -111,14 +122,19 @@ def prepare(config: Config, resources: ExitStack, load: Callable[[torch.device],
     if graded:
         _check_answers(grader, config.data.source, (train[i] for i in ((0,) if usable is None else usable)))
     stream = ProblemStream(train, usable, config.seed, config.data.shuffle)
-    evaluation_sets = {
-        name: [source[i] for i in prompts.usable(source, name, notes) or ()] for name, source in sets.items()
-    }
-    for name, problems in evaluation_sets.items():
+    evaluation_sets, evaluated = {}, Evaluated()
+    for name, source in sets.items():
+        problems = [source[i] for i in prompts.usable(source, name, notes) or ()]
         _check_answers(grader, name, problems)
+        evaluation_sets[name] = problems
+        evaluated = Evaluated(
+            max(evaluated.problems, len(problems)),
+            config.eval.samples,
+            max(evaluated.prompt_tokens, prompts.longest["refine"]),
+        )
     return Prepared(
         device, dtype, loaded, chat, grader, instruction, stream,
-        None if usable is None else len(usable), longest_prompts, evaluation_sets, notes, before,
+        None if usable is None else len(usable), longest_prompts, evaluation_sets, evaluated, notes, before,
     )  # fmt: skip
 
 
@@ -140,9 +156,9 @@ def build_run(config: Config, resources: ExitStack) -> Run:
     loaded, dtype, chat, stream = ready.loaded, ready.dtype, ready.chat, ready.stream
     world = parallel.world_size()
     planned = phases(config, Flops.of(loaded.model), ready.longest_prompts, world)
-    predicted = predicted_memory(
-        config, loaded.model, ready.device, dtype, planned, ready.evaluation_sets, world, ready.held_bytes
-    )
+    heaviest = heaviest_load(config, planned, ready.longest_prompts, ready.evaluated, world)
+    room = device_bytes(ready.device, launch.env_local_world_size())
+    predicted = predict(config, loaded.model, ready.device, dtype, heaviest, world, ready.held_bytes, room)
     shards = config.update.shard_processes
     reference = frozen_copy(loaded.model, dtype, shards) if config.loss.beta else None
     adapt = partial(add_adapters, options=config.model, seed=config.seed) if config.model.lora_rank else None
@@ -152,7 +168,8 @@ def build_run(config: Config, resources: ExitStack) -> Run:
         loaded.stop_ids,
         config.rollout,
         config.rollout.max_prompt_tokens + config.rollout.max_response_tokens,
-        _training_bytes(models.masters, config.update, shards or world),
+        heaviest.needed_blocks,
+        predicted.reserve,
         decode=partial(chat.response_text, stop_ids=loaded.stop_ids),
     )
     sampler = Sampler(engine, chat, ready.grader, ready.instruction, loaded.stop_ids)
@@ -285,12 +302,6 @@ def _check_context(loaded: LoadedModel, longest: int) -> None:
             f"--rollout.max_prompt_tokens and --rollout.max_response_tokens add up to {longest}, more than the model's "
             f"context of {context}: lower one of them"
         )
-
-
-def _training_bytes(policy: torch.nn.Module, options: UpdateOptions, shards: int) -> int:
-    """What this process will still allocate for training: float32 gradients and AdamW's two moments."""
-    trained = sum(parameter.numel() for parameter in policy.parameters() if parameter.requires_grad)
-    return (4 + MOMENT_BYTES[options.optimizer]) * trained // shards
 
 
 def _optimizer_steps(config: Config) -> int:

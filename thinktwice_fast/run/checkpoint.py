@@ -32,6 +32,7 @@ from thinktwice_fast.config import UpdateOptions
 from thinktwice_fast.errors import UserError
 from thinktwice_fast.model.loading import save_model
 from thinktwice_fast.model.lora import Adapters
+from thinktwice_fast.model.policy import Model, named_weights
 from thinktwice_fast.model.sharding import adapter_state, full_state, load_full_state
 from thinktwice_fast.update.optimizer import MOMENT_BYTES, continue_schedule
 from thinktwice_fast.update.updater import Updater
@@ -41,6 +42,7 @@ _T = TypeVar("_T")
 _PREFIX = "step-"
 _PARTIAL = ".partial-"
 ADAPTER = "adapter"
+_LAYOUT = 2  # of a checkpoint; the optimizer's state names parameters as the model does
 _WEIGHT_BYTES = 4  # of a parameter in float32
 _ASKED = ("initial_lr", "betas", "weight_decay")  # of an optimizer's parameter group, what the options say
 
@@ -99,6 +101,7 @@ def save_checkpoint(
                 torch.save(optimizer, partial / "optimizer.pt")
                 torch.save(states, partial / "random.pt")
                 whole = state | {
+                    "layout": _LAYOUT,
                     "step": step,
                     "version": updater.version,
                     "optimizer_steps": updater.schedule.last_epoch,
@@ -124,6 +127,7 @@ def load_checkpoint(folder: Path, updater: Updater) -> dict[str, Any]:
         UserError: the folder is no whole checkpoint, or one of another model or of other adapters.
     """
     state = read_state(folder)
+    _check_layout(folder, state)
     weights: dict[str, torch.Tensor] = {}
     optimizer: dict[str, Any] = {}
     masters, model = updater.models.masters, updater.models.rollout
@@ -212,8 +216,16 @@ def _step_of(folder: Path) -> int:
     return int(folder.name.removeprefix(_PREFIX))
 
 
-def _check_same_model(folder: Path, model: torch.nn.Module) -> None:
-    here = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+def _check_layout(folder: Path, state: dict[str, Any]) -> None:
+    if state.get("layout") != _LAYOUT:
+        raise UserError(
+            f"--resume {folder}: a checkpoint of an earlier version, which this one can't continue: start from its "
+            f"weights with --model.path {folder / 'model'} and another --output"
+        )
+
+
+def _check_same_model(folder: Path, model: Model) -> None:
+    here = {name: tuple(value.shape) for name, value in named_weights(model, model.state_dict()).items()}
     saved: dict[str, tuple[int, ...]] = {}
     for path in _weight_files(folder):
         with safe_open(path, "pt") as file:
@@ -242,9 +254,9 @@ def _check_same_adapters(folder: Path, adapters: Adapters | None) -> None:
         )
 
 
-def _check_same_base(folder: Path, merged: torch.nn.Module) -> None:
+def _check_same_base(folder: Path, merged: Model) -> None:
     """The weights below the adapters come from where the run had them: merged, they have to be what was saved."""
-    weights = merged.state_dict()
+    weights = named_weights(merged, merged.state_dict())
     for path in _weight_files(folder):
         with safe_open(path, "pt") as file:
             changed = [name for name in file.keys() if _differs(weights[name], file.get_tensor(name))]  # noqa: SIM118

@@ -12,48 +12,53 @@ V vocabulary; S sequences that decode at once; T tokens and R response tokens of
                          model (embedding and head) throughout, two layers at a time, and a gradient until it is reduced
     compute weights      b n, where rollouts (and one process's updates) do not read the masters
     packed weights       b (n - V H, or n where the head is the embedding), for the C++ decoder
-    KV cache             2 L K b a token: on the CPU those tokens that are used (memory counts once it is written), on a
-                         GPU all of the cache
+    KV cache             2 L K b a token, of the tokens that all sequences which are there together take at their
+                         longest, the full blocks of a prompt once (``workload.needed_blocks``); on a GPU at most what
+                         the rest leaves
     activations, update  T (4 b I + b H)                       what a layer's backward adds to
-                       + T L (2 (4 + 2 b) H                    two norms: input in float32, normalised, output
+                       + T L (4 b H                            two norms: input, output
                               + 2 b (Q + K)                    rotated queries and keys, values, attention's output
-                              + (4 + b) (Q + K)                QK-norm where there is one: input, normalised
-                              + 4 b I)                         gate, up, silu(gate), their product
-                         with checkpointing of the L layers all but b T H each for one layer; in float32 on the CPU
-                         norms keep input and output alone (QK-norm its input, with the values), and silu(gate) is
-                         not kept (``fuse_elementwise``)
+                              + b (Q + 2 K)                    QK-norm where there is one: the joint product
+                              + 3 b I)                         gate, up, the product of silu(gate) with it
+                         with checkpointing of the L layers all but b T H each for one layer; transformers' modules keep
+                         2 (4 + 2 b) H for norms, (4 + b) (Q + K) for QK-norm, and silu(gate) besides
     activations, rollout b t (2 H + 3 I) of t tokens in one pass, and 2 * 4 S V for logits
-    loss head            min(budget, 4 R V) of logits (with gradients), 4 V H of the weight's gradient, 2 b R H of
-                         hidden states and theirs
-    allocator            4 m on the CPU: holes that the C library keeps where gradients lay among activations (measured)
+    loss head            a tile of logits with their gradients (``linear_head.bytes_per_logit``) of as many of the R as
+                         its budget holds, 4 V H of the weight's gradient, 2 b R H of hidden states and theirs
+    CUDA graphs          b S (2 H + 3 I) + 8 S V on a GPU: the memory of decoding steps, which they keep
+    libraries            1 GiB on a GPU: CUDA's context with the kernels, the workspaces of its libraries
+    allocator            4 m on the CPU: holes that the C library keeps where gradients lay among activations
+                         (measured); on a GPU 3 % of it: gaps between tensors that no other fits into
 
-Keys and values that shared prefixes gather on a GPU are left out, as is what a GPU's libraries keep for themselves.
+T and R are bounds that hold however long the responses are, see ``workload``. Keys and values that shared prefixes
+gather on a GPU are left out.
 """
 
 import ctypes
 import os
 import resource
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
 
-from thinktwice_fast.config import Config, ModelOptions
-from thinktwice_fast.model.elementwise import fuses
+from thinktwice_fast.config import Config, ModelOptions, RolloutOptions
 from thinktwice_fast.model.lora import adapter_parameters
-from thinktwice_fast.model.policy import attention_heads, decoder_layers
+from thinktwice_fast.model.policy import Model, attention_heads, decoder_layers
 from thinktwice_fast.model.sharding import shards_weights
-from thinktwice_fast.rollout.engine import BLOCK_SIZE, GPU_SHARE
+from thinktwice_fast.model.transformer import Transformer
+from thinktwice_fast.rollout.engine import BLOCK_SIZE, SPARE_BLOCKS, blocks_for, cache_blocks
 from thinktwice_fast.rollout.runner import planned_runner
 from thinktwice_fast.update.optimizer import MOMENT_BYTES
-from thinktwice_kernels.rows import DEFAULT_BUDGET
+from thinktwice_kernels.rows import bytes_per_logit, rows_per_tile
 
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 _KEPT_SIZE = 1 << 30  # largest piece of memory that is kept
+_GPU_LIBRARIES = 1 << 30
+_GPU_MARGIN = 0.03  # of a GPU's memory
 
 
 @dataclass(frozen=True)
@@ -73,7 +78,7 @@ class Shape:
     qk_norm: bool
 
     @classmethod
-    def of(cls, model: PreTrainedModel, options: ModelOptions) -> "Shape":
+    def of(cls, model: Model, options: ModelOptions) -> "Shape":
         """Of a model that may have no memory yet, before it gets the adapters that ``options`` may ask for."""
         config: Any = model.config.get_text_config()
         query_heads, kv_heads, head_dim = attention_heads(model)
@@ -85,7 +90,7 @@ class Shape:
             layers=config.num_hidden_layers,
             layer_parameters=sum(p.numel() for p in blocks[0].parameters()) if blocks else 0,
             hidden=config.hidden_size,
-            inner=max((max(p.shape) for p in blocks[0].parameters() if p.dim() > 1), default=0),
+            inner=_inner_size(model, blocks[0]) if blocks else 0,
             queries=query_heads * head_dim,
             keys=kv_heads * head_dim,
             vocabulary=config.vocab_size,
@@ -94,12 +99,18 @@ class Shape:
         )
 
 
+def _inner_size(model: Model, block: torch.nn.Module) -> int:
+    if isinstance(model, Transformer):
+        return model.config.intermediate_size
+    return max((max(p.shape) for p in block.parameters() if p.dim() > 1), default=0)
+
+
 @dataclass(frozen=True)
 class Load:
     """The most that one process has to hold at a time."""
 
     sequences: int  # decoding at once
-    cached_tokens: int  # of KV cache that they use
+    needed_blocks: int  # of KV cache, by all that are in it together
     pass_tokens: int  # of one forward pass while sampling
     row_tokens: int  # T
     row_targets: int  # R
@@ -112,32 +123,47 @@ class Part:
     name: str
     rollout: int
     update: int
+    held: int = 0  # of both, before there is a rollout engine
 
 
 @dataclass(frozen=True)
 class Prediction:
     """The peak of one process, by part and phase."""
 
-    parts: tuple[Part, ...]
+    parts: tuple[Part, ...]  # all but the KV cache
+    cache_bytes: int
+    cache_tokens: int  # that the KV cache has room for
 
     @property
     def rollout(self) -> int:
         """Bytes while sampling, once an update has been made."""
-        return sum(part.rollout for part in self.parts)
+        return sum(part.rollout for part in self.parts) + self.cache_bytes
 
     @property
     def update(self) -> int:
         """Bytes while training."""
-        return sum(part.update for part in self.parts)
+        return sum(part.update for part in self.parts) + self.cache_bytes
 
     @property
     def peak(self) -> int:
         """The larger of the two."""
         return max(self.rollout, self.update)
 
+    @property
+    def reserve(self) -> int:
+        """What a run takes, beside its KV cache, beyond what it holds when that is made."""
+        return self.peak - self.cache_bytes - sum(part.held for part in self.parts)
+
 
 def predict(
-    config: Config, model: PreTrainedModel, device: torch.device, dtype: torch.dtype, load: Load, world: int, base: int
+    config: Config,
+    model: Model,
+    device: torch.device,
+    dtype: torch.dtype,
+    load: Load,
+    world: int,
+    base: int,
+    room: int,
 ) -> Prediction:
     """The peak of each of ``world`` processes.
 
@@ -146,16 +172,27 @@ def predict(
         device, dtype: where it will be, and the compute type.
         load: of the process that has most.
         base: bytes that the program holds on ``device`` before it loads the model.
+        room: bytes that a process may have there.
     """
     shape = Shape.of(model, config.model)
-    parts = [Part("program", base, base), *_weights(config, shape, model, device, dtype, world)]
+    parts = [Part("program", base, base, base), *_weights(config, shape, model, device, dtype, world)]
     parts += _working(config, shape, model, device, dtype, load)
-    cache = _cache_bytes(config, shape, device, dtype, load, sum(max(part.rollout, part.update) for part in parts))
-    return Prediction((*(part for part in parts if part.rollout or part.update), Part("KV cache", cache, cache)))
+    if device.type == "cuda":
+        if config.rollout.cuda_graphs is not False:
+            graphs = _sampling_bytes(shape, dtype, load.sequences, load.sequences)
+            parts.append(Part("CUDA graphs", graphs, graphs))
+        margin = _margin(room)
+        parts.append(Part("libraries", _GPU_LIBRARIES, _GPU_LIBRARIES, _GPU_LIBRARIES))
+        parts.append(Part("allocator", margin, margin))
+    others = Prediction(tuple(part for part in parts if part.rollout or part.update), 0, 0)
+    block_bytes = 2 * shape.layers * shape.keys * dtype.itemsize * BLOCK_SIZE
+    spare = SPARE_BLOCKS if device.type == "cuda" else 0
+    blocks = _cache_blocks(config.rollout, load, device, (room - others.peak) // block_bytes - spare)
+    return replace(others, cache_bytes=block_bytes * (blocks + spare), cache_tokens=BLOCK_SIZE * blocks)
 
 
 def _weights(
-    config: Config, shape: Shape, model: PreTrainedModel, device: torch.device, dtype: torch.dtype, world: int
+    config: Config, shape: Shape, model: Model, device: torch.device, dtype: torch.dtype, world: int
 ) -> Iterator[Part]:
     b, n, m = dtype.itemsize, shape.parameters, shape.trained
     shards = config.update.shard_processes or world
@@ -163,63 +200,77 @@ def _weights(
     own = b * n + 4 * m if lora else 4 * n
     rest = n - shape.layers * shape.layer_parameters
     moments = MOMENT_BYTES[config.update.optimizer] * m // shards
-    yield Part("master weights", own // shards, own // shards)
+    yield Part("master weights", *(own // shards,) * 3)
     yield Part("gradients", 0, 4 * m // shards)
     yield Part("optimizer state", moments, moments)
     if config.loss.beta:
-        yield Part("reference weights", b * n // shards, b * n // shards)
+        yield Part("reference weights", *(b * n // shards,) * 3)
     if shards_weights(world, dtype, lora=lora):
         largest = max(rest, shape.layer_parameters)
         yield Part("gathered weights", 0, b * (rest + 2 * shape.layer_parameters) + (b + 4) * largest)
     if world > 1 or lora or dtype != torch.float32:
-        yield Part("compute weights", b * n, b * n)
+        yield Part("compute weights", *(b * n,) * 3)
     if planned_runner(model, config.rollout, device, dtype) == "decoder":
         packed = b * (n if shape.tied else n - shape.vocabulary * shape.hidden)
         yield Part("packed weights", packed, packed)
 
 
 def _working(
-    config: Config, shape: Shape, model: PreTrainedModel, device: torch.device, dtype: torch.dtype, load: Load
+    config: Config, shape: Shape, model: Model, device: torch.device, dtype: torch.dtype, load: Load
 ) -> Iterator[Part]:
     b, tokens, targets = dtype.itemsize, load.row_tokens, load.row_targets
-    sampling = b * load.pass_tokens * (2 * shape.hidden + 3 * shape.inner)
-    sampling += 2 * 4 * load.sequences * shape.vocabulary
-    fused = device.type == "cpu" and dtype == torch.float32 and not config.rollout.exact and fuses(model)
-    layer = tokens * layer_bytes(shape, dtype, fused=fused)
+    sampling = _sampling_bytes(shape, dtype, load.pass_tokens, load.sequences)
+    layer = tokens * layer_bytes(shape, dtype, own=isinstance(model, Transformer))
     kept = layer * shape.layers
     if config.model.activation_checkpointing:
         kept = layer + b * tokens * shape.hidden * shape.layers
     yield Part("activations", sampling, kept + b * tokens * (4 * shape.inner + shape.hidden))
-    logits = min(DEFAULT_BUDGET[device.type], 4 * targets * shape.vocabulary)
+    logit = bytes_per_logit(torch.float32, dtype if device.type == "cuda" else torch.float32)
+    rows = min(targets, rows_per_tile(shape.vocabulary, logit, device))
     gradient = 4 * shape.vocabulary * shape.hidden
-    yield Part("loss head", 0, logits + gradient + 2 * b * targets * shape.hidden)
+    yield Part("loss head", 0, logit * rows * shape.vocabulary + gradient + 2 * b * targets * shape.hidden)
     if device.type == "cpu":
         yield Part("allocator", 4 * shape.trained, 4 * shape.trained)
 
 
-def layer_bytes(shape: Shape, dtype: torch.dtype, *, fused: bool) -> int:
-    """What one layer keeps of one token for the backward pass.
-
-    Args:
-        fused: its norms and gate are those of ``fuse_elementwise``.
-    """
+def layer_bytes(shape: Shape, dtype: torch.dtype, *, own: bool) -> int:
+    """What one layer keeps of one token for the backward pass; ``own``: it is one of ``Transformer``'s."""
     b, heads = dtype.itemsize, shape.queries + shape.keys
-    normed = (b * (heads + shape.keys) if fused else (4 + b) * heads) if shape.qk_norm else 0
-    norm, gate = (2 * b, 3 * b) if fused else (4 + 2 * b, 4 * b)
+    normed = (b * (heads + shape.keys) if own else (4 + b) * heads) if shape.qk_norm else 0
+    norm, gate = (2 * b, 3 * b) if own else (4 + 2 * b, 4 * b)
     return 2 * norm * shape.hidden + 2 * b * heads + normed + gate * shape.inner
 
 
-def _cache_bytes(
-    config: Config, shape: Shape, device: torch.device, dtype: torch.dtype, load: Load, others: int
-) -> int:
-    options = config.rollout
-    token_bytes = 2 * shape.layers * shape.keys * dtype.itemsize
-    longest = options.max_prompt_tokens + options.max_response_tokens
-    whole = options.cache_tokens or options.max_sequences * -(-longest // BLOCK_SIZE) * BLOCK_SIZE
-    if device.type == "cpu":
-        return token_bytes * min(whole, load.cached_tokens)
-    free = max(0, device_bytes(device, 1) - others)
-    return token_bytes * whole if options.cache_tokens else min(token_bytes * whole, int(GPU_SHARE * free))
+def sampling_reserve(model: Model, options: RolloutOptions, max_tokens: int) -> int:
+    """Bytes that rollouts take of the model's GPU beside weights and KV cache; 0 for one on the CPU.
+
+    Args:
+        model: decoded with, where nothing is trained.
+        options: how many sequences and tokens at once.
+        max_tokens: of a sequence.
+    """
+    if model.device.type != "cuda":
+        return 0
+    shape, sequences = Shape.of(model, ModelOptions()), options.max_sequences
+    tokens = min(options.max_batch_tokens, sequences * max_tokens)
+    passes, graphs = (_sampling_bytes(shape, model.dtype, rows, sequences) for rows in (tokens, sequences))
+    return passes + graphs + _margin(device_bytes(model.device, 1))
+
+
+def _sampling_bytes(shape: Shape, dtype: torch.dtype, pass_tokens: int, sequences: int) -> int:
+    activations = dtype.itemsize * pass_tokens * (2 * shape.hidden + 3 * shape.inner)
+    return activations + 2 * 4 * sequences * shape.vocabulary
+
+
+def _cache_blocks(options: RolloutOptions, load: Load, device: torch.device, room: int) -> int:
+    longest = blocks_for(options.max_prompt_tokens + options.max_response_tokens)
+    if device.type == "cuda":
+        return max(longest, cache_blocks(options, load.needed_blocks, longest, room))
+    return min(cache_blocks(options, load.needed_blocks, longest), load.needed_blocks)  # memory counts once written
+
+
+def _margin(room: int) -> int:
+    return int(_GPU_MARGIN * room)
 
 
 def keep_freed_memory() -> None:

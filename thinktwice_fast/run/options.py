@@ -3,7 +3,7 @@
 import argparse
 import contextlib
 import io
-from dataclasses import asdict, fields, is_dataclass
+from dataclasses import asdict, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,18 @@ _DESCRIPTION = """Train a language model by ThinkTwice: solve, update, refine, u
 
 Options come from their defaults (the "tiny" recipe), then from --config files, then from the command line."""
 _DRY_RUN = "Check everything, print the plan of a step and the memory it will take, and stop; writes nothing."
+_DRY_RUN_GPU = (
+    "With --dry-run: plan as on GPUs of so many gigabytes (10^9 bytes), which need not be here. Default: what is here."
+)
+_GIGABYTE = 10**9
+_MOST_GIGABYTES = 1_000_000
+
+
+@dataclass(frozen=True)
+class DryRun:
+    """A plan is wanted, no run."""
+
+    gpu_bytes: int | None  # of memory of each GPU that is taken to be here; None = as it is
 
 
 def parse_config(arguments: list[str]) -> Config:
@@ -28,7 +40,7 @@ def parse_config(arguments: list[str]) -> Config:
     return parse_command(arguments)[0]
 
 
-def parse_command(arguments: list[str]) -> tuple[Config, bool]:
+def parse_command(arguments: list[str]) -> tuple[Config, DryRun | None]:
     """As ``parse_config``, and whether only a plan is wanted (``--dry-run``, which no file can set)."""
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = ArgumentParser(
@@ -40,6 +52,7 @@ def parse_command(arguments: list[str]) -> tuple[Config, bool]:
     )
     parser.add_argument("--config", action="config", help="YAML file of options; may be given several times.")
     parser.add_argument("--dry-run", action="store_true", help=_DRY_RUN)
+    parser.add_argument("--dry-run-gpu", type=float, default=None, metavar="GIGABYTES", help=_DRY_RUN_GPU)
     parser.add_class_arguments(Config, nested_key=None, as_positional=False)
     _check_files(arguments)
     try:
@@ -49,8 +62,17 @@ def parse_command(arguments: list[str]) -> tuple[Config, bool]:
         raise UserError(f"{one_line(error)}: see train.py --help") from error
     values = parser.instantiate(parsed).as_dict()
     values.pop("config")
-    dry_run = values.pop("dry_run")
-    return Config(**values), dry_run
+    asked, gigabytes = values.pop("dry_run"), values.pop("dry_run_gpu")
+    config = Config(**values)
+    if gigabytes is None:
+        return config, DryRun(None) if asked else None
+    if not asked:
+        raise UserError("--dry-run-gpu would be ignored without --dry-run: give both, or none")
+    if config.model.device == "cpu":
+        raise UserError("--dry-run-gpu would be ignored with --model.device cpu: leave one out")
+    if not 0 < gigabytes <= _MOST_GIGABYTES:
+        raise UserError(f"--dry-run-gpu {gigabytes:g}: must be above 0 and at most {_MOST_GIGABYTES} (gigabytes)")
+    return config, DryRun(int(gigabytes * _GIGABYTE))
 
 
 def to_yaml(config: Config) -> str:
@@ -88,8 +110,9 @@ def _check_sections(name: str) -> None:
         raise UserError(f"--config {name}: not readable as YAML ({one_line(error)}): mend the file") from error
     if not isinstance(content, dict):
         raise UserError(f"--config {name}: holds no options: write them as in configs/tiny.yaml")
-    if "dry_run" in content:
-        raise UserError(f"--config {name}: dry_run is no option of a run: give --dry-run on the command line")
+    for option in sorted({"dry_run", "dry_run_gpu"} & content.keys()):
+        flag = "--" + option.replace("_", "-")
+        raise UserError(f"--config {name}: {option} is no option of a run: give {flag} on the command line")
     sections = (field.name for field in fields(Config) if is_dataclass(field.default_factory))
     for section in sections:
         if not isinstance(content.get(section, {}), dict):

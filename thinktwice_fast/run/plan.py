@@ -4,16 +4,20 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
+import torch
+
 from thinktwice_fast import launch
 from thinktwice_fast.config import Config
 from thinktwice_fast.model.flops import Flops
 from thinktwice_fast.model.loading import outline_model
+from thinktwice_fast.rollout.engine import BLOCK_SIZE
 from thinktwice_fast.rollout.runner import planned_runner
 from thinktwice_fast.run.build import Prepared, prepare
 from thinktwice_fast.run.checkpoint import read_state
-from thinktwice_fast.run.memory import Prediction, Shape, device_bytes
+from thinktwice_fast.run.memory import Load, Prediction, Shape, device_bytes, predict
+from thinktwice_fast.run.options import DryRun
 from thinktwice_fast.run.report import aligned
-from thinktwice_fast.run.workload import Phase, phases, predicted_memory
+from thinktwice_fast.run.workload import Phase, heaviest_load, phases
 
 _RUNNERS = {
     "exact": "transformers' modules with exact products",
@@ -24,8 +28,12 @@ _RUNNERS = {
 _MIB = 1 << 20
 
 
-def print_plan(config: Config) -> None:
+def print_plan(config: Config, dry_run: DryRun) -> None:
     """Print the plan of a run whose options are checked already; every process checks, rank 0 prints. Writes nothing.
+
+    Args:
+        config: of the run.
+        dry_run: which device it is planned for.
 
     Raises:
         UserError: problems, reward, tokenizer or model config that a run would refuse.
@@ -33,19 +41,22 @@ def print_plan(config: Config) -> None:
     world = launch.env_world_size()
     if config.resume not in (None, "auto"):
         read_state(Path(config.resume))
+    pretended = dry_run.gpu_bytes is not None
+    device = torch.device("cuda", launch.env_local_rank()) if pretended else None
     with ExitStack() as resources:
-        ready = prepare(config, resources, lambda device: outline_model(config.model))
-    planned = phases(config, Flops.of(ready.loaded.model), ready.longest_prompts, world)
-    memory = predicted_memory(
-        config, ready.loaded.model, ready.device, ready.dtype, planned, ready.evaluation_sets, world, ready.held_bytes,
-    )  # fmt: skip
-    rows = [*_run_rows(config, ready, world), *((p.name, _phase_text(config, p)) for p in planned)]
+        ready = prepare(config, resources, lambda _: outline_model(config.model), device)
+    model = ready.loaded.model
+    planned = phases(config, Flops.of(model), ready.longest_prompts, world)
+    load = heaviest_load(config, planned, ready.longest_prompts, ready.evaluated, world)
+    room = dry_run.gpu_bytes or device_bytes(ready.device, launch.env_local_world_size())
+    memory = predict(config, model, ready.device, ready.dtype, load, world, ready.held_bytes, room)
+    rows = [*_run_rows(config, ready, load, memory, world), *((p.name, _phase_text(config, p)) for p in planned)]
     text = [
         "dry run: nothing was computed or written; what only the weights can tell is not checked",
         *ready.notes,
         aligned(rows),
         memory_table(memory),
-        _verdict(memory, device_bytes(ready.device, launch.env_local_world_size()), ready.device.type),
+        _verdict(memory, room, "a process may have" if ready.device.type == "cpu" else "the GPU has"),
     ]
     if launch.env_rank() == 0:
         print("\n\n".join(text), flush=True)
@@ -55,11 +66,12 @@ def memory_table(memory: Prediction) -> str:
     """The parts of a prediction in MiB, by phase, and their sums."""
     rows: list[tuple[str, ...]] = [("memory per process, MiB", "rollout", "update")]
     rows += [(f"  {part.name}", _mib(part.rollout), _mib(part.update)) for part in memory.parts]
+    rows.append(("  KV cache", *(_mib(memory.cache_bytes),) * 2))
     rows.append(("  total", _mib(memory.rollout), _mib(memory.update)))
     return aligned(rows, numbers=True)
 
 
-def _run_rows(config: Config, ready: Prepared, world: int) -> Iterator[tuple[str, str]]:
+def _run_rows(config: Config, ready: Prepared, load: Load, memory: Prediction, world: int) -> Iterator[tuple[str, str]]:
     model = ready.loaded.model
     shape = Shape.of(model, config.model)
     kind = str(ready.dtype).removeprefix("torch.")
@@ -77,11 +89,16 @@ def _run_rows(config: Config, ready: Prepared, world: int) -> Iterator[tuple[str
     if config.algorithm != "sft" or ready.evaluation_sets:
         runner = planned_runner(model, config.rollout, ready.device, ready.dtype)
         yield "rollouts", f"{_RUNNERS[runner]}; at most {config.rollout.max_sequences:,} sequences at once"
+        yield "KV cache", _cache_text(load.needed_blocks * BLOCK_SIZE, memory.cache_tokens)
+
+
+def _cache_text(needed: int, tokens: int) -> str:
+    text = f"{tokens:,} tokens; those that are there together take up to {needed:,}"
+    return text if needed <= tokens else f"{text}: some will wait, or start over"
 
 
 def _phase_text(config: Config, phase: Phase) -> str:
     sequences = phase.prompts * phase.samples
-    largest = max(tokens for tokens, _ in phase.rows)
     drawn = f"{sequences} examples"
     if phase.name != "sft":
         drawn = f"{phase.prompts} x {phase.samples} = {sequences} responses"
@@ -89,16 +106,15 @@ def _phase_text(config: Config, phase: Phase) -> str:
     return (
         f"per process {drawn}, prompts of up to {phase.prompt_tokens} tokens, responses of up to "
         f"{phase.response_tokens}; {_many(phase.optimizer_steps, 'optimizer step')} of "
-        f"{_many(len(phase.rows), 'micro-batch', 'es')} (largest {largest:,} tokens){recomputed}"
+        f"{_many(phase.rows, 'micro-batch', 'es')} (of up to {phase.row_tokens:,} tokens){recomputed}"
     )
 
 
-def _verdict(memory: Prediction, room: int, device: str) -> str:
+def _verdict(memory: Prediction, room: int, there: str) -> str:
     phase = "update" if memory.update >= memory.rollout else "rollout"
-    where = "the GPU has" if device == "cuda" else "a process may have"
-    text = f"predicted peak {_mib(memory.peak)} MiB, in the {phase} phase; {where} {_mib(room)} MiB: "
+    text = f"predicted peak {_mib(memory.peak)} MiB, in the {phase} phase; {there} {_mib(room)} MiB: "
     if memory.peak <= room:
-        return text + "it fits"
+        return text + f"it fits, with {1 - memory.peak / room:.0%} to spare"
     return text + (
         "IT DOES NOT FIT: lower --update.microbatch_tokens or --rollout.cache_tokens, set "
         "--model.activation_checkpointing true, or use more processes or a smaller model"

@@ -17,14 +17,16 @@ from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 from thinktwice_fast.config import ModelOptions, RolloutOptions
 from thinktwice_fast.errors import UserError
 from thinktwice_fast.model.loading import load_model, pick_device, pick_dtype
+from thinktwice_fast.model.sharding import cast_parameters
 from thinktwice_fast.rollout.engine import Engine
 from thinktwice_fast.rollout.kept import Counts
 from thinktwice_fast.rollout.records import Request, Rollout, Sampling
+from thinktwice_fast.run.memory import sampling_reserve
 from thinktwice_fast.tasks.answers import extract_boxed
 from thinktwice_fast.tasks.arithmetic import RECHECK, build_tokenizer, running_totals
 from thinktwice_fast.tasks.problem import Message
@@ -154,7 +156,7 @@ class Solver:
         chosen = ModelOptions(model, chat_template=chat_template, **options)
         place = pick_device(chosen, 0)
         loaded = load_model(chosen, 0, place)
-        self._model = cast(Any, loaded.model).to(pick_dtype(chosen, place))
+        self._model = cast_parameters(loaded.model, pick_dtype(chosen, place))
         self._stop_ids = loaded.stop_ids
         self._chat = ChatFormat(loaded.tokenizer)
         self._max_sequences = max_sequences
@@ -206,7 +208,9 @@ class Solver:
             return
         options = RolloutOptions(max_sequences=min(self._max_sequences, len(works)))
         decode = partial(self._chat.response_text, stop_ids=self._stop_ids)
-        engine = Engine(self._model, self._stop_ids, options, max(work.most for work in works), decode=decode)
+        longest = max(work.most for work in works)
+        reserve = sampling_reserve(self._model, options, longest)
+        engine = Engine(self._model, self._stop_ids, options, longest, reserve=reserve, decode=decode)
         self.counts = engine.counts
         with closing(engine.generate([work.request(passes) for work in works], seed=seed)) as generation:
             for rollout in generation.stream():

@@ -1,15 +1,16 @@
-"""What a step asks of one process when every prompt and response is as long as may be: rows, sequences, memory."""
+"""What a step asks of one process at most: rows, sequences in the cache, memory.
+
+Prompts are as long as the longest, responses as long as may be. The largest micro-batch is not one of those: short
+responses, more of which fit together, may fill the budget better. So it is bounded by that.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
-from transformers import PreTrainedModel
-
 from thinktwice_fast.config import Config, samples_per_step
 from thinktwice_fast.model.flops import Flops
-from thinktwice_fast.run.memory import Load, Prediction, predict
-from thinktwice_fast.tasks.problem import Problem
+from thinktwice_fast.rollout.engine import shared_blocks
+from thinktwice_fast.run.memory import Load
 from thinktwice_fast.update.batches import Example
 from thinktwice_fast.update.microbatches import plan_microbatches
 
@@ -24,7 +25,18 @@ class Phase:
     prompt_tokens: int  # longest
     response_tokens: int  # longest
     optimizer_steps: int
-    rows: tuple[tuple[int, int], ...]  # tokens and response tokens of each micro-batch of one optimizer step
+    rows: int  # micro-batches of one optimizer step, with every response that long
+    row_tokens: int  # of a micro-batch, whatever the lengths are
+    row_targets: int  # response tokens of a micro-batch, whatever the lengths are
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """The most that an evaluation does, over all processes."""
+
+    problems: int = 0
+    samples: int = 1  # solutions of each, which are refined one by one
+    prompt_tokens: int = 0  # longest, to refine
 
 
 def phases(config: Config, flops: Flops, longest_prompts: Mapping[str, int], world: int) -> list[Phase]:
@@ -42,57 +54,96 @@ def phases(config: Config, flops: Flops, longest_prompts: Mapping[str, int], wor
             max(prompts),
             config.rollout.max_response_tokens,
             steps,
-            _rows(config, flops, world, prompts * (config.problems_per_step // steps)),
+            _row_count(config, flops, world, prompts * (config.problems_per_step // steps)),
+            *_row_bounds(config, prompts * (config.problems_per_step // steps)),
         )
         for name, prompts in together.items()
     ]
 
 
-def predicted_memory(
-    config: Config,
-    model: PreTrainedModel,
-    device: torch.device,
-    dtype: torch.dtype,
-    planned: Sequence[Phase],
-    evaluation_sets: Mapping[str, Sequence[Problem]],
-    world: int,
-    base: int,
-) -> Prediction:
-    """The peak of each of ``world`` processes; see ``memory.predict`` for the model, ``device``, ``dtype``, ``base``.
+def heaviest_load(
+    config: Config, planned: Sequence[Phase], longest_prompts: Mapping[str, int], evaluated: Evaluated, world: int
+) -> Load:
+    """The most that one of ``world`` processes has to hold at a time.
 
     Args:
         planned: see ``phases``.
-        evaluation_sets: whose solutions stay in the cache until their refinements come.
+        longest_prompts: tokens, by phase.
+        evaluated: in the largest evaluation.
     """
     options = config.rollout
-    evaluated = max((len(problems) for problems in evaluation_sets.values()), default=0) * config.eval.samples
     sampled = 0 if config.algorithm == "sft" else max(phase.prompts * phase.samples for phase in planned)
-    sequences = min(options.max_sequences, max(sampled, -(-evaluated // world)))
-    longest = max(phase.prompt_tokens for phase in planned)
-    cached = -(-evaluated // world) * (longest + options.max_response_tokens)
-    if sampled:
-        drawn = min(options.max_sequences, sampled)
-        cached = max(cached, max(-(-drawn // p.samples) * p.prompt_tokens + drawn * p.response_tokens for p in planned))
-    row = max(row for phase in planned for row in phase.rows)
-    load = Load(sequences, cached, min(options.max_batch_tokens, sequences * longest), *row)
-    return predict(config, model, device, dtype, load, world, base)
+    sequences = min(options.max_sequences, max(sampled, _solutions(evaluated, world)))
+    longest = max(evaluated.prompt_tokens, *longest_prompts.values())
+    return Load(
+        sequences,
+        needed_blocks(config, longest_prompts, evaluated, world),
+        min(options.max_batch_tokens, sequences * longest),
+        max(phase.row_tokens for phase in planned),
+        max(phase.row_targets for phase in planned),
+    )
 
 
-def _rows(config: Config, flops: Flops, world: int, prompts: list[int]) -> tuple[tuple[int, int], ...]:
-    """Tokens and response tokens of each micro-batch of the process with the largest one.
+def needed_blocks(config: Config, longest_prompts: Mapping[str, int], evaluated: Evaluated, world: int) -> int:
+    """Blocks of KV cache for all sequences that are in it together on one of ``world`` processes, at their longest.
+
+    Samples of one prompt share its full blocks. Of an evaluation's problem a whole chat is there, from the question to
+    the refinement, and the next problem begins when one is refined. Joint pairs keep a group's solutions until one of
+    them is chosen to be refined.
+
+    Args:
+        longest_prompts: tokens, by phase.
+        evaluated: in the largest evaluation.
+    """
+    most, response = config.rollout.max_sequences, config.rollout.max_response_tokens
+    chats = min(most, _solutions(evaluated, world))
+    of_evaluation = shared_blocks([evaluated.prompt_tokens] * chats, chats, response)
+    if config.algorithm == "sft":
+        return of_evaluation
+    drawn, groups = config.samples_per_problem, config.problems_per_step // world
+    prompts = groups * -(-drawn // most)  # a group of more samples than decode at once comes in parts
+    longest, samples = [max(longest_prompts.values())], groups * drawn
+    if config.thinktwice.pairing == "sequential":
+        samples = min(most, samples)
+        prompts = min(prompts, samples)
+    elif config.thinktwice.base_selection == "uniform":
+        # The base is known before it is drawn, and refined while the others of its group decode.
+        longest, samples = [*longest_prompts.values()], min(most, 2 * samples)
+    # With another selection solutions wait for their group's grades, beside those that decode: all may be there.
+    return max(of_evaluation, shared_blocks(longest * prompts, samples, response))
+
+
+def _solutions(evaluated: Evaluated, world: int) -> int:
+    return -(-evaluated.problems // world) * evaluated.samples
+
+
+def _row_count(config: Config, flops: Flops, world: int, prompts: list[int]) -> int:
+    """Micro-batches of each process where every response is as long as may be.
 
     Args:
         prompts: tokens of each prompt of an optimizer step.
     """
     samples = 1 if config.algorithm == "sft" else config.samples_per_problem
-    shared, response = config.update.shared_prefix, config.rollout.max_response_tokens
-    examples = [
-        Example((number,) * prompt, [0] * response) for number, prompt in enumerate(prompts) for _ in range(samples)
-    ]
-    plan = plan_microbatches(examples, config.update.microbatch_tokens, world, flops, shared_prefix=shared)
+    response = [0] * config.rollout.max_response_tokens
+    examples = [Example((number,) * prompt, response) for number, prompt in enumerate(prompts) for _ in range(samples)]
+    budget, shared = config.update.microbatch_tokens, config.update.shared_prefix
+    return len(plan_microbatches(examples, budget, world, flops, shared_prefix=shared)[0])
 
-    def row(part: list[int]) -> tuple[int, int]:
-        copies = {index // samples for index in part} if shared else [index // samples for index in part]
-        return sum(prompts[copy] for copy in copies) + len(part) * (response - 1), len(part) * response
 
-    return max((tuple(map(row, parts)) for parts in plan), key=max)
+def _row_bounds(config: Config, prompts: list[int]) -> tuple[int, int]:
+    """Tokens and response tokens of a micro-batch at most: the budget, unless one sequence takes more, or all less.
+
+    Args:
+        prompts: tokens of each prompt of an optimizer step, at most.
+    """
+    sft, shared, options = config.algorithm == "sft", config.update.shared_prefix, config.rollout
+    samples = 1 if sft else config.samples_per_problem
+    sequences = len(prompts) * samples
+    # The last token of a response is only a target. An example's response may take what its prompt leaves.
+    longest = options.max_prompt_tokens + options.max_response_tokens - 1
+    response = longest if sft else options.max_response_tokens
+    single = longest if sft else max(prompts) + response - 1
+    everything = sum(prompts) * (1 if shared else samples) + sequences * (response - 1)
+    tokens = min(everything, max(config.update.microbatch_tokens, single))
+    # A prompt that is shared makes room for the first token of one response alone.
+    return tokens, min(sequences * response, tokens + (sequences - 1 if shared else 0))

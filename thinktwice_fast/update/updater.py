@@ -11,16 +11,16 @@ from typing import Any, TypeVar, cast
 
 import torch
 from torch.distributed.tensor import DTensor
+from torch.nn.functional import linear
 from torch.optim.lr_scheduler import LRScheduler
 
 from thinktwice_fast import parallel
 from thinktwice_fast.config import Config
 from thinktwice_fast.errors import UserError
-from thinktwice_fast.model.elementwise import fuse_elementwise
-from thinktwice_fast.model.exact import WithValue, exact_logprobs, make_exact
 from thinktwice_fast.model.flops import Flops
 from thinktwice_fast.model.lists import float32
 from thinktwice_fast.model.policy import Policy
+from thinktwice_fast.model.products import WithValue, exact_logprobs, exact_product
 from thinktwice_fast.model.sharding import ModelPair
 from thinktwice_fast.rollout.records import Rollout
 from thinktwice_fast.update.batches import Example, PackedRow, Trainable, pack, pack_shared
@@ -76,12 +76,6 @@ class Updater:
         self._learning_rate = 0.0  # of the latest optimizer step
         self._flops = Flops.of(models.rollout)
         self._exact = config.rollout.exact
-        if self._exact:
-            make_exact(models.policy.model)
-        else:
-            fuse_elementwise(models.policy.model)
-            if reference is not None:
-                fuse_elementwise(reference.model)
         # In place of recomputed ones.
         self._takes_rollout_logps = self._exact or config.update.old_logps == "rollout"
 
@@ -306,7 +300,8 @@ class Updater:
         return result
 
     def _run(self, policy: Policy, row: PackedRow, head: Callable[..., Any]) -> Any:
-        return policy(row.input_ids, row.position_ids, row.attention, row.select, head)
+        product = exact_product if self._exact else linear
+        return policy(row.input_ids, row.position_ids, row.attention, row.select, head, product)
 
     def _clip(self) -> float:
         parameters = [p for p in self.models.masters.parameters() if p.grad is not None]
