@@ -149,30 +149,28 @@ def partials_of(terms: Terms) -> Tensor:  # [1, len(PARTIALS)] float64
     """The columns, added up over all tokens."""
     ordinary, (low, high) = terms.ordinary, terms.clipped
     ratios = only(ordinary, terms.ratio)
-    count = ratios.numel()
+    count = ratios.new_full((), ratios.numel(), dtype=torch.float64)
+    nothing = torch.zeros_like(count)
 
-    def total(values: Tensor | None, of: Tensor | None = ordinary) -> Tensor | float:
-        return 0.0 if values is None else only(of, values).sum(dtype=torch.float64)
+    def total(values: Tensor | None, of: Tensor | None = ordinary) -> Tensor:
+        return nothing if values is None else only(of, values).sum(dtype=torch.float64)
 
-    def number(flags: Tensor) -> Tensor:
-        return only(ordinary, flags).count_nonzero()
-
-    columns: dict[str, Tensor | float] = {
+    columns = {
         "loss": (terms.weights * terms.value).sum(dtype=torch.float64),
         "tokens": count,
         "computed": count,
-        "guided": 0.0 if ordinary is None else count - ordinary.count_nonzero(),
-        "with_gradient": count if terms.flows is None else terms.flows.count_nonzero(),
-        "clip_low": number(low),
-        "clip_high": number(high),
-        "ratio": ratios.sum(dtype=torch.float64),
+        "guided": nothing if ordinary is None else count - ordinary.sum(),
+        "with_gradient": count if terms.flows is None else total(terms.flows, None),
+        "clip_low": total(low),
+        "clip_high": total(high),
+        "ratio": total(ratios, None),
         "approx_kl": total(terms.difference.expm1() - terms.difference),
         "kl_ref": total(terms.kl),
         "mismatch": total(terms.mismatch),
         "entropy": total(terms.entropy, None),
-        "ratio_max": ratios.amax() if count else 0.0,
+        "ratio_max": ratios.amax().double() if ratios.numel() else nothing,
     }
-    return torch.tensor([[float(columns[name]) for name in PARTIALS]], dtype=torch.float64, device=ratios.device)
+    return torch.stack([columns[name] for name in PARTIALS])[None]
 
 
 def totals_of(
