@@ -37,7 +37,7 @@ def needs(module: str, device_type: str | None = None) -> Unable:
     return unable
 
 
-def _from(module: str, name: str) -> Any:
+def from_project(module: str, name: str) -> Any:
     """What a project that may not be installed has under that name."""
     return getattr(importlib.import_module(module), name)
 
@@ -58,18 +58,18 @@ def torch_logps(batch: LinearBatch) -> Tensor:
 
 
 def liger_scaled_logps(batch: LinearBatch) -> Tensor:
-    function = _from("liger_kernel.ops", "LigerFusedLinearScaledCrossEntropyFunction")
+    function = from_project("liger_kernel.ops", "LigerFusedLinearScaledCrossEntropyFunction")
     return -function.apply(batch.hidden, batch.weight, batch.targets)
 
 
 def trl_logps(batch: LinearBatch) -> Tensor:
-    function = _from("trl.kernels", "ChunkedLogProbFunction")
-    columns = _from("trl.trainer.utils", "_CHUNKED_LOGPROB_CHUNK_SIZE")
+    function = from_project("trl.kernels", "ChunkedLogProbFunction")
+    columns = from_project("trl.trainer.utils", "_CHUNKED_LOGPROB_CHUNK_SIZE")
     return function.apply(batch.hidden, batch.weight, None, batch.targets, 1.0, columns, None, 1.0, ("log_probs",))[0]
 
 
 def cce_logps(batch: LinearBatch, filter_eps: str | None = "high") -> Tensor:
-    linear_cross_entropy = _from("cut_cross_entropy", "linear_cross_entropy")
+    linear_cross_entropy = from_project("cut_cross_entropy", "linear_cross_entropy")
     impl = "cce" if batch.hidden.is_cuda else "torch_compile"
     return -linear_cross_entropy(
         batch.hidden, batch.weight, batch.targets, reduction="none", impl=impl, filter_eps=filter_eps
@@ -77,7 +77,7 @@ def cce_logps(batch: LinearBatch, filter_eps: str | None = "high") -> Tensor:
 
 
 def verl_logps(batch: LinearBatch) -> Tensor:
-    linear_cross_entropy = _from("verl.utils.kernel.linear_cross_entropy", "linear_cross_entropy")
+    linear_cross_entropy = from_project("verl.utils.kernel.linear_cross_entropy", "linear_cross_entropy")
     return linear_cross_entropy(batch.hidden, batch.weight, batch.targets, 1.0, "none")[0]
 
 
@@ -156,7 +156,7 @@ def _torch_loss(batch: LinearBatch) -> Tensor:
 
 
 def liger_chunked_loss(batch: LinearBatch) -> Outputs:
-    layer = _from("liger_kernel.chunked_loss", "LigerFusedLinearGRPOLoss")(
+    layer = from_project("liger_kernel.chunked_loss", "LigerFusedLinearGRPOLoss")(
         beta=0.0,
         use_ref_model=False,
         epsilon_low=EPSILON_LOW,
@@ -177,7 +177,7 @@ def liger_chunked_loss(batch: LinearBatch) -> Outputs:
 
 def liger_triton_loss(batch: LinearBatch) -> Outputs:
     """From whole logits, of which it drops the last of each sequence."""
-    triton_grpo_loss = _from("liger_kernel.transformers.grpo_loss", "triton_grpo_loss")
+    triton_grpo_loss = from_project("liger_kernel.transformers.grpo_loss", "triton_grpo_loss")
     sequences, length = batch.loss.shape
     padded = F.pad(batch.hidden.view(sequences, length, -1), (0, 0, 0, 1))
     loss, _ = triton_grpo_loss(

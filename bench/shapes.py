@@ -102,6 +102,21 @@ _LOGITS: dict[Size, list[Case]] = {
 _TOKENS: dict[Size, list[int]] = {"toy": [64], "cpu": [2048, 32_768], "gpu": [4096, 65_536, 1_048_576]}
 
 
+# A layer of a model: its hidden size. The other sizes stand in bench_layer_ops.py.
+_LAYERS: dict[Size, list[tuple[str, int, int, torch.dtype]]] = {
+    "toy": [("toy layer", 16, 64, torch.float32)],
+    "cpu": [("Qwen3-0.6B layer", 1024, 512, torch.float32)],
+    "gpu": [("Qwen3-4B layer", 2560, tokens, torch.bfloat16) for tokens in (8192, 1024)],
+}
+
+
+def layer_cases(size: Size) -> list[Case]:
+    return [
+        Case(layer, 0, hidden, tokens, dtype, only_targets=size == "toy", memory=size == "gpu")
+        for layer, hidden, tokens, dtype in _LAYERS[size]
+    ]
+
+
 def linear_loss_cases(size: Size) -> list[Case]:
     return _LINEAR_LOSS[size]
 

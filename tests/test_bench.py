@@ -15,6 +15,7 @@ from torch import Tensor
 from bench import (
     bench_advantages,
     bench_grpo_loss,
+    bench_layer_ops,
     bench_linear_logprobs,
     bench_linear_loss,
     bench_token_logprobs,
@@ -33,7 +34,14 @@ TOY = SETTINGS["toy"]
 MIB = 1 << 20
 EVERY_OP = [
     op
-    for module in (bench_advantages, bench_grpo_loss, bench_linear_logprobs, bench_linear_loss, bench_token_logprobs)
+    for module in (
+        bench_advantages,
+        bench_grpo_loss,
+        bench_layer_ops,
+        bench_linear_logprobs,
+        bench_linear_loss,
+        bench_token_logprobs,
+    )
     for op in module.OPS
 ]
 CASE = Case("made up", 0, 0, 64, torch.float32, memory=False)

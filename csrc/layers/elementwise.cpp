@@ -74,9 +74,9 @@ std::tuple<Tensor, Tensor> rms_norm(Tensor x, std::optional<Tensor> residual, Te
   const auto epsilon = static_cast<float>(eps);
   tasks.each([&](int64_t row) {
     const int64_t i = row * size;
-    if (residual) ISA_DISPATCH(add_norm_row)
-    (floats(x) + i, floats(*residual) + i, floats(weight), size, epsilon, to_sum + i, to + i);
-    else ISA_DISPATCH(norm_row)(floats(x) + i, floats(weight), size, epsilon, to + i);
+    if (!residual) return ISA_DISPATCH(norm_row)(floats(x) + i, floats(weight), size, epsilon, to + i);
+    const float* const added = floats(*residual) + i;
+    ISA_DISPATCH(add_norm_row)(floats(x) + i, added, floats(weight), size, epsilon, to_sum + i, to + i);
   });
   return {out, sum};
 }

@@ -103,7 +103,7 @@ def _group_advantages(
     """[S], in the type of the rewards."""
     scale = cast(ScaleRewards, scale_rewards)
     if uses_triton(rewards):
-        return in_triton("advantages").launch_group_advantages(rewards, group_ids, scale, eps)
+        return in_triton("advantages").group_advantages_in_triton(rewards, group_ids, scale, eps)
     return group_advantages_reference(rewards, group_ids, scale_rewards=scale, eps=eps)
 
 

@@ -92,7 +92,11 @@ def _(d_y: Tensor, gate_up: Tensor) -> Tensor:
     return torch.empty_like(gate_up, memory_format=torch.contiguous_format)
 
 
-def swiglu_gradient_in_torch(d_y: Tensor, gate_up: Tensor) -> Tensor:
+def swiglu_gradient_in_torch(
+    d_y: Tensor,  # [..., F]
+    gate_up: Tensor,  # [..., 2 * F]
+) -> Tensor:
+    """[..., 2 * F]."""
     dtype = accumulation_dtype(gate_up)
     (gate, up), flow = gate_up.to(dtype).chunk(2, -1), d_y.to(dtype)
     sigmoid = gate.sigmoid()

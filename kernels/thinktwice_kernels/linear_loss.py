@@ -246,7 +246,7 @@ def _scaled(gradient: Tensor, by: Tensor, dtype: torch.dtype, consume: bool) -> 
         return (gradient * by).to(dtype)
     out = gradient if consume and gradient.dtype == dtype else torch.empty_like(gradient, dtype=dtype)
     if uses_triton(gradient):
-        in_triton("scale").launch_scale(gradient, by, out)
+        in_triton("scale").scale_in_triton(gradient, by, out)
     else:
         torch.mul(gradient, by, out=out)
     return out
@@ -295,7 +295,7 @@ def select_tokens(inputs: LossInputs, tokens: int, options: LossOptions) -> Sele
     that must be T, and for the borders where they are needed.
     """
     if uses_triton(inputs.weights):
-        return in_triton("selection").launch_select_tokens(inputs, tokens, options)
+        return in_triton("selection").select_tokens_in_triton(inputs, tokens, options)
     return select_tokens_in_torch(inputs, tokens, options)
 
 

@@ -273,7 +273,7 @@ def sequence_loss(
     `selected`: the inputs are those of `select_tokens`; the number of loss tokens is then that of the computed ones.
     """
     if uses_triton(inputs.logps):
-        return in_triton("loss").launch_sequence_loss(inputs, options, want_gradient)
+        return in_triton("loss").sequence_loss_in_triton(inputs, options, want_gradient)
     return _selected_loss(inputs, options, want_gradient) if selected else _any_loss(inputs, options, want_gradient)
 
 

@@ -147,7 +147,8 @@ def _(x: Tensor, *_: Any) -> Tensor:
 
 @_add_rms_norm.register_fake
 def _(x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(2))  # type: ignore
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    return y, torch.empty_like(y)
 
 
 @_rms_norm_backward.register_fake
@@ -156,8 +157,14 @@ def _(d_y: Any, d_h: Any, h: Tensor, weight: Tensor, eps: Any, want_weight: bool
     return torch.empty_like(h, memory_format=torch.contiguous_format), d_weight
 
 
-def _forward(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, cast_first: bool) -> tuple[Tensor, Tensor]:
-    """y, and h where there is a residual (else nothing of use)."""
+def _forward(
+    x: Tensor,  # [..., H]
+    residual: Tensor | None,  # [..., H]
+    weight: Tensor,  # [H]
+    eps: float,
+    cast_first: bool,
+) -> tuple[Tensor, Tensor]:
+    """y, and h where there is a residual (else x)."""
     if uses_triton(x) and row_tile(len(weight)).fits(x.dtype):
         return norm_in_triton(x, residual, weight, eps, cast_first)
     if native.computes(x, weight):
@@ -169,8 +176,14 @@ def _forward(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, cas
 
 
 def norm_gradients_in_torch(
-    d_y: Tensor, d_h: Tensor | None, h: Tensor, weight: Tensor, eps: float, want_weight: bool
+    d_y: Tensor,  # [..., H]
+    d_h: Tensor | None,  # [..., H]
+    h: Tensor,  # [..., H]
+    weight: Tensor,  # [H]
+    eps: float,
+    want_weight: bool,
 ) -> tuple[Tensor, Tensor]:
+    """What `_rms_norm_backward` gives."""
     dtype = accumulation_dtype(h, weight)
     wide, flow = h.to(dtype), d_y.to(dtype)
     scale = (wide.square().mean(-1, keepdim=True) + eps).rsqrt()
@@ -197,7 +210,7 @@ def _backward_norm(ctx: Any, d_y: Tensor) -> tuple[Tensor | None, ...]:
 
 def _setup_add(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     _, _, weight, ctx.eps, _ = inputs
-    ctx.set_materialize_grads(False)  # of the last layers' sum only y may be used, or only h
+    ctx.set_materialize_grads(False)  # of y and h one may not be used
     ctx.save_for_backward(output[1], weight)
 
 

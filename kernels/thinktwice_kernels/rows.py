@@ -54,7 +54,7 @@ def row_statistics(
     NaN or +inf in a row gives NaN in that row's results; -inf is a token that cannot be drawn.
     """
     if uses_triton(logits):
-        return in_triton("rows").launch_row_statistics(logits, targets, head, want_entropy)
+        return in_triton("rows").row_statistics_in_triton(logits, targets, head, want_entropy)
     statistics = _in_cpp(logits).row_statistics.default
     logps, lse, entropy = statistics(logits, targets.contiguous(), *_encoded(head, logits), want_entropy)
     return logps, lse, entropy if want_entropy else None
@@ -74,7 +74,7 @@ def row_gradient(
 ) -> None:
     """The gradient with respect to the logits as given; 0 in all of a row whose incoming gradients are 0."""
     if uses_triton(logits):
-        in_triton("rows").launch_row_gradient(logits, targets, head, lse, entropy, d_logps, d_entropy, rows, out)
+        in_triton("rows").row_gradient_in_triton(logits, targets, head, lse, entropy, d_logps, d_entropy, rows, out)
         return
     numbers = (None if x is None else x.double().contiguous() for x in (lse, entropy, d_logps, d_entropy))
     rows = None if rows is None else rows.contiguous()

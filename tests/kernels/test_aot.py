@@ -22,11 +22,11 @@ from thinktwice_kernels.gate import swiglu_gradient_in_triton, swiglu_in_triton
 from thinktwice_kernels.launch import SHAPES, recording
 from thinktwice_kernels.norm import norm_gradients_in_triton, norm_in_triton
 from thinktwice_kernels.options import LossInputs, LossOptions
-from thinktwice_kernels.rotary import rotary_gradients_in_triton, rotary_in_triton
 from thinktwice_kernels.rows import Head
 from thinktwice_kernels.triton import aot
-from thinktwice_kernels.triton.loss import launch_sequence_loss
-from thinktwice_kernels.triton.rows import launch_row_gradient, launch_row_statistics
+from thinktwice_kernels.triton.loss import sequence_loss_in_triton
+from thinktwice_kernels.triton.rotary import rotary_gradients_in_triton, rotary_in_triton
+from thinktwice_kernels.triton.rows import row_gradient_in_triton, row_statistics_in_triton
 from thinktwice_kernels.triton.selection import compacted
 
 ROOT = Path(__file__).parent.parent.parent
@@ -142,10 +142,10 @@ def row_launches(rows: int, start: int, head: Head, dtype: torch.dtype = torch.f
     if isinstance(head.temperature, Tensor):
         head = replace(head, temperature=torch.empty(start + rows)[start:])
     with recording() as launches:
-        launch_row_statistics(tile, targets, head, True)
+        row_statistics_in_triton(tile, targets, head, True)
         for index in (None, targets):
             out = torch.empty_like(tile, dtype=torch.bfloat16)
-            launch_row_gradient(tile, targets, head, numbers, numbers, numbers, numbers, index, out)
+            row_gradient_in_triton(tile, targets, head, numbers, numbers, numbers, numbers, index, out)
     return {aot.configuration_of(launch) for launch in launches}
 
 
@@ -200,7 +200,7 @@ def loss_launches(lengths: list[int], case: str, start: int = 0, **numbers: floa
         weights=torch.ones(sequences, dtype=torch.float64),
     )
     with recording() as launches:
-        launch_sequence_loss(inputs, LossOptions(**options), True)
+        sequence_loss_in_triton(inputs, LossOptions(**options), True)
     return {aot.configuration_of(launch) for launch in launches}
 
 

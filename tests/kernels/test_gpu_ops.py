@@ -37,7 +37,7 @@ from thinktwice_kernels import (
     token_logprobs,
 )
 from thinktwice_kernels.options import LossInputs, LossOptions
-from thinktwice_kernels.triton.scale import launch_scale
+from thinktwice_kernels.triton.scale import scale_in_triton
 
 pytestmark = [
     pytest.mark.gpu,
@@ -383,10 +383,10 @@ def test_hardly_any_tokens(tokens: int) -> None:
 def test_scaling_rounds_as_torch_does(size: int, out_dtype: torch.dtype) -> None:
     values, by = normal(size).float().to(DEVICE), torch.tensor(-1 / 3, device=DEVICE)
     out = torch.empty(size, dtype=out_dtype, device=DEVICE)
-    launch_scale(values, by, out)
+    scale_in_triton(values, by, out)
     assert torch.equal(out, (values * by).to(out_dtype))
     want = values * by
-    launch_scale(values, by, values)
+    scale_in_triton(values, by, values)
     assert torch.equal(values, want)
 
 
@@ -394,7 +394,7 @@ def test_scaling_more_than_2_31_numbers() -> None:
     size = 2**31 + 4097
     values = torch.zeros(size, dtype=torch.bfloat16, device=DEVICE)
     values[[0, 2**31 - 1, 2**31, -1]] = torch.tensor([1.0, 2, 3, 4], dtype=torch.bfloat16, device=DEVICE)
-    launch_scale(values, torch.tensor(0.5, device=DEVICE), values)
+    scale_in_triton(values, torch.tensor(0.5, device=DEVICE), values)
     assert values[[0, 2**31 - 1, 2**31, -1]].tolist() == [0.5, 1, 1.5, 2]
     assert int(values.count_nonzero()) == 4
 

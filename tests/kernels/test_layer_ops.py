@@ -86,10 +86,9 @@ def test_compiles_whole_with_gradients(case: Case) -> None:
     leaves = leaves_of(case)
     for got, want in zip(compiled(*leaves), call(case, *leaves), strict=True):
         assert torch.equal(got, want)
-    got, want = (
-        torch.autograd.grad([x.sum() for x in f(*leaves)], leaves) for f in (compiled, lambda *x: call(case, *x))
-    )
-    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+    outputs = compiled(*leaves), call(case, *leaves)
+    d_compiled, d_called = (torch.autograd.grad([x.sum() for x in found], leaves) for found in outputs)
+    assert all(torch.equal(a, b) for a, b in zip(d_compiled, d_called, strict=True))
 
 
 @small
@@ -255,8 +254,9 @@ def test_mlp_and_attention_of_transformers() -> None:
     cos, sin = Qwen3RotaryEmbedding(config)(x, torch.arange(7)[None])
     q, k, v = (projection(x).view(1, 7, -1, 8) for projection in (attention.q_proj, attention.k_proj, attention.v_proj))
     qkv = torch.cat([part.flatten(2) for part in (q, k, v)], -1)[0]
-    norms = {"q_norm": attention.q_norm.weight, "k_norm": attention.k_norm.weight, "eps": config.rms_norm_eps}
-    got = rotary(qkv, cos[0], sin[0], query_heads=4, kv_heads=2, **norms)
+    q_norm, k_norm = attention.q_norm.weight, attention.k_norm.weight
+    options: dict[str, Any] = {"q_norm": q_norm, "k_norm": k_norm, "eps": config.rms_norm_eps}
+    got = rotary(qkv, cos[0], sin[0], query_heads=4, kv_heads=2, **options)
     turned = apply_rotary_pos_emb(attention.q_norm(q), attention.k_norm(k), cos, sin, unsqueeze_dim=2)
     for mine, theirs in zip(got, (*turned, v), strict=True):
         torch.testing.assert_close(mine, theirs[0])

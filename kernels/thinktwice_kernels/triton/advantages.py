@@ -90,7 +90,7 @@ def group_advantages(
     tl.store(out_ptr + sequence, advantage_of(sequence, rewards_ptr, group_ids_ptr, count, eps, scale, BLOCK))
 
 
-def launch_group_advantages(
+def group_advantages_in_triton(
     rewards: Tensor,  # [S] fp32 or float64
     group_ids: Tensor,  # [S] int64
     scale_rewards: ScaleRewards,

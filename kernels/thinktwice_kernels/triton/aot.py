@@ -37,12 +37,12 @@ from thinktwice_kernels.options import (
     PolicyLoss,
     RolloutIs,
 )
-from thinktwice_kernels.rotary import fits_registers, rotary_gradients_in_triton, rotary_in_triton
 from thinktwice_kernels.rows import Head
-from thinktwice_kernels.triton.advantages import launch_group_advantages
-from thinktwice_kernels.triton.loss import launch_sequence_loss
-from thinktwice_kernels.triton.rows import launch_row_gradient, launch_row_statistics
-from thinktwice_kernels.triton.scale import launch_scale
+from thinktwice_kernels.triton.advantages import group_advantages_in_triton
+from thinktwice_kernels.triton.loss import sequence_loss_in_triton
+from thinktwice_kernels.triton.rotary import fits_registers, rotary_gradients_in_triton, rotary_in_triton
+from thinktwice_kernels.triton.rows import row_gradient_in_triton, row_statistics_in_triton
+from thinktwice_kernels.triton.scale import scale_in_triton
 from thinktwice_kernels.triton.selection import compacted
 
 ARCHITECTURES = (80, 90, 100)
@@ -153,9 +153,9 @@ def configurations(pairs: bool = True) -> dict[Configuration, Launch]:
             for values in covering(_SELECTION_AXES, lambda _: True, 2 if pairs else 1):
                 _launch_selection(dtype, **values)
         for types in _SCALE_TYPES:
-            launch_scale(*(torch.zeros(4, dtype=dtype) for dtype in types))
+            scale_in_triton(*(torch.zeros(4, dtype=dtype) for dtype in types))
         for dtype in _LOSS_TYPES:
-            launch_group_advantages(torch.zeros(4, dtype=dtype), torch.zeros(4).long(), "none", 1e-6)
+            group_advantages_in_triton(torch.zeros(4, dtype=dtype), torch.zeros(4).long(), "none", 1e-6)
         for values in covering(_NORM_AXES, _is_norm, together):
             _launch_norm(**values)
         for values in covering(_GATE_AXES, lambda _: True, together):
@@ -277,7 +277,7 @@ def _head(logits: Tensor, values: Mapping[str, Any]) -> Head:
 def _launch_statistics(logits: torch.dtype, aligned: bool, split: bool, entropy: bool, **head: Any) -> None:
     size = (65536 if split else 16) if aligned else (50257 if split else 7)
     tile = torch.empty(2, size, dtype=logits)
-    launch_row_statistics(tile, torch.zeros(2).long(), _head(tile, head), entropy)
+    row_statistics_in_triton(tile, torch.zeros(2).long(), _head(tile, head), entropy)
 
 
 def _is_gradient(values: Mapping[str, Any]) -> bool:
@@ -296,7 +296,7 @@ def _launch_gradient(
 ) -> None:
     logits, targets = torch.empty(2, 16 if aligned else 7, dtype=types[0]), torch.zeros(2).long()
     numbers = torch.empty(2, dtype=accumulation_dtype(logits))
-    launch_row_gradient(
+    row_gradient_in_triton(
         logits,
         targets,
         _head(logits, head),
@@ -362,7 +362,7 @@ def _launch_loss(values: Mapping[str, Any]) -> None:
         group_ids=torch.zeros(sequences).long(),
         **optional,
     )
-    launch_sequence_loss(inputs, _loss_options(values), values["entropy_coef and want_gradient"][1])
+    sequence_loss_in_triton(inputs, _loss_options(values), values["entropy_coef and want_gradient"][1])
 
 
 def _is_norm(values: Mapping[str, Any]) -> bool:

@@ -449,7 +449,7 @@ def sequence_loss(
     tl.store(own_ptr + _RATIO_MAX, tl.where(not_a_number, float("nan"), tl.max(ratio_max, 0)))
 
 
-def launch_sequence_loss(
+def sequence_loss_in_triton(
     inputs: LossInputs, options: LossOptions, want_gradient: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`loss.sequence_loss`."""

@@ -343,7 +343,7 @@ def row_gradient(
         )
 
 
-def launch_row_statistics(
+def row_statistics_in_triton(
     logits: Tensor,  # [t, V]
     targets: Tensor,  # [t] int64
     head: Head,
@@ -373,7 +373,7 @@ def launch_row_statistics(
     return logps, lse, entropy
 
 
-def launch_row_gradient(
+def row_gradient_in_triton(
     logits: Tensor,  # [t, V]
     targets: Tensor,  # [t] int64
     head: Head,

@@ -44,7 +44,7 @@ def scale(
         tl.store(out_ptr + positions, _narrowed(values * by, OUT), mask=there)
 
 
-def launch_scale(
+def scale_in_triton(
     values: Tensor,  # of any shape, contiguous
     by: Tensor,  # a number, without dimensions
     out: Tensor,  # of the same shape, contiguous, any floating type; or `values` itself

@@ -181,7 +181,7 @@ def compact_tokens(
             place += tl.sum(counted, 0)
 
 
-def launch_select_tokens(inputs: LossInputs, tokens: int, options: LossOptions) -> Selection:
+def select_tokens_in_triton(inputs: LossInputs, tokens: int, options: LossOptions) -> Selection:
     """`linear_loss.select_tokens`."""
     numbers, rows, moved = compacted(inputs, tokens, options)
     borders = numbers[:-1].tolist() if options.needs_borders() else None
