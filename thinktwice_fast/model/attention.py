@@ -11,6 +11,7 @@ Transformers' modules run with it too: it is registered as ``thinktwice``, and r
 Letters: T tokens, S segments, Hq / Hkv query / key-value heads, D head size.
 """
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,9 +29,10 @@ NAME = "thinktwice"
 _UNUSED = {"position_ids", "use_cache", "cache_position", "output_attentions", "is_causal"}
 
 
-class Attention:
+class Attention(ABC):
     """What the tokens of one forward pass attend to."""
 
+    @abstractmethod
     def attend(
         self,
         layer: int,
@@ -41,7 +43,6 @@ class Attention:
         window: int,  # keys seen by a query, itself included; 0 = all
     ) -> torch.Tensor:  # [T, Hq, D]
         """Of queries and keys that are normed and rotated."""
-        raise NotImplementedError
 
     def rotate_and_attend(
         self,

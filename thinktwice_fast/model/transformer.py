@@ -176,6 +176,8 @@ class Transformer(nn.Module):
 
 
 class Layer(nn.Module):
+    """Attention and MLP, each with its norm, added to what comes in."""
+
     def __init__(self, config: Any, family: _Family, number: int, dtype: torch.dtype):
         super().__init__()
         self.self_attn = SelfAttention(config, family, number, dtype)
@@ -200,6 +202,8 @@ class Layer(nn.Module):
 
 
 class SelfAttention(nn.Module):
+    """Queries, keys and values in one product, and the output's."""
+
     def __init__(self, config: Any, family: _Family, number: int, dtype: torch.dtype):
         super().__init__()
         heads, kv_heads, size = heads_of(config)
@@ -235,6 +239,8 @@ class SelfAttention(nn.Module):
 
 
 class MLP(nn.Module):
+    """Gated by SiLU."""
+
     def __init__(self, config: Any, family: _Family, dtype: torch.dtype):
         super().__init__()
         bias = "mlp_bias" in family.bias_options and config.mlp_bias
@@ -279,7 +285,7 @@ class Projection(nn.Module):
 
 
 class Norm(nn.Module):
-    """RMS norm, or the weight of one that is computed elsewhere."""
+    """RMS norm; of queries and keys the weight alone, for ``Rotation``."""
 
     def __init__(self, size: int, eps: float, family: _Family, dtype: torch.dtype):
         super().__init__()
@@ -296,6 +302,8 @@ class Norm(nn.Module):
 
 
 class Embedding(nn.Module):
+    """Rows of a weight; as ``lm_head`` the weight alone."""
+
     def __init__(self, tokens: int, hidden: int, dtype: torch.dtype, padding: int | None = None):
         super().__init__()
         self._padding = padding  # a token whose row gets no gradient from here, as transformers has it
