@@ -1,8 +1,8 @@
 """What every op stands on: the type it computes in, the code that runs it, the launch of its kernels, one derivative.
 
-Triton runs on CUDA, and on the CPU where TRITON_INTERPRET=1 is set; else the CPU runs C++ (csrc/loss/) on rows of
-logits and plain torch on everything else. Kernels that are too long for their op's file lie in triton/, each with its
-launch; they are imported when they first run.
+Triton runs on CUDA, and on the CPU where TRITON_INTERPRET=1 is set; else the CPU runs C++ on rows of logits
+(csrc/loss/) and in the ops of a decoder layer (csrc/layers/), and plain torch on everything else. Kernels that are too
+long for their op's file lie in triton/, each with its launch.
 """
 
 import importlib
@@ -43,7 +43,7 @@ def uses_triton(tensor: Tensor) -> bool:
 
 
 def in_triton(name: str) -> Any:
-    """The module triton/<name>.py."""
+    """The module triton/<name>.py, imported when it first runs: it may itself stand on the file of the op."""
     return importlib.import_module(f"thinktwice_kernels.triton.{name}")
 
 
