@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 CSRC := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inc' -o -name '*.cu' -o -name '*.cuh')
 RUN := $(BIN)/torchrun --standalone --nproc-per-node 1 thinktwice_fast/train.py
 
-.PHONY: setup train test lint types format headers learning bench warm-start tables performance clean
+.PHONY: setup train test lint types format headers learning bench bench-against warm-start tables performance clean
 
 train: $(VENV)/built
 	$(RUN) --resume auto
@@ -49,6 +49,10 @@ bench: $(VENV)/built
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest bench/ -o 'python_files=bench_*.py' --benchmark-only \
 	  --benchmark-quiet --bench-output build/bench --benchmark-json=build/bench/pytest_benchmark.json \
 	  $(if $(VLLM),--vllm-python $(VLLM))
+
+# This version against another, in turn: make bench-against REF=main~1 [CASES='"default job"'].
+bench-against: $(VENV)/built
+	$(BIN)/python -m bench.against $(REF) $(CASES)
 
 tables: $(VENV)/built
 	$(BIN)/python -m thinktwice_fast.run.tables README.md

@@ -50,7 +50,7 @@ OPS = [
             OURS: Contender(ours()),
             WITHOUT_GROUPS: Contender(ours(group_attention=False)),
             "transformers' modules": Contender(ours(decoder="modules"), only_on("cpu")),
-            WITHOUT_GRAPHS: Contender(ours(cuda_graphs=False), only_on("cuda")),
+            WITHOUT_GRAPHS: Contender(ours(decoder="modules"), only_on("cuda")),
         },
     ),
     _op(

@@ -18,7 +18,7 @@ from thinktwice_fast.model.loading import load_tokenizer, model_folder
 from thinktwice_fast.model.sharding import cast_parameters
 from thinktwice_fast.model.transformer import Transformer
 from thinktwice_fast.model.weights import read_transformer, weight_files
-from thinktwice_fast.rollout.records import Request, Sampling
+from thinktwice_fast.records import Request, Sampling
 from thinktwice_fast.tasks.arithmetic import ArithmeticSource
 from thinktwice_fast.tasks.prompts import ChatFormat
 

@@ -16,19 +16,19 @@ from bench.measure import Outputs
 from bench.rollout_cases import RolloutBatch
 from bench.vllm_process import VllmProcess
 from thinktwice_fast.config import RolloutOptions
+from thinktwice_fast.records import Request, Rollout
 from thinktwice_fast.rollout.engine import BLOCK_SIZE, Engine
-from thinktwice_fast.rollout.records import Request, Rollout
 
 Draw = Callable[[RolloutBatch], Outputs]
 _PAGE = 32  # tokens
 
 
-def engine(batch: RolloutBatch, **options: Any) -> Engine:
+def engine(batch: RolloutBatch, group_attention: bool = True, **options: Any) -> Engine:
     """One for each batch and options, kept as a trainer keeps it."""
-    key = "engine", *sorted(options.items())
+    key = "engine", group_attention, *sorted(options.items())
     if key not in batch.kept:
         limits = RolloutOptions(max_sequences=batch.workload.sequences, cache_tokens=_cache_tokens(batch), **options)
-        batch.kept[key] = Engine(batch.ours, frozenset(), limits, batch.longest)
+        batch.kept[key] = Engine(batch.ours, frozenset(), limits, batch.longest, group_attention=group_attention)
     kept: Engine = batch.kept[key]
     return kept
 
@@ -42,8 +42,8 @@ def _cache_tokens(batch: RolloutBatch) -> int:
 
 
 def ours(**options: Any) -> Draw:
-    """The engine with these rollout options."""
-    return lambda batch: _outputs(engine(batch, **options).generate(batch.requests(), seed=0))
+    """The engine with these rollout options, or without reading shared keys once."""
+    return lambda batch: _outputs(engine(batch, **options).run(batch.requests(), seed=0))
 
 
 def two_turns(extend: bool) -> Draw:
@@ -52,7 +52,7 @@ def two_turns(extend: bool) -> Draw:
     def draw(batch: RolloutBatch) -> Outputs:
         own = engine(batch)
         extended = own.counts.extended
-        first = sorted(own.generate(batch.requests(keep=extend), seed=0), key=lambda rollout: rollout.sample_id)
+        first = sorted(own.run(batch.requests(keep=extend), seed=0), key=lambda rollout: rollout.sample_id)
         between = batch.prompts[0][: batch.workload.instruction]
         second = [
             Request(
@@ -64,7 +64,7 @@ def two_turns(extend: bool) -> Draw:
             )
             for rollout in first
         ]
-        outputs = _outputs(own.generate(second, seed=1))
+        outputs = _outputs(own.run(second, seed=1))
         contexts = torch.tensor([request.prompt for request in second])
         if own.counts.extended - extended != extend * len(first):
             raise RuntimeError(f"{own.counts.extended - extended} of {len(first)} caches were extended")

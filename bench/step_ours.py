@@ -18,11 +18,11 @@ from thinktwice_fast.algorithms.step import Step
 from thinktwice_fast.config import Config, ModelOptions
 from thinktwice_fast.model.loading import LoadedModel, load_model
 from thinktwice_fast.model.sharding import full_state
+from thinktwice_fast.records import Message, Problem
 from thinktwice_fast.run import build
 from thinktwice_fast.run.checks import check_config
 from thinktwice_fast.tasks.arithmetic import RECHECK
 from thinktwice_fast.tasks.pool import Grader, Grading
-from thinktwice_fast.tasks.problem import Message, Problem
 
 
 def train(ask: Ask, desk: Desk) -> None:
@@ -105,7 +105,7 @@ class _Trainer:
         started = time.perf_counter()
         step = self._step()
         seconds = time.perf_counter() - started
-        parts = {name: step.measures[f"seconds_{name}"] for name in ("rollout", "grading", "update")}
+        parts = {name: step.metrics[f"seconds_{name}"] for name in ("rollout", "grading", "update")}
         parts["rest"] = seconds - sum(parts.values())
         completions = parallel.gather_flat([len(r.response) for group in step.groups for r in group.rollouts])
         return parts, len(completions), sum(completions)
@@ -117,7 +117,7 @@ class _Trainer:
         samples = parallel.gather_flat(_samples(step))
         if parallel.rank():
             return {}
-        done = step_truth.Done(samples, step.measures["loss"], step.measures["grad_norm"], before, after)
+        done = step_truth.Done(samples, step.metrics["loss"], step.metrics["grad_norm"], before, after)
         return step_truth.errors(self._ask, done)
 
     def _step(self) -> Step:

@@ -25,7 +25,7 @@ from thinktwice_fast.model.agreement import as_transformers
 from thinktwice_fast.model.loading import checkpoint_layers
 from thinktwice_fast.model.policy import named_weights
 from thinktwice_fast.model.sharding import ModelPair, cast_parameters, pair_models
-from thinktwice_fast.rollout.records import Rollout
+from thinktwice_fast.records import Rollout
 from thinktwice_fast.run.memory import keep_freed_memory
 from thinktwice_fast.update.optimizer import build_optimizer
 from thinktwice_fast.update.updater import Updater
@@ -130,8 +130,8 @@ class Updated:
     all_with_signal: bool = False
 
     def __call__(self, batch: UpdateBatch) -> Outputs:
-        measures = self.updater(batch).policy_update([list(self.rollouts(batch))])
-        return {name: torch.tensor(measures[name], dtype=torch.float64) for name in ("loss", "grad_norm")}
+        metrics = self.updater(batch).policy_update([list(self.rollouts(batch))])
+        return {name: torch.tensor(metrics[name], dtype=torch.float64) for name in ("loss", "grad_norm")}
 
     def rollouts(self, batch: UpdateBatch) -> tuple[Rollout, ...]:
         return batch.with_signal() if self.all_with_signal else batch.rollouts

@@ -74,8 +74,7 @@ int64_t BlockManager::prefill() {
   return ++sequences_[place].generation * kPlaces + place;
 }
 
-int64_t BlockManager::extend(const int64_t* handles, const int64_t* counts, int64_t n, int64_t version,
-                             bool allow_stale) {
+int64_t BlockManager::extend(const int64_t* handles, const int64_t* counts, int64_t n, int64_t version) {
   check_distinct(handles, n);
   int64_t needed = 0;
   for (int64_t i = 0; i < n; ++i) {
@@ -83,12 +82,11 @@ int64_t BlockManager::extend(const int64_t* handles, const int64_t* counts, int6
     if (counts[i] < 0 || counts[i] > std::numeric_limits<int32_t>::max() - sequence.length)
       misuse("cannot extend a sequence of " + std::to_string(sequence.length) + " tokens by " +
              std::to_string(counts[i]));
-    if (!allow_stale && !sequence.blocks.empty() && block_versions_[sequence.blocks.front()] != version)
-      throw std::runtime_error("paged KV cache: sequence handle " + std::to_string(handles[i]) +
-                               " was written by policy version " +
-                               std::to_string(block_versions_[sequence.blocks.front()]) +
-                               " and cannot be extended under version " + std::to_string(version) +
-                               "; prefill it anew, or pass allow_stale");
+    if (!sequence.blocks.empty() && block_versions_[sequence.blocks.front()] != version)
+      throw std::runtime_error(
+          "paged KV cache: sequence handle " + std::to_string(handles[i]) +
+          " was written by policy version " + std::to_string(block_versions_[sequence.blocks.front()]) +
+          " and cannot be extended under version " + std::to_string(version) + "; prefill it anew");
     if (sequence.length % block_size_ != 0 && counts[i] > 0 && ref_counts_[sequence.blocks.back()] != 1)
       throw std::logic_error("paged KV cache: a partly filled block is shared");
     needed += blocks_for(sequence.length + counts[i]) - static_cast<int64_t>(sequence.blocks.size());
@@ -97,9 +95,8 @@ int64_t BlockManager::extend(const int64_t* handles, const int64_t* counts, int6
   for (int64_t i = 0; i < n; ++i) {
     Sequence& sequence = find(handles[i]);
     sequence.length += counts[i];
-    const int64_t stamp = sequence.blocks.empty() ? version : block_versions_[sequence.blocks.front()];
     while (static_cast<int64_t>(sequence.blocks.size()) < blocks_for(sequence.length))
-      sequence.blocks.push_back(take_block(stamp));
+      sequence.blocks.push_back(take_block(version));
   }
   return 0;
 }

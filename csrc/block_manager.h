@@ -11,8 +11,8 @@ namespace thinktwice {
 //
 // A sequence is named by a handle, which is never used twice. A sequence grows in its last block, and that
 // block is always its own: `fork` shares the full blocks only. Every block carries the policy version that
-// its keys and values come from; since they are computed from everything before them, a block written on top
-// of older ones takes over their version, so all blocks of a sequence carry the same.
+// its keys and values come from. Since they are computed from everything before them, a sequence grows under
+// its own version alone.
 //
 // Wrong use (an unknown or released handle, one named twice in a call, a bad count) throws
 // std::invalid_argument; a stale sequence, or a fork without the blocks for it, std::runtime_error. Either
@@ -31,7 +31,7 @@ class BlockManager {
 
   // Reserves counts[i] more tokens in sequence handles[i], all or nothing. Returns how many free blocks were
   // missing: 0 = done, otherwise nothing has changed.
-  int64_t extend(const int64_t* handles, const int64_t* counts, int64_t n, int64_t version, bool allow_stale);
+  int64_t extend(const int64_t* handles, const int64_t* counts, int64_t n, int64_t version);
 
   // n new sequences equal to `handle`, which stays. Takes n blocks if its last block is partly filled, else
   // none.

@@ -128,8 +128,7 @@ Plan make_plan(const BlockManager& manager, const int64_t* handles, const int64_
           int_tensor(groups.shared_blocks)};
 }
 
-Plan extend(int64_t cache, Tensor handles, Tensor counts, int64_t version, bool allow_stale,
-            int64_t shared_keys) {
+Plan extend(int64_t cache, Tensor handles, Tensor counts, int64_t version, int64_t shared_keys) {
   const int64_t n = handles.numel();
   check_vector(handles, "handles", ScalarType::Long, n);
   check_vector(counts, "counts", ScalarType::Long, n);
@@ -137,7 +136,7 @@ Plan extend(int64_t cache, Tensor handles, Tensor counts, int64_t version, bool 
   const auto* count = counts.const_data_ptr<int64_t>();
   const std::lock_guard<std::mutex> lock(mutex);
   BlockManager& manager = find_cache(cache);
-  const int64_t missing = manager.extend(handle, count, n, version, allow_stale);
+  const int64_t missing = manager.extend(handle, count, n, version);
   if (missing == 0) return make_plan(manager, handle, count, n, shared_keys);
   const Tensor none = new_tensor({0}, ScalarType::Int);
   return {missing, none, none, none, none, none, none, none};

@@ -7,7 +7,7 @@ STABLE_TORCH_LIBRARY(thinktwice, m) {
   m.def("cache_destroy(int cache) -> ()");
   m.def("cache_prefill(int cache) -> int");
   m.def(
-      "cache_extend(int cache, Tensor handles, Tensor counts, int version, bool allow_stale, int shared_keys)"
+      "cache_extend(int cache, Tensor handles, Tensor counts, int version, int shared_keys)"
       " -> (int missing_blocks, Tensor block_tables, Tensor context_lens, Tensor cu_seqlens_q,"
       " Tensor positions, Tensor slots, Tensor group_offsets, Tensor shared_blocks)");
   m.def("cache_fork(int cache, int handle, int n) -> (Tensor handles, Tensor pairs)");
@@ -25,11 +25,11 @@ STABLE_TORCH_LIBRARY(thinktwice, m) {
   m.def("copy_blocks(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor pairs) -> ()");
   m.def(
       "paged_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_tables, Tensor context_lens,"
-      " Tensor cu_seqlens_q, float scale, int window=0, float softcap=0.0) -> Tensor");
+      " Tensor cu_seqlens_q, float scale, int window=0) -> Tensor");
   m.def(
       "grouped_decode_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_tables, Tensor "
       "context_lens,"
-      " Tensor group_offsets, Tensor shared_blocks, float scale, int window=0, float softcap=0.0) -> Tensor");
+      " Tensor group_offsets, Tensor shared_blocks, float scale, int window=0) -> Tensor");
   m.def(
       "sample(Tensor logits, Tensor temperature, Tensor top_k, Tensor top_p, Tensor min_p, int seed,"
       " Tensor sample_ids, Tensor positions)"

@@ -88,7 +88,7 @@ def test_drawn_tokens_are_no_greedy_ones(batch: RolloutBatch) -> None:
 
 
 def test_a_cache_that_was_not_extended_is_no_extension(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("thinktwice_fast.rollout.kept.KeptCaches.continued_by", lambda *arguments: False)
+    monkeypatch.setattr("thinktwice_fast.rollout.prefix_cache.PrefixCache.continued_by", lambda *arguments: False)
     op = next(op for op in OPS if op.name == targets.EXTEND)
     records = {record.contender: record for record in measure_case(op, op.cases("toy")[0], TOY)}
     assert records[OURS].reason == "RuntimeError: 0 of 4 caches were extended"

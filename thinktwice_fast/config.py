@@ -108,16 +108,12 @@ class RolloutOptions:
     max_batch_tokens: int = 8192
     """Most tokens in one forward pass (decoding and prefill together), per process."""
     decoder: Literal["auto", "fused", "modules"] = "auto"
-    """What runs the model on a CPU: "fused" = the C++ decoder (Llama, Mistral, Qwen2, Qwen3, OLMo-2 and OLMo-3);
-    "modules" = the model as updates run it; "auto" = the first where it knows the model, but for bfloat16 where there
-    are AMX tiles."""
+    """What runs the model: "fused" = the C++ decoder (Llama, Mistral, Qwen2, Qwen3, OLMo-2 and OLMo-3) on a CPU, and
+    decoding steps as CUDA graphs on a GPU; "modules" = the model as updates run it; "auto" = the first where it can,
+    but for bfloat16 on a CPU with AMX tiles."""
     exact: bool = False
     """Make the log-probabilities of rollouts those of training, bit for bit (float32 on the CPU only): slower
     rollouts, and no pass for old log-probabilities."""
-    group_attention: bool = True
-    """Read the keys that samples of one prompt share once for all of them, while decoding."""
-    cuda_graphs: bool | None = None
-    """Replay decoding steps as CUDA graphs (needs the extension built with CUDA); default: where that is so."""
     cache_tokens: int = 0
     """Size of the KV cache in tokens, per process; 0 = as many as all sequences take that are there together, prompts
     shared, or as the rest of the run leaves room for on the GPU if that is less."""

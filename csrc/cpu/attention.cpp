@@ -5,7 +5,6 @@
 #include <torch/headeronly/util/Half.h>
 
 #include <algorithm>
-#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <limits>
@@ -135,7 +134,7 @@ void run_in_type(const char* op, ScalarType dtype, const Attention& a, const std
 }
 
 void check_inputs(const char* op, const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
-                  const Tensor& block_tables, const Tensor& context_lens, int64_t window, double softcap) {
+                  const Tensor& block_tables, const Tensor& context_lens, int64_t window) {
   const ScalarType dtype = q.scalar_type();
   check(k_cache.dim() == 4 && v_cache.dim() == 4 && k_cache.is_contiguous() && v_cache.is_contiguous(), op,
         ": k_cache and v_cache must be contiguous [blocks, kv_heads, block_size, head_dim]");
@@ -147,7 +146,7 @@ void check_inputs(const char* op, const Tensor& q, const Tensor& k_cache, const 
         " KV heads evenly");
   check(k_cache.scalar_type() == dtype && v_cache.scalar_type() == dtype, op,
         ": q and the cache must have one type");
-  check(window >= 0 && softcap >= 0, op, ": window and softcap must not be negative");
+  check(window >= 0, op, ": window must not be negative");
   const int64_t sequences = context_lens.numel();
   check_vector(context_lens, (std::string(op) + ": context_lens").c_str(), ScalarType::Int, sequences);
   check(block_tables.dim() == 2 && block_tables.size(0) == sequences && block_tables.is_contiguous() &&
@@ -156,7 +155,7 @@ void check_inputs(const char* op, const Tensor& q, const Tensor& k_cache, const 
 }
 
 Attention describe(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache, Tensor& out, double scale,
-                   int64_t window, double softcap) {
+                   int64_t window) {
   return {q.const_data_ptr(),
           k_cache.const_data_ptr(),
           v_cache.const_data_ptr(),
@@ -169,21 +168,20 @@ Attention describe(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache
           q.size(2),
           k_cache.size(2),
           window,
-          static_cast<float>(scale),
-          static_cast<float>(softcap)};
+          static_cast<float>(scale)};
 }
 
 Tensor paged_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_tables, Tensor context_lens,
-                       Tensor cu_seqlens_q, double scale, int64_t window, double softcap) {
+                       Tensor cu_seqlens_q, double scale, int64_t window) {
   const char* const op = "paged_attention";
-  check_inputs(op, q, k_cache, v_cache, block_tables, context_lens, window, softcap);
+  check_inputs(op, q, k_cache, v_cache, block_tables, context_lens, window);
   const int64_t sequences = context_lens.numel();
   check_vector(cu_seqlens_q, "paged_attention: cu_seqlens_q", ScalarType::Int, sequences + 1);
   const auto* const starts = cu_seqlens_q.const_data_ptr<int32_t>();
   check(starts[0] == 0 && starts[sequences] == q.size(0), op, ": cu_seqlens_q must run from 0 to ",
         q.size(0));
   Tensor out = new_tensor({q.size(0), q.size(1), q.size(2)}, q.scalar_type());
-  const Attention a = describe(q, k_cache, v_cache, out, scale, window, softcap);
+  const Attention a = describe(q, k_cache, v_cache, out, scale, window);
   run_in_type(op, q.scalar_type(), a,
               make_tiles(a, k_cache.size(0), block_tables, context_lens, cu_seqlens_q));
   return out;
@@ -191,9 +189,9 @@ Tensor paged_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_ta
 
 Tensor grouped_decode_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_tables,
                                 Tensor context_lens, Tensor group_offsets, Tensor shared_blocks, double scale,
-                                int64_t window, double softcap) {
+                                int64_t window) {
   const char* const op = "grouped_decode_attention";
-  check_inputs(op, q, k_cache, v_cache, block_tables, context_lens, window, softcap);
+  check_inputs(op, q, k_cache, v_cache, block_tables, context_lens, window);
   const int64_t sequences = context_lens.numel(), groups = shared_blocks.numel();
   check(q.size(0) == sequences, op, ": q has ", q.size(0), " queries for ", sequences, " sequences");
   check_vector(shared_blocks, "grouped_decode_attention: shared_blocks", ScalarType::Int, groups);
@@ -202,7 +200,7 @@ Tensor grouped_decode_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor
   check(offsets[0] == 0 && offsets[groups] == sequences, op, ": group_offsets must run from 0 to ",
         sequences);
   Tensor out = new_tensor({q.size(0), q.size(1), q.size(2)}, q.scalar_type());
-  const Attention a = describe(q, k_cache, v_cache, out, scale, window, softcap);
+  const Attention a = describe(q, k_cache, v_cache, out, scale, window);
   std::vector<const int32_t*> tables;
   for (int64_t s = 0; s < sequences; ++s)
     tables.push_back(block_tables.const_data_ptr<int32_t>() + s * block_tables.size(1));

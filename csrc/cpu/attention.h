@@ -22,7 +22,7 @@ struct Attention {
   int64_t q_token_stride, q_head_stride;
   int64_t heads, kv_heads, group, dim, block_size;
   int64_t window;  // 0 = none
-  float scale, softcap;
+  float scale;
 };
 
 // `tokens` successive queries of one sequence under one KV head.

@@ -213,23 +213,23 @@ class ToDrawings final : public Sink {
   int64_t vocabulary_;
 };
 
-// Reserves the next token of every sequence and says where it goes; false when blocks are missing. Nothing
-// is reserved where a token or its position is refused.
-bool reserve(const Decoder& d, int64_t cache, const std::vector<Drawing*>& live, int64_t version,
-             std::vector<int64_t>& positions, std::vector<int64_t>& slots, Step& step) {
+// Says where the next token of every sequence goes, after reserving its place unless that is `reserved`
+// already; false when blocks are missing. Nothing is reserved where a token or its position is refused.
+bool find_places(const Decoder& d, int64_t cache, const std::vector<Drawing*>& live, int64_t version,
+                 bool reserved, std::vector<int64_t>& positions, std::vector<int64_t>& slots, Step& step) {
   std::vector<int64_t> handles;
   for (const Drawing* drawing : live) handles.push_back(drawing->handle);
   const std::vector<int64_t> ones(live.size(), 1);
   bool done = false;
   with_cache(cache, [&](BlockManager& manager) {
-    for (const int64_t handle : handles) positions.push_back(manager.length(handle));
+    for (const int64_t handle : handles) positions.push_back(manager.length(handle) - (reserved ? 1 : 0));
     check_tokens("decoder_decode", d, step.tokens, positions.data(), static_cast<int64_t>(handles.size()));
     const int64_t size = manager.block_size();
     check(manager.num_blocks() == step.k_cache.size(1) && size == step.k_cache.size(3),
           "decoder_decode: k_cache holds ", step.k_cache.size(1), " blocks of ", step.k_cache.size(3),
           " tokens, the bookkeeping ", manager.num_blocks(), " of ", size);
-    done =
-        manager.extend(handles.data(), ones.data(), static_cast<int64_t>(live.size()), version, false) == 0;
+    done = reserved ||
+           manager.extend(handles.data(), ones.data(), static_cast<int64_t>(live.size()), version) == 0;
     if (!done) return;
     for (size_t i = 0; i < handles.size(); ++i) {
       const std::vector<int32_t>& blocks = manager.blocks(handles[i]);
@@ -302,7 +302,7 @@ Decoded decode(int64_t decoder, int64_t cache, Tensor k_cache, Tensor v_cache, T
         ids.push_back(drawing.token);
       }
     Step step{ids.data(), nullptr, nullptr, {}, k_cache, v_cache};
-    if (!reserve(d, cache, live, version, at, slots, step)) break;
+    if (!find_places(d, cache, live, version, s == 0, at, slots, step)) break;
     step.positions = at.data();
     step.slots = slots.data();
     std::vector<RowResult> results(live.size());

@@ -330,8 +330,7 @@ class Pass {
                       d_.dim,
                       step_.k_cache.size(3),
                       d_.layers[index].window,
-                      static_cast<float>(d_.scale),
-                      0.0f};
+                      static_cast<float>(d_.scale)};
     const auto members = static_cast<int64_t>(block.members.size());
     each(members + static_cast<int64_t>(block.tiles.size()), 1, [&](int64_t i) {
       if (i < members)

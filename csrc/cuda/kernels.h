@@ -60,7 +60,7 @@ struct Attention {
   int heads, kv_heads, group, dim;
   int num_blocks, block_size, table_width, splits;
   int window;  // 0 = none
-  float scale, softcap;
+  float scale;
   int first_item, items;  // of those that one launch decodes; its parts count from the first
 };
 

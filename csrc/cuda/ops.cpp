@@ -200,7 +200,7 @@ void copy_blocks(Tensor k_cache, Tensor v_cache, Tensor pairs) {
 }
 
 void check_attention(const char* op, const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
-                     const Tensor& block_tables, const Tensor& context_lens, int64_t window, double softcap) {
+                     const Tensor& block_tables, const Tensor& context_lens, int64_t window) {
   check_caches(op, k_cache, v_cache, 4);
   const int64_t dim = k_cache.size(3);
   check(dim % 8 == 0 && dim <= 256, op, ": a head of ", dim,
@@ -210,7 +210,7 @@ void check_attention(const char* op, const Tensor& q, const Tensor& k_cache, con
   check(q.size(1) % k_cache.size(1) == 0, op, ": ", q.size(1), " query heads cannot share ", k_cache.size(1),
         " KV heads evenly");
   check(q.scalar_type() == k_cache.scalar_type(), op, ": q and the cache must have one type");
-  check(window >= 0 && softcap >= 0, op, ": window and softcap must not be negative");
+  check(window >= 0, op, ": window must not be negative");
   const std::string name(op);
   check_tensor(context_lens, name + ": context_lens", k_cache, ScalarType::Int, {-1});
   check_tensor(block_tables, name + ": block_tables", k_cache, ScalarType::Int, {context_lens.numel(), -1});
@@ -224,8 +224,7 @@ int rounded_window(int64_t window) {
 }
 
 Attention describe(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache, Tensor& out,
-                   const Tensor& block_tables, const Tensor& context_lens, double scale, int64_t window,
-                   double softcap) {
+                   const Tensor& block_tables, const Tensor& context_lens, double scale, int64_t window) {
   Attention a{};
   a.q = q.const_data_ptr();
   a.k_cache = k_cache.const_data_ptr();
@@ -247,7 +246,6 @@ Attention describe(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache
   a.splits = (a.table_width * a.block_size + kSplit - 1) / kSplit;
   a.window = rounded_window(window);
   a.scale = static_cast<float>(scale);
-  a.softcap = static_cast<float>(softcap);
   return a;
 }
 
@@ -268,15 +266,15 @@ void in_slices(const char* op, const Tensor& like, Attention a, int all, const L
 }
 
 Tensor paged_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_tables, Tensor context_lens,
-                       Tensor cu_seqlens_q, double scale, int64_t window, double softcap) {
+                       Tensor cu_seqlens_q, double scale, int64_t window) {
   const char* const op = "paged_attention";
-  check_attention(op, q, k_cache, v_cache, block_tables, context_lens, window, softcap);
+  check_attention(op, q, k_cache, v_cache, block_tables, context_lens, window);
   check_tensor(cu_seqlens_q, "paged_attention: cu_seqlens_q", k_cache, ScalarType::Int,
                {context_lens.numel() + 1});
   const Type type = type_of(op, q);
   const OnDevice device(q);
   Tensor out = new_like(q, {q.size(0), q.size(1), q.size(2)}, q.scalar_type());
-  Attention a = describe(q, k_cache, v_cache, out, block_tables, context_lens, scale, window, softcap);
+  Attention a = describe(q, k_cache, v_cache, out, block_tables, context_lens, scale, window);
   if (a.tokens == 0 || a.splits == 0) return out;
   a.starts = cu_seqlens_q.const_data_ptr<int32_t>();
   // As many tokens as sequences: decoding, most likely, which any token can go through. Otherwise the
@@ -290,9 +288,9 @@ Tensor paged_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_ta
 
 Tensor grouped_decode_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_tables,
                                 Tensor context_lens, Tensor group_offsets, Tensor shared_blocks, double scale,
-                                int64_t window, double softcap) {
+                                int64_t window) {
   const char* const op = "grouped_decode_attention";
-  check_attention(op, q, k_cache, v_cache, block_tables, context_lens, window, softcap);
+  check_attention(op, q, k_cache, v_cache, block_tables, context_lens, window);
   check_tensor(shared_blocks, "grouped_decode_attention: shared_blocks", k_cache, ScalarType::Int, {-1});
   check_tensor(group_offsets, "grouped_decode_attention: group_offsets", k_cache, ScalarType::Int,
                {shared_blocks.numel() + 1});
@@ -301,7 +299,7 @@ Tensor grouped_decode_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor
   const Type type = type_of(op, q);
   const OnDevice device(q);
   Tensor out = new_like(q, {q.size(0), q.size(1), q.size(2)}, q.scalar_type());
-  Attention a = describe(q, k_cache, v_cache, out, block_tables, context_lens, scale, window, softcap);
+  Attention a = describe(q, k_cache, v_cache, out, block_tables, context_lens, scale, window);
   if (a.tokens == 0 || a.splits == 0) return out;
   a.group_offsets = group_offsets.const_data_ptr<int32_t>();
   a.shared_blocks = shared_blocks.const_data_ptr<int32_t>();

@@ -122,8 +122,7 @@ __device__ inline void find_keys(const Attention& a, const RowTile& tile, int be
 // Raw product to score, in powers of two.
 __device__ inline float to_score(const Attention& a, float product) {
   constexpr float kLog2E = 1.44269504088896341f;
-  const float scaled = __fmul_rn(product, a.scale);
-  return __fmul_rn(a.softcap > 0.0f ? a.softcap * tanhf(scaled / a.softcap) : scaled, kLog2E);
+  return __fmul_rn(__fmul_rn(product, a.scale), kLog2E);
 }
 
 __device__ inline int64_t part_index(const Attention& a, const RowTile& tile, int row, int split) {

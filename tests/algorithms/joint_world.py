@@ -6,13 +6,13 @@ import torch
 
 from tests.algorithms.stubs import Grader, Updater
 from thinktwice_fast import parallel
-from thinktwice_fast.algorithms.groups import Group
 from thinktwice_fast.algorithms.joint import JointThinkTwice
 from thinktwice_fast.algorithms.sampler import Sampler
 from thinktwice_fast.algorithms.step import Step
 from thinktwice_fast.algorithms.thinktwice import ThinkTwice
 from thinktwice_fast.config import Config, ModelOptions, RolloutOptions
 from thinktwice_fast.model.loading import load_model
+from thinktwice_fast.records import Group
 from thinktwice_fast.rollout.engine import Engine
 from thinktwice_fast.tasks.arithmetic import RECHECK, ArithmeticSource
 from thinktwice_fast.tasks.prompts import ChatFormat
@@ -65,13 +65,13 @@ def outcome(groups: list[Group]) -> list[Any]:
 
 
 def joint_step() -> dict[str, Any]:
-    """Outcome, measures and state of one joint step, over all processes. Collective."""
+    """Outcome, metrics and state of one joint step, over all processes. Collective."""
     world = JointWorld()
     step = world.algorithm.step(1)
     return {
         "outcome": {half.phase: sorted(parallel.gather_flat(outcome(half.groups))) for half in step.halves},
-        "measures": [
-            {name: value for name, value in part.measures.items() if "second" not in name}
+        "metrics": [
+            {name: value for name, value in part.metrics.items() if "second" not in name}
             for part in (step, *step.halves)
         ],
         "state": world.algorithm.state(),

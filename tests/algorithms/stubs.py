@@ -1,7 +1,7 @@
 """An engine, a grader and an updater that write down what they are asked, around the real algorithm."""
 
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, cast
 
 from tests.small_models import bpe_tokenizer
@@ -10,9 +10,9 @@ from thinktwice_fast.algorithms.sampler import Sampler
 from thinktwice_fast.algorithms.thinktwice import ThinkTwice
 from thinktwice_fast.config import Config
 from thinktwice_fast.errors import UserError
-from thinktwice_fast.rollout.kept import Counts
-from thinktwice_fast.rollout.records import Request, Rollout
-from thinktwice_fast.tasks.problem import Message, Problem
+from thinktwice_fast.records import Message, Problem, Request, Rollout
+from thinktwice_fast.rollout.engine import OnEnd
+from thinktwice_fast.rollout.prefix_cache import Counts
 from thinktwice_fast.tasks.prompts import ChatFormat
 
 END = bpe_tokenizer().eos_token_id
@@ -38,7 +38,7 @@ class Engine:
         self.asked: list[tuple[Request, int]] = []  # with the weights' version
         self.counts = Counts(preemptions=5)
 
-    def generate(self, requests: Iterable[Request], *, seed: int, version: int = 0) -> Iterator[Rollout]:
+    def run(self, requests: Iterable[Request], on_end: OnEnd, *, seed: int, version: int = 0) -> list[Rollout]:
         made = []
         for request in requests:
             self.asked.append((request, version))
@@ -52,8 +52,13 @@ class Engine:
                     Rollout(request.group, sample, request.prompt, ids, [-1.0] * count, [0.5] * count, finished)
                 )
         random.Random(seed).shuffle(made)
-        yield from made
+        for rollout in made:
+            assert not on_end(rollout)
         self.counts.preemptions += len(made)
+        return made
+
+    def release_prefixes(self) -> None:
+        pass
 
 
 class Grading:
@@ -128,5 +133,5 @@ def bases_and_advantages(seed: int = 0) -> dict[str, Any]:
     return {
         "state": world.algorithm.state(),
         "advantages": {sample: value for part in parallel.gather(own) for sample, value in part.items()},
-        "measures": {name: value for name, value in step.measures.items() if "second" not in name},
+        "metrics": {name: value for name, value in step.metrics.items() if "second" not in name},
     }

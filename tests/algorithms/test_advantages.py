@@ -5,11 +5,10 @@ import math
 import pytest
 
 from tests.algorithms.stubs import problem
-from thinktwice_fast.algorithms.groups import Group
-from thinktwice_fast.algorithms.measures import group_measures
+from thinktwice_fast.algorithms.metrics import rollout_metrics, sample_metrics
+from thinktwice_fast.algorithms.policy_step import set_advantages
 from thinktwice_fast.algorithms.sampler import SamplingTimes
-from thinktwice_fast.algorithms.thinktwice import set_advantages
-from thinktwice_fast.rollout.records import Rollout
+from thinktwice_fast.records import Group, Rollout
 
 pytestmark = pytest.mark.usefixtures("one_process")
 
@@ -58,7 +57,7 @@ def test_samples_without_reward_are_left_out() -> None:
     set_advantages([], "group")
 
 
-def test_measures_by_hand() -> None:
+def test_metrics_by_hand() -> None:
     first, second, third = group(0, 1, 0, 0, None), group(1, 1, 1), group(2, None)
     first.rollouts[0].response = [4, 5, 6, 7]
     first.rollouts[0].text = "so \\boxed{3}"
@@ -67,7 +66,8 @@ def test_measures_by_hand() -> None:
             rollout.finished = rollout is not third.rollouts[0]
             rollout.entropies = [0.5] * len(rollout.response)
     third.prompt = tuple(range(10))
-    got = group_measures([first, second, third], SamplingTimes(2.0, 0.25, 3, 4))
+    groups = [first, second, third]
+    got = sample_metrics(groups) | rollout_metrics(groups, SamplingTimes(2.0, 0.25, 3, 4))
     assert got == pytest.approx(
         {
             "response_tokens": 16 / 7,
@@ -89,7 +89,7 @@ def test_measures_by_hand() -> None:
     )
 
 
-def test_measures_where_nothing_was_graded() -> None:
-    got = group_measures([group(0, None, None)], SamplingTimes(1.0, 0.0, 0, 0))
+def test_metrics_where_nothing_was_graded() -> None:
+    got = sample_metrics([group(0, None, None)])
     assert got["rewards_missing"] == 2
     assert not {"reward", "reward_std", "group_signal_rate"} & got.keys()

@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from thinktwice_fast.algorithms.groups import minibatch_slots
+from thinktwice_fast.algorithms.policy_step import minibatch_slots
 
 
 @given(st.integers(1, 5), st.integers(1, 4), st.integers(1, 6))

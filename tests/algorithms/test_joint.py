@@ -9,12 +9,11 @@ import pytest
 from tests.algorithms.joint_world import JointWorld, outcome
 from tests.algorithms.stubs import Grader, Grading
 from thinktwice_fast.algorithms.bases import base_ahead, choose_base
-from thinktwice_fast.algorithms.groups import Group
 from thinktwice_fast.algorithms.sampler import Sampler
 from thinktwice_fast.errors import UserError
-from thinktwice_fast.rollout.generation import Generation
-from thinktwice_fast.rollout.kept import Counts
-from thinktwice_fast.rollout.records import Request, Rollout
+from thinktwice_fast.records import Group, Request, Rollout
+from thinktwice_fast.rollout.engine import Engine, OnEnd
+from thinktwice_fast.rollout.prefix_cache import Counts
 from thinktwice_fast.run.metrics import find_metric
 
 pytestmark = pytest.mark.usefixtures("one_process")
@@ -73,7 +72,7 @@ def test_samples_without_reward_are_not_trained_on() -> None:
     rollouts = [rollout for half in step.halves for group in half.groups for rollout in group.rollouts]
     missing = [sum(r.reward is None for g in half.groups for r in g.rollouts) for half in step.halves]
     assert len(rollouts) == 24 and sum(missing) > 0 and len(minibatch) == 24 - sum(missing)
-    assert [half.measures["rewards_missing"] for half in step.halves] == missing
+    assert [half.metrics["rewards_missing"] for half in step.halves] == missing
 
 
 @dataclasses.dataclass
@@ -86,29 +85,27 @@ class Begun:
 
 
 @pytest.fixture(name="begun")
-def watched_generations(monkeypatch: pytest.MonkeyPatch) -> list[Begun]:
+def watched_runs(monkeypatch: pytest.MonkeyPatch) -> list[Begun]:
     """Every refinement that is asked for from now on; checks that only caches are kept which may be extended."""
     begun: list[Begun] = []
-    ended: list[Rollout] = []
-    add, advance = Generation.add, Generation.__next__
+    run = Engine.run
 
-    def watched_next(self: Generation) -> Rollout:
-        rollout = advance(self)
-        ended.append(rollout)
-        return rollout
+    def spy(self: Engine, requests: list[Request], on_end: OnEnd, **options: Any) -> list[Rollout]:
+        ended: list[Rollout] = []
 
-    def watched_add(self: Generation, requests: list[Request]) -> None:
-        kept = self._scheduler.kept
-        for request in requests:
-            base = request.extends
-            if base is not None:
+        def watched(rollout: Rollout) -> list[Request]:
+            ended.append(rollout)
+            more = list(on_end(rollout))
+            for base in [request.extends for request in more]:
+                assert base is not None
                 family = [rollout for rollout in ended if rollout.group == base.group]
                 begun.append(Begun(base, len(family), sum(rollout.group < 4 for rollout in ended)))
-                assert [rollout for rollout in family if kept.handle(rollout) is not None] == [base]
-        add(self, requests)
+                assert [rollout for rollout in family if self._prefixes.handle(rollout) is not None] == [base]
+            return more
 
-    monkeypatch.setattr(Generation, "add", watched_add)
-    monkeypatch.setattr(Generation, "__next__", watched_next)
+        return run(self, requests, watched, **options)
+
+    monkeypatch.setattr(Engine, "run", spy)
     return begun
 
 
@@ -165,7 +162,7 @@ def test_a_prompt_that_does_not_continue_its_base_is_prefilled_and_counted(monke
     world = JointWorld()
     step = world.algorithm.step(1)
     assert world.engine.counts == Counts(extended=2, prompt_differs=2)
-    assert step.measures["refine_extended"] == 0.5
+    assert step.metrics["refine_extended"] == 0.5
     assert all(len(group.rollouts) == 3 for group in step.halves[1].groups)
 
 
@@ -204,19 +201,19 @@ def test_a_resumed_run_goes_on_as_if_never_stopped() -> None:
     assert [group[1] for group in first[0]] == [4, 5, 6, 7]
 
 
-def test_every_measure_is_declared_and_counts_its_own_samples() -> None:
+def test_every_metric_is_declared_and_counts_its_own_samples() -> None:
     step = JointWorld().algorithm.step(1)
     for part in (step, *step.halves):
-        for name in part.measures:
+        for name in part.metrics:
             assert find_metric(f"{part.phase}/{name}")
     solve, refine = step.halves
     for half in step.halves:
         lengths = [len(rollout.response) for group in half.groups for rollout in group.rollouts]
-        assert half.measures["response_tokens"] == sum(lengths) / 12
-    assert refine.measures["prompt_tokens"] > solve.measures["prompt_tokens"] + 10
-    assert step.measures["refine_extended"] == 1
-    total = 12 * (solve.measures["response_tokens"] + refine.measures["response_tokens"])
-    assert step.measures["tokens_per_second"] == pytest.approx(total / step.measures["seconds_rollout"])
+        assert half.metrics["response_tokens"] == sum(lengths) / 12
+    assert refine.metrics["prompt_tokens"] > solve.metrics["prompt_tokens"] + 10
+    assert step.metrics["refine_extended"] == 1
+    total = 12 * (solve.metrics["response_tokens"] + refine.metrics["response_tokens"])
+    assert step.metrics["tokens_per_second"] == pytest.approx(total / step.metrics["seconds_rollout"])
 
 
 def test_the_base_known_ahead_is_the_one_chosen() -> None:

@@ -3,17 +3,16 @@
 import pytest
 
 from tests.algorithms.stubs import END, WORDS, World, problem
-from thinktwice_fast.algorithms.groups import Group
-from thinktwice_fast.algorithms.sampler import Draw
+from thinktwice_fast.algorithms.sampler import SampleSpec
 from thinktwice_fast.errors import UserError
-from thinktwice_fast.rollout.records import Sampling
+from thinktwice_fast.records import Group, Sampling
 
 pytestmark = pytest.mark.usefixtures("one_process")
 
 
 def filled(world: World, stream: int = 1, slots: tuple[int, ...] = (0, 1, 5)) -> list[Group]:
     groups = [world.sampler.solve_group(slot, problem(slot)) for slot in slots]
-    world.sampler.fill(groups, Draw(4, Sampling(), stream, seed=3, version=2))
+    world.sampler.fill(groups, SampleSpec(4, Sampling(), stream, seed=3, version=2))
     return groups
 
 
@@ -59,7 +58,7 @@ def test_preemptions_are_those_of_the_call() -> None:
     world = World()
     for slots in ((0, 1, 5), (2,)):
         groups = [world.sampler.solve_group(slot, problem(slot)) for slot in slots]
-        times = world.sampler.fill(groups, Draw(4, Sampling(), stream=1, seed=3, version=0))
+        times = world.sampler.fill(groups, SampleSpec(4, Sampling(), stream=1, seed=3, version=0))
         assert times.preemptions == 4 * len(slots)
 
 

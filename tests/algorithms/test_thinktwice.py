@@ -12,13 +12,12 @@ import torch
 from tests.algorithms.stubs import END, INSTRUCTION, Grader, World, problem
 from tests.update.cases import config, padded_logps, updater
 from thinktwice_fast.algorithms.bases import choose_base
-from thinktwice_fast.algorithms.groups import Base, Group
 from thinktwice_fast.algorithms.step import Step
 from thinktwice_fast.algorithms.thinktwice import ThinkTwice
 from thinktwice_fast.config import UpdateOptions
 from thinktwice_fast.model.agreement import as_transformers
+from thinktwice_fast.records import Base, Group, Rollout
 from thinktwice_fast.rollout.engine import Engine
-from thinktwice_fast.rollout.records import Rollout
 from thinktwice_fast.update.batches import pack
 
 pytestmark = pytest.mark.usefixtures("one_process")
@@ -34,7 +33,7 @@ def test_steps_alternate_and_a_pair_shares_its_problems() -> None:
     assert [step.phase for step in steps] == ["solve", "refine"] * 3
     asked = [[group.problem.index for group in step.groups] for step in steps]
     assert asked == [[0, 1, 2, 3]] * 2 + [[4, 5, 6, 7]] * 2 + [[8, 9, 10, 11]] * 2
-    assert all("/" not in name for step in steps for name in step.measures)
+    assert all("/" not in name for step in steps for name in step.metrics)
 
 
 def test_a_refine_group_refines_one_solution_of_its_own_problem() -> None:
@@ -115,7 +114,7 @@ def test_samples_without_reward_are_not_trained_on() -> None:
     graded = [rollout for group in step.groups for rollout in group.rollouts if rollout.reward is not None]
     assert list(map(id, minibatch)) == list(map(id, graded))
     assert 0 < len(graded) < 24
-    assert step.measures["rewards_missing"] == 24 - len(graded)
+    assert step.metrics["rewards_missing"] == 24 - len(graded)
 
 
 def solved(*rewards: float | None, slot: int = 0) -> Group:

@@ -1,4 +1,4 @@
-"""A step's samples, advantages, bases and measures do not depend on how many processes share the work."""
+"""A step's samples, advantages, bases and metrics do not depend on how many processes share the work."""
 
 from pathlib import Path
 
@@ -16,10 +16,10 @@ def test_two_processes_choose_and_count_as_one(tmp_path: Path) -> None:
     assert two["step"]["state"] == one["state"]
     assert two["states"] == [one["state"]] * 2
     assert two["step"]["advantages"] == pytest.approx(one["advantages"])
-    assert two["step"]["measures"] == pytest.approx(one["measures"])
+    assert two["step"]["metrics"] == pytest.approx(one["metrics"])
     assert any(one["advantages"].values())
 
     one = joint_step()
     assert two["joint"]["outcome"] == one["outcome"] and two["joint"]["state"] == one["state"]
-    for found, expected in zip(two["joint"]["measures"], one["measures"], strict=True):
+    for found, expected in zip(two["joint"]["metrics"], one["metrics"], strict=True):
         assert found == pytest.approx(expected)

@@ -63,7 +63,7 @@ Attention = _structure(
     q_token_stride__q_head_stride=c_int64,
     tokens__sequences__groups__heads__kv_heads__group__dim=c_int,
     num_blocks__block_size__table_width__splits__window=c_int,
-    scale__softcap=c_float,
+    scale=c_float,
     first_item__items=c_int,
 )
 Sampling = _structure(
@@ -137,11 +137,10 @@ class EmulatedKernels:
         cu_seqlens_q: Tensor,
         scale: float,
         window: int = 0,
-        softcap: float = 0.0,
         *,
         items: int | None = None,  # decoded by one launch
     ) -> Tensor:
-        work, out, kept = _describe(q, k_cache, v_cache, block_tables, context_lens, scale, window, softcap)
+        work, out, kept = _describe(q, k_cache, v_cache, block_tables, context_lens, scale, window)
         work.starts = cu_seqlens_q.data_ptr()
         by_token = q.dtype == torch.float32 or len(q) == len(context_lens)
         everything = len(q) if by_token else len(context_lens)
@@ -161,11 +160,10 @@ class EmulatedKernels:
         shared_blocks: Tensor,
         scale: float,
         window: int = 0,
-        softcap: float = 0.0,
         *,
         items: int | None = None,
     ) -> Tensor:
-        work, out, kept = _describe(q, k_cache, v_cache, block_tables, context_lens, scale, window, softcap)
+        work, out, kept = _describe(q, k_cache, v_cache, block_tables, context_lens, scale, window)
         work.group_offsets, work.shared_blocks = group_offsets.data_ptr(), shared_blocks.data_ptr()
         work.groups = len(shared_blocks)
         self._in_slices("grouped_decode", work, kept, len(q), items, TYPES[q.dtype])
@@ -212,7 +210,6 @@ def _describe(
     context_lens: Tensor,
     scale: float,
     window: int,
-    softcap: float,
 ) -> tuple[Any, Tensor, tuple[Tensor, Tensor]]:
     """The arguments, the output, and the workspace, which lives as long as it is held."""
     out = torch.full(q.shape, torch.nan, dtype=q.dtype)
@@ -230,7 +227,7 @@ def _describe(
         "q_token_stride": q.stride(0), "q_head_stride": q.stride(1), "tokens": len(q),
         "sequences": len(context_lens), "heads": q.shape[1], "kv_heads": kv_heads, "group": q.shape[1] // kv_heads,
         "dim": dim, "num_blocks": blocks, "block_size": block_size, "table_width": block_tables.shape[1],
-        "splits": splits, "window": window, "scale": scale, "softcap": softcap,
+        "splits": splits, "window": window, "scale": scale,
     }.items():  # fmt: skip
         setattr(work, name, number)
     return work, out, (sums, states)

@@ -118,8 +118,8 @@ AttendResult attend_everywhere(int64_t dim, int64_t context, int64_t tokens, int
   AttendResult results;
   const auto run = [&](auto kernel) {
     std::vector<T> out(q.size());
-    const Attention a{q.data(), k.data(), v.data(), out.data(), group * dim, dim,  group,
-                      1,        group,    dim,      block_size, window,      0.3f, 0.0f};
+    const Attention a{q.data(), k.data(), v.data(), out.data(), group * dim, dim, group,
+                      1,        group,    dim,      block_size, window,      0.3f};
     const Tile tile{0, context - tokens, tokens, 0, table.data()};
     kernel(a, tile, thread_workspace(tokens * group, dim));
     results.emplace_back(out.begin(), out.end());

@@ -54,8 +54,7 @@ struct Case {
   }
 
   Attention attention(std::vector<T>& out) const {
-    return {q.data(), nullptr, nullptr, out.data(), group * dim, dim,  group,
-            1,        group,   dim,     0,          window,      0.3f, 0.0f};
+    return {q.data(), nullptr, nullptr, out.data(), group * dim, dim, group, 1, group, dim, 0, window, 0.3f};
   }
 };
 

@@ -22,25 +22,22 @@ def dense_attention(
     v: Tensor,  # [C, Hkv, D]
     scale: float,
     window: int,
-    softcap: float,
 ) -> Tensor:  # [T, Hq, D]
     q, k, v = q.double(), k.double(), v.double()
     group = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
     scores = torch.einsum("thd,chd->htc", q, k) * scale
-    if softcap:
-        scores = softcap * torch.tanh(scores / softcap)
     age = torch.arange(len(k) - len(q), len(k))[:, None] - torch.arange(len(k))
     hidden = age < 0 if not window else (age < 0) | (age >= window)
     return torch.einsum("htc,chd->thd", scores.masked_fill(hidden, -math.inf).softmax(-1), v)
 
 
-def tolerance(q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float) -> float:
-    """Rounding of a score: (D + 3) u sum|q||k| scale, and 4 u softcap from the tanh; a weight's relative error is
-    twice that, and the weighted mean of C values adds (C + 8) u; then the result is rounded to its own type."""
+def tolerance(q: Tensor, k: Tensor, v: Tensor, scale: float) -> float:
+    """Rounding of a score: (D + 3) u sum|q||k| scale; a weight's relative error is twice that, and the weighted mean of
+    C values adds (C + 8) u; then the result is rounded to its own type."""
     u = 2.0**-24
     rows = torch.einsum("thd,chd->", q.abs().amax((0, 1))[None, None], k.abs().amax((0, 1))[None, None]).item()
-    error = 2 * ((q.shape[2] + 3) * rows * scale + 4 * softcap) * u + (len(k) + 8) * u
+    error = 2 * (q.shape[2] + 3) * rows * scale * u + (len(k) + 8) * u
     return (error + EPS[q.dtype]) * v.abs().max().item() * 1.01
 
 
@@ -69,7 +66,7 @@ class Setting:
         self.handles = [self.cache.prefill() for _ in lengths]
         self.done = [0] * len(lengths)
 
-    def step(self, which: list[int], counts: list[int], **options: float) -> tuple[Plan, Tensor, list[Tensor]]:
+    def step(self, which: list[int], counts: list[int], window: int = 0) -> tuple[Plan, Tensor, list[Tensor]]:
         plan = self.cache.extend([self.handles[i] for i in which], counts)
         assert plan is not None
         spans = [slice(self.done[i], self.done[i] + n) for i, n in zip(which, counts, strict=True)]
@@ -77,25 +74,25 @@ class Setting:
             torch.cat([part[i][span] for i, span in zip(which, spans, strict=True)])
             for part in (self.q, self.k, self.v)
         )
-        out = self.cache.attend(0, plan, q, k, v, 0.3, int(options.get("window", 0)), options.get("softcap", 0.0))
+        out = self.cache.attend(0, plan, q, k, v, 0.3, window)
         for i, n in zip(which, counts, strict=True):
             self.done[i] += n
         return plan, q, list(out.split(counts))
 
 
-def check(setting: Setting, which: list[int], counts: list[int], window: int = 0, softcap: float = 0.0) -> None:
-    plan, q, outs = setting.step(which, counts, window=window, softcap=softcap)
+def check(setting: Setting, which: list[int], counts: list[int], window: int = 0) -> None:
+    plan, q, outs = setting.step(which, counts, window)
     tables = (plan.block_tables, plan.context_lens, plan.cu_seqlens_q)
     k_cache, v_cache = setting.cache.k_cache[0], setting.cache.v_cache[0]
-    again = reference.paged_attention(q.double(), k_cache.double(), v_cache.double(), *tables, 0.3, window, softcap)
+    again = reference.paged_attention(q.double(), k_cache.double(), v_cache.double(), *tables, 0.3, window)
     for i, out, rows in zip(which, outs, again.split(counts), strict=True):
         if not len(out):
             continue
         k, v = setting.k[i][: setting.done[i]], setting.v[i][: setting.done[i]]
         queries = setting.q[i][setting.done[i] - len(out) : setting.done[i]]
-        exact = dense_attention(queries, k, v, 0.3, window, softcap)
+        exact = dense_attention(queries, k, v, 0.3, window)
         torch.testing.assert_close(rows, exact, atol=1e-11, rtol=0)
-        torch.testing.assert_close(out.double(), exact, atol=tolerance(queries, k, v, 0.3, softcap), rtol=0)
+        torch.testing.assert_close(out.double(), exact, atol=tolerance(queries, k, v, 0.3), rtol=0)
 
 
 @settings(max_examples=60, deadline=None)
@@ -112,12 +109,11 @@ def test_random_layouts(data: st.DataObject) -> None:
         seed=data.draw(st.integers(0, 1000), "seed"),
     )
     window = data.draw(st.sampled_from([0, 0, 1, 20, 64, 130]), "window")
-    softcap = data.draw(st.sampled_from([0.0, 0.0, 5.0]), "softcap")
     while any(done < len(q) for done, q in zip(setting.done, setting.q, strict=True)):
         which = [i for i, q in enumerate(setting.q) if setting.done[i] < len(q)]
         counts = [data.draw(st.integers(0, len(setting.q[i]) - setting.done[i])) for i in which]
         counts[0] = max(1, counts[0])
-        check(setting, which, counts, window, softcap)
+        check(setting, which, counts, window)
 
 
 @pytest.mark.parametrize("dtype", list(EPS))
@@ -168,7 +164,7 @@ def mixed(dtype: torch.dtype = torch.float64) -> tuple[Tensor, tuple[Tensor, Ten
     everything = list(range(len(lengths)))
     setting.step(everything, [n - m for n, m in zip(lengths, counts, strict=True)])
     plan, q, _ = setting.step(everything, counts)
-    exact = torch.cat([dense_attention(setting.q[i][-counts[i] :], setting.k[i], setting.v[i], 0.3, 0, 0.0)
+    exact = torch.cat([dense_attention(setting.q[i][-counts[i] :], setting.k[i], setting.v[i], 0.3, 0)
                        for i in everything])  # fmt: skip
     caches = (setting.cache.k_cache[0].to(dtype), setting.cache.v_cache[0].to(dtype))
     return q.to(dtype), (*caches, plan.block_tables, plan.context_lens, plan.cu_seqlens_q), exact
@@ -181,14 +177,13 @@ def test_the_reference_in_chunks_gives_the_same(budget: int, monkeypatch: pytest
     torch.testing.assert_close(reference.paged_attention(q, *tables, scale=0.3), exact, atol=1e-11, rtol=0)
 
 
-@pytest.mark.parametrize("softcap", [0.0, 5.0])
-def test_the_reference_needs_no_more_memory_than_its_chunks(softcap: float, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_reference_needs_no_more_memory_than_its_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """All sequences padded to the longest query and context would score 42 x 300 x 304 times 6 heads, 92 MB."""
     budget = 1 << 17
     monkeypatch.setattr(reference, "CHUNK_BYTES", budget)
     q, tables, _ = mixed(torch.float32)
     with Watch() as watch:
-        reference.paged_attention(q, *tables, scale=0.3, softcap=softcap)
+        reference.paged_attention(q, *tables, scale=0.3)
     # Inputs and output, one sequence's keys and a chunk of scores lie below this.
     assert watch.largest <= max(budget, q.nbytes)
 

@@ -38,14 +38,14 @@ def tolerance(dtype: torch.dtype, values: Tensor) -> float:
 
 
 @pytest.mark.parametrize(
-    ("dtype", "dim", "kv_heads", "group", "block_size", "window", "softcap"),
+    ("dtype", "dim", "kv_heads", "group", "block_size", "window"),
     [
-        (torch.float32, 16, 2, 2, 16, 0, 0.0),
-        (torch.bfloat16, 24, 1, 5, 7, 100, 0.0),
-        (torch.float16, 64, 1, 20, 16, 0, 5.0),
-        (torch.float32, 80, 2, 3, 16, 300, 0.0),
-        (torch.bfloat16, 128, 1, 4, 32, 0, 0.0),
-        (torch.float16, 256, 1, 1, 1, 70, 5.0),
+        (torch.float32, 16, 2, 2, 16, 0),
+        (torch.bfloat16, 24, 1, 5, 7, 100),
+        (torch.float16, 64, 1, 20, 16, 0),
+        (torch.float32, 80, 2, 3, 16, 300),
+        (torch.bfloat16, 128, 1, 4, 32, 0),
+        (torch.float16, 256, 1, 1, 1, 70),
     ],
 )
 def test_attention(
@@ -56,7 +56,6 @@ def test_attention(
     group: int,
     block_size: int,
     window: int,
-    softcap: float,
 ) -> None:
     """Prefill, a chunk in the middle of a sequence, decoding and a sequence without queries, in one batch."""
     lengths = [70, 290, 40, 300, 8]
@@ -66,10 +65,10 @@ def test_attention(
     caches = (setting.cache.k_cache[0], setting.cache.v_cache[0])
     tables = (plan.block_tables, plan.context_lens, plan.cu_seqlens_q)
     wide = (caches[0].double(), caches[1].double())
-    exact = reference.paged_attention(q.double(), *wide, *tables, 0.3, window, softcap)
-    got = kernels.paged_attention(q, *caches, *tables, 0.3, window, softcap)
+    exact = reference.paged_attention(q.double(), *wide, *tables, 0.3, window)
+    got = kernels.paged_attention(q, *caches, *tables, 0.3, window)
     torch.testing.assert_close(got.double(), exact, atol=tolerance(dtype, caches[1]), rtol=0)
-    in_parts = kernels.paged_attention(q, *caches, *tables, 0.3, window, softcap, items=2)
+    in_parts = kernels.paged_attention(q, *caches, *tables, 0.3, window, items=2)
     assert torch.equal(in_parts, got)
 
 

@@ -27,14 +27,14 @@ class Decoding:
     group_offsets: Tensor  # int32 [groups + 1]
     shared_blocks: Tensor  # int32 [groups]
 
-    def alone(self, window: int = 0, softcap: float = 0.0) -> Tensor:
+    def alone(self, window: int = 0) -> Tensor:
         starts = torch.arange(len(self.q) + 1, dtype=torch.int32, device=self.q.device)
         tables = (self.block_tables, self.context_lens, starts)
-        return csrc.paged_attention(self.q, self.k_cache, self.v_cache, *tables, 0.3, window, softcap)
+        return csrc.paged_attention(self.q, self.k_cache, self.v_cache, *tables, 0.3, window)
 
-    def grouped(self, window: int = 0, softcap: float = 0.0) -> Tensor:
+    def grouped(self, window: int = 0) -> Tensor:
         tables = (self.block_tables, self.context_lens, self.group_offsets, self.shared_blocks)
-        return csrc.grouped_decode_attention(self.q, self.k_cache, self.v_cache, *tables, 0.3, window, softcap)
+        return csrc.grouped_decode_attention(self.q, self.k_cache, self.v_cache, *tables, 0.3, window)
 
 
 def decoding(
@@ -97,10 +97,9 @@ def test_bits_are_those_of_each_sequence_alone(data: st.DataObject) -> None:
         seed=data.draw(st.integers(0, 1000), "seed"),
     )
     window = data.draw(st.sampled_from([0, 0, 1, 20, 64, 130]), "window")
-    softcap = data.draw(st.sampled_from([0.0, 0.0, 5.0]), "softcap")
-    expected = given_.alone(window, softcap)
+    expected = given_.alone(window)
     assert expected.isfinite().all()
-    assert torch.equal(given_.grouped(window, softcap), expected)
+    assert torch.equal(given_.grouped(window), expected)
 
 
 def test_tables_that_do_not_start_alike_are_refused() -> None:
@@ -151,8 +150,8 @@ def test_the_version_in_torch_agrees() -> None:
     given_ = decoding([100, 70], [[3, 5], [9]])
     tables = (given_.block_tables, given_.context_lens, given_.group_offsets, given_.shared_blocks)
     k_cache, v_cache = given_.k_cache.double(), given_.v_cache.double()
-    got = csrc._grouped_in_torch(given_.q.double(), k_cache, v_cache, *tables, 0.3, 50, 5.0)
-    torch.testing.assert_close(given_.grouped(50, 5.0).double(), got, atol=1e-5, rtol=0)
+    got = csrc._grouped_in_torch(given_.q.double(), k_cache, v_cache, *tables, 0.3, 50)
+    torch.testing.assert_close(given_.grouped(50).double(), got, atol=1e-5, rtol=0)
 
 
 def test_wrong_arguments() -> None:

@@ -16,7 +16,7 @@ STEPS = 12
 
 
 class Prefilled(NamedTuple):
-    """Sequences whose last token is not in the cache yet."""
+    """Sequences whose last token is not in the cache yet, and has no place in it."""
 
     decoder: Decoder
     cache: PagedKVCache
@@ -32,7 +32,15 @@ class Prefilled(NamedTuple):
             torch.tensor([mix[i % 4] for i in range(n)], dtype=dtype) for mix, dtype in zip(mixes, types, strict=True)
         ]
 
+    def reserve(self) -> bool:
+        """The places of the first step."""
+        return self.cache.extend(self.handles, [1] * len(self.handles)) is not None
+
     def draw(self, **changes: Any) -> Decoded:
+        assert self.reserve()
+        return self.draw_reserved(**changes)
+
+    def draw_reserved(self, **changes: Any) -> Decoded:
         n = len(self.handles)
         arguments: dict[str, Any] = {
             "handles": torch.tensor(self.handles), "tokens": self.tokens, "sampling": self.sampling(), "seed": SEED,
@@ -120,7 +128,7 @@ def test_a_sequence_ends_at_a_stop_token_or_its_limit_and_the_others_go_on() -> 
     assert given.lengths() == [length + n for length, n in zip(before, counts, strict=True)]
 
 
-@pytest.mark.parametrize(("enough", "drawn"), [(0, 0), (1, 2), (2, 4), (3, 4), (4, 9), (5, 12)])
+@pytest.mark.parametrize(("enough", "drawn"), [(1, 2), (2, 4), (3, 4), (4, 9), (5, 12)])
 def test_all_stop_once_enough_have_ended(enough: int, drawn: int) -> None:
     given = prefilled(ours("llama"), [9] * 5)
     limits = [4, 2, 50, 4, 9]
@@ -135,8 +143,7 @@ def test_missing_blocks_end_the_call_with_what_was_drawn() -> None:
     got = given.draw()
     assert got.counts.tolist() == [4] * 4 and torch.equal(got.tokens[:, :4], whole.tokens[:, :4])
     assert given.lengths() == [16] * 4 and given.cache.free_blocks == 3
-    again = given.draw(tokens=got.tokens[:, 3].contiguous(), positions=torch.arange(4) * 3 + 4)
-    assert again.counts.tolist() == [0] * 4 and given.lengths() == [16] * 4
+    assert not given.reserve() and given.lengths() == [16] * 4
     given.cache.release(given.handles[3:])
     fewer = given._replace(handles=given.handles[:3])
     rest = fewer.draw(tokens=got.tokens[:3, 3].contiguous(), positions=torch.arange(3) * 3 + 4, steps=8)
@@ -145,10 +152,11 @@ def test_missing_blocks_end_the_call_with_what_was_drawn() -> None:
 
 def test_a_sequence_of_another_version_is_refused() -> None:
     given = prefilled(ours("qwen3"), [9, 5])
+    given.reserve()
     given.cache.policy_version = 3
     with pytest.raises(RuntimeError, match="was written by policy version 0 and cannot be extended under version 3"):
-        given.draw()
-    assert given.lengths() == [9, 5]
+        given.draw_reserved()
+    assert given.lengths() == [10, 6]
 
 
 def test_logits_that_are_no_numbers_give_minus_one() -> None:
@@ -178,14 +186,15 @@ def test_wrong_arguments() -> None:
         ({"stop_ids": torch.tensor([1.0])}, "stop_ids must be a contiguous Long vector"),
         ({"cache": paged(ours("mistral"), 4)}, r"contiguous CPU tensors \[3, blocks, 2, block_size, 16\] of one type"),
     ]
+    given.reserve()
     for change, message in bad:
         with pytest.raises(RuntimeError, match=message):
             changed = given._replace(cache=change.pop("cache", given.cache))
-            changed.draw(**change)
-        assert given.lengths() == [9, 5]
+            changed.draw_reserved(**change)
+        assert given.lengths() == [10, 6]
     short = given._replace(decoder=Decoder(ours("llama"), 10))
     with pytest.raises(RuntimeError, match="position 10 of row 0 lies outside the 10 that the rotary tables hold"):
         short.draw()
     given.cache.release(given.handles[1:])
     with pytest.raises(ValueError, match="handle"):
-        given.draw()
+        given.draw_reserved()

@@ -7,8 +7,9 @@ import torch
 
 from tests.small_models import VOCABULARY, own_model
 from thinktwice_fast.config import RolloutOptions
+from thinktwice_fast.records import Request, Rollout, Sampling
 from thinktwice_fast.rollout.engine import Engine
-from thinktwice_fast.rollout.records import Request, Rollout, Sampling
+from thinktwice_fast.rollout.scheduler import Scheduler
 
 # On either side of a cache block of 16 and of OLMo-3's window of 8, with responses that cross both.
 PROMPT_LENGTHS = (3, 16, 17, 40)
@@ -35,11 +36,17 @@ def make(family: str = "qwen3", stop_ids: Iterable[int] = (), **options: Any) ->
 
 
 def draw(engine: Engine, asked: list[Request], seed: int = 0) -> dict[int, Rollout]:
-    rollouts = list(engine.generate(asked, seed=seed))
+    rollouts = engine.run(asked, seed=seed)
     assert engine.cache.free_blocks == engine.cache.num_blocks
     by_id = {rollout.sample_id: rollout for rollout in rollouts}
     assert len(by_id) == len(rollouts) == sum(len(request.sample_ids) for request in asked)
     return by_id
+
+
+def scheduler_of(grown: Any) -> Scheduler:
+    """Of an ``Engine.stream`` under way; requests may be added to it between any two rollouts that it gives."""
+    scheduler: Scheduler = grown.gi_frame.f_locals["scheduler"]
+    return scheduler
 
 
 def tokens(rollouts: dict[int, Rollout]) -> dict[int, list[int]]:

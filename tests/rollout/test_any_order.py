@@ -1,6 +1,7 @@
-"""Whatever is added, cancelled, kept, extended, closed and carried on: nothing leaks, and every sample is its own."""
+"""Whatever is added, kept, extended and closed: nothing leaks, and every sample is its own."""
 
 import random
+from collections.abc import Generator
 from dataclasses import asdict
 from functools import cache
 from typing import Any
@@ -11,12 +12,12 @@ from hypothesis import event, given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, Qwen3Config
 
-from tests.rollout.drawing import response_logits
+from tests.rollout.drawing import response_logits, scheduler_of
 from thinktwice_fast.config import RolloutOptions
 from thinktwice_fast.model import reference
 from thinktwice_fast.model.attention import NAME
+from thinktwice_fast.records import Request, Rollout, Sampling
 from thinktwice_fast.rollout.engine import BLOCK_SIZE, Engine
-from thinktwice_fast.rollout.records import Request, Rollout, Sampling
 
 SEED, VOCABULARY, STOP, LONGEST = 11, 64, 3, 40
 
@@ -45,20 +46,20 @@ class Session:
         )
         self.engine = Engine(model(NAME), frozenset({STOP}), options, self.blocks * BLOCK_SIZE)
         self.version = 0
-        self.prompts: dict[int, tuple[int, ...]] = {}  # of the samples asked for and not ended or cancelled
+        self.prompts: dict[int, tuple[int, ...]] = {}  # of the samples asked for and not ended
         self.ended: list[Rollout] = []
         self.asked_to_extend = 0
-        self.generation = self.engine.generate([], seed=SEED)
+        self.grown: Generator[Rollout, None, None] | None = None  # the run under way
         self.next_id = 0
 
     def run(self, calls: int) -> None:
-        steps = (self.add, self.extend, self.rollouts, self.passes, self.cancel, self.carry_over, self.release_kept)
-        for step in self.random.choices(steps, (6, 8, 6, 6, 2, 2, 1), k=calls):
+        steps = (self.add, self.extend, self.advance, self.begin_anew, self.release_prefixes)
+        for step in self.random.choices(steps, (6, 8, 12, 2, 1), k=calls):
             step()
             self.every_block_has_an_owner()
-        for rollout in self.generation:
-            self._end(rollout)
-        assert not self.prompts, "neither ended nor cancelled"
+        while self.grown is not None:
+            self._next()
+        assert not self.prompts, "not ended"
 
     def add(self) -> None:
         prompt = self.random.choices(range(VOCABULARY), k=self.random.randint(1, 40))
@@ -75,39 +76,26 @@ class Session:
             self.asked_to_extend += 1
             self._add(tuple(prompt), base)
 
-    def rollouts(self) -> None:
-        for _ in range(self.random.randint(1, 4)):
-            if (rollout := next(self.generation, None)) is not None:
-                self._end(rollout)
+    def advance(self) -> None:
+        for _ in range(self.random.randint(1, 30)):
+            self._next()
 
-    def passes(self) -> None:
-        for _ in range(self.random.randint(1, 12)):
-            self.generation._step(1)
-
-    def cancel(self) -> None:
-        ids = set(self.random.sample(sorted(self.prompts), min(2, len(self.prompts))))
-        for rollout in self.generation.cancel(ids):
-            assert rollout.sample_id in ids and not rollout.ended
-            del self.prompts[rollout.sample_id]
-            ids.discard(rollout.sample_id)
-        assert ids <= {rollout.sample_id for rollout in self.generation._ended}
-
-    def carry_over(self) -> None:
-        left = self.generation.close()
-        for rollout in self.generation:
-            self._end(rollout)
-        assert sorted(number for request in left for number in request.sample_ids) == sorted(self.prompts)
+    def begin_anew(self) -> None:
+        """Close this run; what it had not ended is lost. The next one may be of other weights."""
+        if self.grown is not None:
+            self.grown.close()
+        self.grown = None
+        self.prompts.clear()
         self.every_block_has_an_owner()
         self.version += self.random.random() < 0.5
-        self.asked_to_extend += sum(request.extends is not None for request in left)
-        self.generation = self.engine.generate(left, seed=SEED, version=self.version)
 
-    def release_kept(self) -> None:
-        self.engine.release_kept()
+    def release_prefixes(self) -> None:
+        self.engine.release_prefixes()
 
     def every_block_has_an_owner(self) -> None:
-        handles = list(self.engine._kept._kept)
-        handles += [lane.handle for lane in self.generation._scheduler.active if lane.handle is not None]
+        handles = list(self.engine._prefixes._rollouts)
+        if self.grown is not None:
+            handles += [sequence.cached for sequence in scheduler_of(self.grown).active]
         held = {block for handle in handles for block in self.engine.cache.blocks(handle)}
         assert self.engine.cache.num_blocks - self.engine.cache.free_blocks == len(held)
 
@@ -127,7 +115,22 @@ class Session:
         self.next_id += samples
         self.prompts |= dict.fromkeys(ids, prompt)
         sampling = Sampling(max_tokens=self.random.randint(1, LONGEST))
-        self.generation.add([Request(0, prompt, ids, sampling, self.random.random() < 0.9, base)])
+        request = Request(0, prompt, ids, sampling, self.random.random() < 0.9, base)
+        if self.grown is not None:
+            scheduler_of(self.grown).add([request])
+            return
+        most = self.random.choice((1, 8))
+        self.grown = self.engine.stream([request], seed=SEED, version=self.version, most=most)
+        self._next()
+
+    def _next(self) -> None:
+        if self.grown is None:
+            return
+        rollout = next(self.grown, None)
+        if rollout is None:
+            self.grown = None
+        elif rollout.ended:
+            self._end(rollout)
 
     def _end(self, rollout: Rollout) -> None:
         assert rollout.ended and rollout.prompt == self.prompts.pop(rollout.sample_id)
@@ -141,10 +144,10 @@ def test_nothing_leaks_and_every_sample_is_its_own(seed: int) -> None:
     session = Session(seed)
     session.run(calls=30)
     counts = session.engine.counts
-    # A request that is closed before it came in is asked again, and one cancelled there is never decided.
+    # Of a request that a close finds before it came in it is never decided.
     assert counts.extended + counts.prefilled_anew <= session.asked_to_extend
     for name, count in asdict(counts).items():
         event(f"{name}: {count > 0}")
-    session.engine.release_kept()
+    session.engine.release_prefixes()
     assert session.engine.cache.free_blocks == session.engine.cache.num_blocks
     session.every_sample_is_its_own()

@@ -24,10 +24,10 @@ from tests.small_models import FAMILIES, own, own_model, random_model
 from thinktwice_fast.config import RolloutOptions
 from thinktwice_fast.errors import UserError
 from thinktwice_fast.model import csrc, reference
+from thinktwice_fast.records import Request, Rollout, Sampling
 from thinktwice_fast.rollout import engine as engine_module
-from thinktwice_fast.rollout import generation as generation_module
+from thinktwice_fast.rollout import step as step_module
 from thinktwice_fast.rollout.engine import Engine
-from thinktwice_fast.rollout.records import Request, Rollout, Sampling
 
 
 def ranks(logits: torch.Tensor, chosen: list[int]) -> list[int]:
@@ -94,7 +94,7 @@ def test_logits_of_bfloat16_weights_are_sampled_unrounded(monkeypatch: pytest.Mo
         seen.append(logits)
         return csrc.sample(logits, *columns, **keys)
 
-    monkeypatch.setattr(generation_module, "sample", spy)
+    monkeypatch.setattr(step_module, "sample", spy)
     engine = Engine(own_model("llama").bfloat16(), frozenset(), RolloutOptions(), 40 + RESPONSE)
     draw(engine, requests(1))
     assert {logits.dtype for logits in seen} == {torch.float32}
@@ -221,19 +221,23 @@ def test_rollouts_come_as_they_end() -> None:
     engine = make()
     short = Request(0, prompts()[0], (0,), Sampling(max_tokens=2))
     long = Request(1, prompts()[1], (1,), Sampling(max_tokens=30))
-    generator = engine.generate([long, short], seed=0)
-    assert next(generator).group == 0
-    assert engine.cache.free_blocks < engine.cache.num_blocks
-    assert [rollout.group for rollout in generator] == [1]
+    free = []
+
+    def ended(rollout: Rollout) -> list[Request]:
+        free.append(engine.cache.free_blocks)
+        return []
+
+    assert [rollout.group for rollout in engine.run([long, short], ended, seed=0)] == [0, 1]
+    assert free[0] < free[1] == engine.cache.num_blocks
 
 
-def test_a_generator_closed_early_frees_the_cache() -> None:
+def test_a_stream_closed_early_frees_the_cache() -> None:
     engine = make(cache_tokens=320, max_batch_tokens=30)
     stops = requests(5, Sampling(max_tokens=5)) + requests(5)
-    generator = engine.generate(stops, seed=0)
-    next(generator)
+    grown = engine.stream(stops, seed=0)
+    next(rollout for rollout in grown if rollout.ended)
     assert engine.cache.free_blocks < engine.cache.num_blocks
-    generator.close()
+    grown.close()
     assert engine.cache.free_blocks == engine.cache.num_blocks
     assert tokens(draw(engine, requests(1))) == tokens(draw(make(), requests(1)))
 
@@ -241,7 +245,7 @@ def test_a_generator_closed_early_frees_the_cache() -> None:
 def test_a_sequence_larger_than_the_cache_is_refused_before_any_work() -> None:
     engine = make(cache_tokens=64)
     with pytest.raises(UserError, match=r"a sequence of up to 80 tokens .* cache of 64: raise --rollout\.cache_tokens"):
-        next(engine.generate(requests(1), seed=0))
+        engine.run(requests(1), seed=0)
     assert engine.cache.free_blocks == engine.cache.num_blocks == 4
     draw(engine, requests(1)[:2])
 
@@ -310,21 +314,21 @@ def test_preemptions_are_counted_over_calls_also_those_closed_early() -> None:
     draw(engine, requests(4))
     first = engine.counts.preemptions
     assert first > 0
-    generator = engine.generate(requests(4), seed=1)
-    next(generator)
-    generator.close()
+    grown = engine.stream(requests(4), seed=1)
+    next(rollout for rollout in grown if rollout.ended)
+    grown.close()
     assert engine.counts.preemptions > first
 
 
 @pytest.mark.parametrize("decoder", DECODERS)
 def test_changed_weights_are_sampled_from_at_once(decoder: str) -> None:
     engine = make(decoder=decoder)
-    before = tokens({r.sample_id: r for r in engine.generate(requests(2), seed=0, version=0)})
+    before = tokens({r.sample_id: r for r in engine.run(requests(2), seed=0, version=0)})
     other = random_model("qwen3", "sdpa", seed=9)
     with torch.no_grad():
         for mine, new in zip(engine.model.parameters(), own(other).parameters(), strict=True):
             mine.copy_(new)
-    after = tokens({r.sample_id: r for r in engine.generate(requests(2), seed=0, version=1)})
+    after = tokens({r.sample_id: r for r in engine.run(requests(2), seed=0, version=1)})
     fresh = Engine(own_model("qwen3", seed=9), frozenset(), RolloutOptions(), 40 + RESPONSE)
     assert after != before
     assert after == tokens(draw(fresh, requests(2)))
@@ -336,7 +340,7 @@ def test_logits_that_are_no_numbers_leave_the_cache_free(decoder: str) -> None:
     with torch.no_grad():
         next(engine.model.parameters()).fill_(float("nan"))
     with pytest.raises(UserError, match=r"logits are not finite: lower --update\.learning_rate"):
-        list(engine.generate(requests(2), seed=0))
+        engine.run(requests(2), seed=0)
     assert engine.cache.free_blocks == engine.cache.num_blocks
 
 

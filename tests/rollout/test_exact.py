@@ -14,8 +14,8 @@ from thinktwice_fast.errors import UserError
 from thinktwice_fast.model.policy import Policy
 from thinktwice_fast.model.products import PackedProducts, exact_logprobs, exact_product
 from thinktwice_fast.model.transformer import Transformer
+from thinktwice_fast.records import Rollout, Sampling
 from thinktwice_fast.rollout.engine import Engine
-from thinktwice_fast.rollout.records import Rollout, Sampling
 from thinktwice_fast.update.batches import pack, pack_shared
 from thinktwice_kernels import linear_logprobs
 

@@ -16,9 +16,10 @@ from thinktwice_fast.config import RolloutOptions
 from thinktwice_fast.errors import UserError
 from thinktwice_fast.model.attention import NAME
 from thinktwice_fast.model.policy import Model
+from thinktwice_fast.records import Request, Rollout, Sampling
 from thinktwice_fast.rollout.engine import Engine
-from thinktwice_fast.rollout.records import Request, Rollout, Sampling
-from thinktwice_fast.rollout.runner import DecoderRunner, ModuleRunner, Runner
+from thinktwice_fast.rollout.runner import DecoderRunner, ModuleRunner
+from thinktwice_fast.rollout.step import Runner
 
 
 def engine_of(model: Model, decoder: str = "auto", longest: int = 160, **options: Any) -> Engine:
@@ -98,13 +99,13 @@ class Mix:
 
     def drawn(self, engine: Engine) -> dict[int, Rollout]:
         """By sample id; the second wave's are 100 higher."""
-        first = {rollout.sample_id: rollout for rollout in engine.generate(self.first, seed=3)}
+        first = {rollout.sample_id: rollout for rollout in engine.run(self.first, seed=3)}
         second = [
             Request(r.group, (*r.prompt, *r.response, 1, 2), (100 + number,), self.then, extends=r)
             for number, r in sorted(first.items())
         ]
-        got = first | {rollout.sample_id: rollout for rollout in engine.generate(second, seed=3)}
-        engine.release_kept()
+        got = first | {rollout.sample_id: rollout for rollout in engine.run(second, seed=3)}
+        engine.release_prefixes()
         assert engine.cache.free_blocks == engine.cache.num_blocks
         return got
 
@@ -121,8 +122,11 @@ def test_rollouts_are_the_same_bits_in_any_cache_and_the_modules_tokens(data: st
         "max_batch_tokens": data.draw(st.integers(12, 200), "max_batch_tokens"),
     }
     model = own_model("olmo3")
-    kinds: list[dict[str, Any]] = [{}, options, {"group_attention": False}, options | {"decoder": "modules"}]
-    engines = [Engine(model, stops, RolloutOptions(**kind), 160) for kind in kinds]
+    kinds: list[dict[str, Any]] = [{}, options, {}, options | {"decoder": "modules"}]
+    engines = [
+        Engine(model, stops, RolloutOptions(**kind), 160, group_attention=number != 2)
+        for number, kind in enumerate(kinds)
+    ]
     whole, *others = [mix.drawn(engine) for engine in engines]
     event(f"preempted: {engines[1].counts.preemptions > 0}")
     event(f"extended: {engines[1].counts.extended > 0}")
@@ -134,14 +138,6 @@ def test_rollouts_are_the_same_bits_in_any_cache_and_the_modules_tokens(data: st
         torch.testing.assert_close(
             torch.tensor(others[2][number].logps), torch.tensor(rollout.logps), atol=1e-4, rtol=0
         )
-
-
-def test_cuda_graphs_are_refused_on_the_cpu() -> None:
-    with pytest.raises(
-        UserError, match=r"--rollout\.cuda_graphs true needs a GPU, and the model is on cpu: leave it out"
-    ):
-        make(cuda_graphs=True)
-    assert isinstance(make(cuda_graphs=False)._runner, DecoderRunner)
 
 
 def test_bfloat16_runs_in_torch_where_the_cpu_has_tiles_for_it(monkeypatch: pytest.MonkeyPatch) -> None:

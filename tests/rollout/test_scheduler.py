@@ -8,16 +8,29 @@ from hypothesis import strategies as st
 
 from thinktwice_fast.errors import UserError
 from thinktwice_fast.model.paged import PagedKVCache
-from thinktwice_fast.rollout.kept import Counts, KeptCaches
-from thinktwice_fast.rollout.records import Request, Rollout, Sampling
-from thinktwice_fast.rollout.scheduler import Batch, Lane, Scheduler
+from thinktwice_fast.records import Request, Rollout, Sampling
+from thinktwice_fast.rollout.batch import Batch, NewTokens
+from thinktwice_fast.rollout.prefix_cache import Counts, PrefixCache
+from thinktwice_fast.rollout.scheduler import Scheduler
+from thinktwice_fast.rollout.stops import Stops
 
 BLOCK = 4
 
 
+class Lengths(Stops):
+    """Sample number n ends after ``lengths[n]`` tokens."""
+
+    def __init__(self, lengths: dict[int, int]):
+        super().__init__(())
+        self.lengths = lengths
+
+    def mark(self, rollout: Rollout, sampling: Sampling) -> None:
+        rollout.ended = len(rollout.response) == self.lengths[rollout.sample_id]
+
+
 def make(blocks: int, sequences: int, tokens: int) -> Scheduler:
     cache, counts = PagedKVCache(1, blocks, 1, 1, block_size=BLOCK), Counts()
-    return Scheduler(cache, KeptCaches(cache, counts), counts, sequences, tokens, 10_000)
+    return Scheduler(cache, PrefixCache(cache, counts), counts, Lengths({}), sequences, tokens, 10_000, seed=0)
 
 
 def request(group: int, prompt: int, samples: int, longest: int) -> Request:
@@ -33,7 +46,7 @@ class Engine:
 
     def __init__(self, scheduler: Scheduler, lengths: dict[int, int]):
         self.scheduler = scheduler
-        self.lengths = lengths
+        scheduler.stops = Lengths(lengths)
         self.fed: dict[int, list[int]] = {}
         self.batches = 0
 
@@ -42,39 +55,31 @@ class Engine:
         while (batch := self.scheduler.next_batch()) is not None:
             self.batches += 1
             assert self.batches <= at_most, "it hangs"
-            self.feed(batch)
-            done += self.sample(self.scheduler.advance(batch))
+            done += [rollout for rollout in self.step(batch) if rollout.ended]
         return done
+
+    def step(self, batch: Batch) -> list[Rollout]:
+        self.feed(batch)
+        drawn = [[-1 - len(sample.response)] for sample in batch.samples]
+        numbers = [[0.0] for _ in drawn]
+        grown = self.scheduler.record(batch, NewTokens(drawn, numbers, numbers))
+        for sequence in self.scheduler.active:
+            sample = sequence.samples[0]
+            if sequence.handle is not None and sequence.pending == sample.response[-1:]:
+                self.fed[sequence.handle] = [*sample.prompt, *sample.response[:-1]]  # a fork starts with its prompt
+        return grown
 
     def feed(self, batch: Batch) -> None:
         scheduler = self.scheduler
         assert 0 < sum(batch.counts) <= scheduler.max_batch_tokens and all(count > 0 for count in batch.counts)
-        assert sum(len(lane.members) for lane in scheduler.active) <= scheduler.max_sequences
-        for lane, count in zip(batch.lanes, batch.counts, strict=True):
-            assert lane.handle is not None
-            known = scheduler.cache.length(lane.handle) - count
-            self.fed[lane.handle] = self.fed.get(lane.handle, [])[:known] + lane.pending[:count]
-            assert len(self.fed[lane.handle]) == known + count
-
-    def sample(self, ready: list[Lane]) -> list[Rollout]:
-        for lane in ready:
-            assert lane.handle is not None
-            member = lane.members[0]
-            assert self.fed[lane.handle] == [*member.prompt, *member.response]
-        ended = []
-        for lane in [part for whole in ready for part in self.scheduler.split(whole)]:
-            (member,) = lane.members
-            if lane.handle is not None:
-                self.fed[lane.handle] = [*member.prompt, *member.response]
-            member.response.append(-1 - len(member.response))
-            if len(member.response) == self.lengths[member.sample_id]:
-                ended.append(lane)
-            elif lane.handle is None:
-                self.scheduler.requeue_prompt(lane)
-            else:
-                lane.pending.append(member.response[-1])
-        self.scheduler.finish(ended)
-        return [lane.members[0] for lane in ended]
+        assert sum(len(sequence.samples) for sequence in scheduler.active) <= scheduler.max_sequences
+        for sequence, count in zip(batch.sequences, batch.counts, strict=True):
+            known = scheduler.cache.length(sequence.cached) - count
+            self.fed[sequence.cached] = self.fed.get(sequence.cached, [])[:known] + sequence.pending[:count]
+            assert len(self.fed[sequence.cached]) == known + count
+        for sequence in batch.ready:
+            sample = sequence.samples[0]
+            assert self.fed[sequence.cached] == [*sample.prompt, *sample.response]
 
 
 def check_complete(requests: Sequence[Request], lengths: dict[int, int], done: list[Rollout]) -> None:
@@ -124,8 +129,7 @@ def test_a_prompt_is_computed_once_for_all_its_samples() -> None:
     first = scheduler.next_batch()
     assert first is not None and first.counts == [10]
     engine = Engine(scheduler, dict.fromkeys(range(5), 3))
-    engine.feed(first)
-    engine.sample(scheduler.advance(first))
+    engine.step(first)
     second = scheduler.next_batch()
     assert second is not None and second.counts == [1] * 5
     # Two full blocks shared, and each sample's own tail.
@@ -138,9 +142,9 @@ def test_long_prompts_enter_in_pieces_beside_decoding() -> None:
     engine = Engine(scheduler, {0: 9, 1: 9, 100: 2})
     sizes = []
     while (batch := scheduler.next_batch()) is not None:
-        sizes.append({lane.members[0].group: count for lane, count in zip(batch.lanes, batch.counts, strict=True)})
-        engine.feed(batch)
-        engine.sample(scheduler.advance(batch))
+        pairs = zip(batch.sequences, batch.counts, strict=True)
+        sizes.append({sequence.samples[0].group: count for sequence, count in pairs})
+        engine.step(batch)
     assert sizes[0] == {0: 3, 1: 3}
     # Both samples of group 0 decode in each batch, and the other prompt gets what they leave of the 6 tokens.
     assert sizes[1:5] == [{0: 1, 1: 4}] * 4
@@ -162,7 +166,7 @@ def test_more_samples_than_sequences_go_in_parts() -> None:
     scheduler = make(64, 3, 64)
     asked = request(0, 5, 8, 2)
     scheduler.add([asked])
-    assert [len(lane.members) for lane in scheduler.waiting] == [3, 3, 2]
+    assert [len(sequence.samples) for sequence in scheduler.waiting] == [3, 3, 2]
     lengths = dict.fromkeys(asked.sample_ids, 2)
     check_complete([asked], lengths, Engine(scheduler, lengths).run())
 
@@ -179,8 +183,7 @@ def test_clear_frees_everything() -> None:
     scheduler.add([request(0, 10, 3, 6), request(1, 9, 1, 6)])
     batch = scheduler.next_batch()
     assert batch is not None
-    Engine(scheduler, dict.fromkeys((0, 1, 2, 100), 6)).feed(batch)
-    scheduler.split(scheduler.advance(batch)[0])
+    Engine(scheduler, dict.fromkeys((0, 1, 2, 100), 6)).step(batch)
     assert scheduler.cache.free_blocks < 16
     scheduler.clear()
     assert scheduler.cache.free_blocks == 16

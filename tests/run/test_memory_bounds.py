@@ -6,7 +6,6 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from functools import cache
-from types import SimpleNamespace
 from typing import Any, cast
 from unittest import mock
 
@@ -21,18 +20,19 @@ from tests.algorithms.stubs import Grading, problem
 from tests.command import LIMIT, TRAIN, environment
 from tests.small_models import family_config, random_model
 from thinktwice_fast import launch, parallel
-from thinktwice_fast.algorithms.groups import Group
-from thinktwice_fast.algorithms.pair_draw import fill_joint
-from thinktwice_fast.algorithms.sampler import Draw, Sampler
+from thinktwice_fast.algorithms.pair_rollout import fill_joint
+from thinktwice_fast.algorithms.sampler import Sampler, SampleSpec
 from thinktwice_fast.config import Config
 from thinktwice_fast.model.attention import NAME
 from thinktwice_fast.model.flops import Flops
 from thinktwice_fast.model.paged import PagedKVCache, Plan
+from thinktwice_fast.records import Group, Sampling
 from thinktwice_fast.rollout import engine as engine_module
 from thinktwice_fast.rollout.engine import BLOCK_SIZE, Engine, blocks_for, cache_blocks, shared_blocks
-from thinktwice_fast.rollout.records import Sampling
+from thinktwice_fast.rollout.step import Runner
 from thinktwice_fast.run.memory import Load, predict, sampling_reserve
 from thinktwice_fast.run.workload import Evaluated, Phase, needed_blocks, phases
+from thinktwice_fast.tasks.prompts import RefinePrompt
 from thinktwice_fast.update.batches import Example, pack, pack_shared
 from thinktwice_fast.update.microbatches import plan_microbatches
 
@@ -116,18 +116,12 @@ STOP, VOCABULARY = 3, 8
 BESIDE = 5  # tokens that the chat template puts around a solution and the instruction to refine it
 
 
-class Runner:
+class MadeUpRunner(Runner):
     """Draws the end token now and then."""
-
-    exact = False
-    device = CPU
 
     def __init__(self, stop: float):
         self._logits = torch.zeros(VOCABULARY)
         self._logits[STOP] = stop
-
-    def refresh(self) -> None:
-        pass
 
     def logits(self, tokens: list[int], plan: Plan, last: list[int]) -> torch.Tensor:
         return self._logits.expand(len(last), VOCABULARY).contiguous()
@@ -142,12 +136,9 @@ class Chat:
     def response_text(self, ids: Sequence[int], stop_ids: Any, stop_string: Any = None) -> str:
         return " ".join(map(str, ids))
 
-    def refine_chat(self, messages: Any, text: str, instruction: str) -> Any:
-        return SimpleNamespace(messages=())
-
-    def refine_ids(self, messages: Any, prompt: Sequence[int], base: Sequence[int], *rest: Any) -> list[int]:
-        ids = [*prompt, *base, *range(BESIDE)]
-        return [ids[0] if self._first is None else self._first, *ids[1:]]
+    def refine(self, messages: Any, prompt: Sequence[int], base: Sequence[int], *rest: Any) -> RefinePrompt:
+        ids = (*prompt, *base, *range(BESIDE))
+        return RefinePrompt((), (ids[0] if self._first is None else self._first, *ids[1:]))
 
 
 class SlowGrading(Grading):
@@ -175,7 +166,7 @@ class Watched:
     """A sampler over an engine of plenty of cache, and the most blocks of it that were ever in use."""
 
     def __init__(self, config: Config, stop: float, *, faithful: bool):
-        runner = Runner(stop)
+        runner = MadeUpRunner(stop)
         with mock.patch.object(engine_module, "make_runner", lambda *_: runner):
             engine = Engine(small_model(), frozenset({STOP}), config.rollout, 1000, needed=4000)
         self.peak = 0
@@ -200,19 +191,19 @@ def peak_and_need(
     watched = Watched(config, stop, faithful=faithful)
     groups = [Group(slot, problem(slot), (), (4 + slot % 4,) * tokens) for slot, tokens in enumerate(prompts)]
     sampling = Sampling(max_tokens=config.rollout.max_response_tokens)
-    draw = Draw(config.samples_per_problem, sampling, stream=0, seed=seed, version=0)
+    spec = SampleSpec(config.samples_per_problem, sampling, stream=0, seed=seed, version=0)
     longest, evaluated = {"solve": max(prompts)}, Evaluated()
     refined = max(prompts) + config.rollout.max_response_tokens + BESIDE
     if kind == "training":
-        watched.sampler.fill(groups, draw)
+        watched.sampler.fill(groups, spec)
     elif kind == "evaluation":
         config.algorithm = "sft"  # nothing else is sampled
         evaluated = Evaluated(len(prompts), config.samples_per_problem, refined)
-        watched.sampler.fill_pairs(groups, draw, sampling)
+        watched.sampler.fill_pairs(groups, spec, sampling)
     else:
         config.thinktwice.pairing, config.thinktwice.base_selection = "joint", cast(Any, kind)
         longest["refine"] = refined
-        fill_joint(watched.sampler, groups, draw, kind)
+        fill_joint(watched.sampler, groups, spec, kind)
     assert watched.sampler.engine.counts.preemptions == 0
     return watched.peak, needed_blocks(config, longest, evaluated, 1)
 

@@ -1,6 +1,6 @@
 """Solutions and their refinements drawn in one go: what two rounds give, each refinement as soon as it can start."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, cast
 
 import pytest
@@ -8,14 +8,13 @@ import torch
 
 from tests.algorithms.stubs import Grader
 from tests.update.worlds import one_process
-from thinktwice_fast.algorithms.groups import Group, as_base
-from thinktwice_fast.algorithms.sampler import Draw, Sampler
+from thinktwice_fast.algorithms.sampler import Sampler, SampleSpec
 from thinktwice_fast.config import Config, ModelOptions, RolloutOptions
 from thinktwice_fast.errors import UserError
 from thinktwice_fast.model.loading import load_model
-from thinktwice_fast.rollout.engine import Engine
-from thinktwice_fast.rollout.kept import Counts
-from thinktwice_fast.rollout.records import Request, Sampling
+from thinktwice_fast.records import Base, Group, Request, Rollout, Sampling
+from thinktwice_fast.rollout.engine import Engine, OnEnd
+from thinktwice_fast.rollout.prefix_cache import Counts
 from thinktwice_fast.run.evaluation import evaluate
 from thinktwice_fast.tasks.arithmetic import RECHECK, ArithmeticSource
 from thinktwice_fast.tasks.prompts import ChatFormat
@@ -38,18 +37,18 @@ def solve_groups(sampler: Sampler, slots: tuple[int, ...] = (0, 1, 4, 7)) -> lis
 
 
 def in_two_rounds(sampler: Sampler, solved: list[Group], samples: int) -> list[Group]:
-    sampler.fill(solved, Draw(samples, DRAWN, stream=8, seed=5, version=0))
+    sampler.fill(solved, SampleSpec(samples, DRAWN, stream=8, seed=5, version=0))
     refined = [
-        sampler.refine_group(group, as_base(rollout), group.slot * samples + n)
+        sampler.refine_group(group, Base.of(rollout), group.slot * samples + n)
         for group in solved
         for n, rollout in enumerate(group.rollouts)
     ]
-    sampler.fill(refined, Draw(1, GREEDY, stream=9, seed=5, version=0))
+    sampler.fill(refined, SampleSpec(1, GREEDY, stream=9, seed=5, version=0))
     return refined
 
 
 def at_once(sampler: Sampler, solved: list[Group], samples: int) -> list[Group]:
-    return sampler.fill_pairs(solved, Draw(samples, DRAWN, stream=8, seed=5, version=0), GREEDY)
+    return sampler.fill_pairs(solved, SampleSpec(samples, DRAWN, stream=8, seed=5, version=0), GREEDY)
 
 
 def summary(groups: list[Group]) -> list[tuple[Any, ...]]:
@@ -90,26 +89,22 @@ def test_each_group_of_solutions_and_each_refinement_is_graded_once() -> None:
 def test_refinements_start_while_solutions_decode(monkeypatch: pytest.MonkeyPatch) -> None:
     sampler = make_sampler()
     order: list[bool] = []  # whether each rollout that ended was a refinement
-    generate = sampler.engine.generate
+    run = sampler.engine.run
 
-    def spy(requests: list[Request], **options: Any) -> Any:
-        generation = generate(requests, **options)
-        advance = type(generation).__next__
+    def spy(requests: list[Request], on_end: OnEnd, **options: Any) -> Any:
+        def watched(rollout: Rollout) -> Iterable[Request]:
+            order.append(rollout.group >= len(requests))
+            return on_end(rollout)
 
-        class Watched(type(generation)):  # type: ignore[misc]
-            def __next__(self) -> Any:
-                rollout = advance(self)
-                order.append(rollout.group >= len(requests))
-                return rollout
+        return run(requests, watched, **options)
 
-        generation.__class__ = Watched
-        return generation
-
-    monkeypatch.setattr(sampler.engine, "generate", spy)
+    monkeypatch.setattr(sampler.engine, "run", spy)
     many = tuple(range(12))
     solved = solve_groups(sampler, many)
     # Some solutions end early.
-    sampler.fill_pairs(solved, Draw(2, Sampling(temperature=2.5, max_tokens=64), stream=8, seed=5, version=0), GREEDY)
+    sampler.fill_pairs(
+        solved, SampleSpec(2, Sampling(temperature=2.5, max_tokens=64), stream=8, seed=5, version=0), GREEDY
+    )
     assert sorted(order) == [False] * 24 + [True] * 24 and order != sorted(order)
 
 
@@ -141,14 +136,14 @@ def test_evaluation_counts_the_pairs() -> None:
     metrics = evaluate({"held_out": PROBLEMS}, sampler, config, 3)
     solved = [reference.solve_group(slot, PROBLEMS[slot]) for slot in range(20)]
     stream = 1 << 30
-    reference.fill(solved, Draw(2, Sampling(0.9, max_tokens=64), stream, seed=0, version=0))
+    reference.fill(solved, SampleSpec(2, Sampling(0.9, max_tokens=64), stream, seed=0, version=0))
     solutions = [rollout for group in solved for rollout in group.rollouts]
     refined = [
-        reference.refine_group(group, as_base(rollout), 2 * group.slot + n)
+        reference.refine_group(group, Base.of(rollout), 2 * group.slot + n)
         for group in solved
         for n, rollout in enumerate(group.rollouts)
     ]
-    reference.fill(refined, Draw(1, GREEDY, stream + 1, seed=0, version=0))
+    reference.fill(refined, SampleSpec(1, GREEDY, stream + 1, seed=0, version=0))
     refinements = [group.rollouts[0] for group in refined]
     wrong = [n for n, rollout in enumerate(solutions) if not rollout.reward]
     assert metrics["eval/held_out/solve_accuracy"] == 1 - len(wrong) / 40

@@ -205,7 +205,6 @@ def test_a_gpu_is_pretended_in_a_dry_run_alone(dry_run: Command, tmp_path: Path)
         (("--data.source", "absent.jsonl"), "absent.jsonl: no such file"),
         (("--model.random_init", "false"), "no weights (*.safetensors) in it"),
         (("--rollout.max_prompt_tokens", "70"), "set --rollout.max_prompt_tokens to at least"),
-        (("--rollout.cuda_graphs", "true"), "--rollout.cuda_graphs true needs a GPU"),
         (("--problems_per_step", "0"), "must be at least 1"),
         (("--resume", "nowhere"), "not a checkpoint"),
     ],

@@ -17,8 +17,8 @@ from transformers import AutoModelForCausalLM
 from tests.command import LIMIT, ROOT, environment
 from tests.small_models import CHATML, bpe_tokenizer, write_model
 from thinktwice_fast.errors import UserError
-from thinktwice_fast.rollout.kept import Counts
-from thinktwice_fast.rollout.records import Sampling
+from thinktwice_fast.records import Sampling
+from thinktwice_fast.rollout.prefix_cache import Counts
 from thinktwice_fast.run import command
 from thinktwice_fast.run.command import in_order
 from thinktwice_fast.run.solve import Answer, Piece, Solver, TextStream, Turn, arithmetic_question
@@ -56,8 +56,8 @@ def transformers_turns(folder: Path, question: str, passes: int, longest: int) -
         )
         response = everything[0, len(prompt) :].tolist()
         text = chat.response_text(response, STOP)
-        prompt = chat.refine_ids(messages, prompt, response, text, INSTRUCTION, STOP)
-        messages = chat.refine_chat(messages, text, INSTRUCTION).messages
+        refine = chat.refine(messages, prompt, response, text, INSTRUCTION, STOP)
+        messages, prompt = refine.messages, list(refine.ids)
         turns.append(response)
     return turns
 

@@ -1,6 +1,7 @@
 import pytest
 
 from thinktwice_fast.errors import UserError
+from thinktwice_fast.records import Problem
 from thinktwice_fast.tasks.graders import (
     choice_letter,
     gold_answer,
@@ -10,7 +11,6 @@ from thinktwice_fast.tasks.graders import (
     prepare_math_verify,
     verify_math,
 )
-from thinktwice_fast.tasks.problem import Problem
 
 
 def problem(answer: str) -> Problem:

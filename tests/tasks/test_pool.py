@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from thinktwice_fast.errors import UserError
+from thinktwice_fast.records import Problem
 from thinktwice_fast.tasks.pool import Grader
-from thinktwice_fast.tasks.problem import Problem
 
 
 def problem(answer: str) -> Problem:
@@ -136,7 +136,7 @@ def test_a_closed_grader_does_not_hang() -> None:
 ABANDON = """
 import os, signal, sys, threading
 from thinktwice_fast.tasks.pool import Grader
-from thinktwice_fast.tasks.problem import Problem
+from thinktwice_fast.records import Problem
 
 if __name__ == "__main__":
     problem = Problem(0, ({"role": "user", "content": "q"},), "81")

@@ -79,7 +79,7 @@ def other_segmentation(tokenizer: PreTrainedTokenizerFast, text: str) -> list[in
 
 
 def refine(chat: ChatFormat, base_ids: list[int], base_text: str, stop: list[int], question=QUESTION) -> list[int]:
-    return chat.refine_ids(question, chat.prompt_ids(question), base_ids, base_text, "recheck", stop)
+    return list(chat.refine(question, chat.prompt_ids(question), base_ids, base_text, "recheck", stop).ids)
 
 
 def test_three_messages_without_a_system_message() -> None:

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from thinktwice_fast.errors import UserError
+from thinktwice_fast.records import Problem
 from thinktwice_fast.tasks.pool import Grader
-from thinktwice_fast.tasks.problem import Problem
 
 PROBLEM = Problem(
     12,

@@ -16,7 +16,7 @@ from thinktwice_fast.config import Config, ModelOptions
 from thinktwice_fast.model.lora import Adapters, add_adapters, is_adapter
 from thinktwice_fast.model.policy import Policy, named_weights
 from thinktwice_fast.model.sharding import frozen_copy, pair_models
-from thinktwice_fast.rollout.records import Rollout
+from thinktwice_fast.records import Rollout
 from thinktwice_fast.update.updater import Updater
 
 TEMPERATURE = 0.8

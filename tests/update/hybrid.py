@@ -20,17 +20,17 @@ from thinktwice_fast.update.optimizer import build_optimizer
 
 
 def update() -> tuple[torch.Tensor, dict[str, float], list[int]]:
-    """The change of the weights, the measures, and the elements of the largest parameter that each process has."""
+    """The change of the weights, the metrics, and the elements of the largest parameter that each process has."""
     world = parallel.world_size()
     options = {"update__grad_clip": 0.3, "update__microbatch_tokens": 45, "loss__beta": 0.2}
     made = updater(config(update__shard_processes=max(1, world // 2), **options))
     before = weights(made.models.policy)
-    measures = made.policy_update(share([rollouts(8), rollouts(8, 1)]))
+    metrics = made.policy_update(share([rollouts(8), rollouts(8, 1)]))
     after = weights(made.models.policy)
     assert torch.equal(after, weights(made.models.rollout)), "rollouts read other weights than the trained ones"
     largest = max(made.models.policy.parameters(), key=lambda parameter: parameter.numel())
     own = largest.to_local() if hasattr(largest, "to_local") else largest
-    return after - before, measures, parallel.gather(own.numel())
+    return after - before, metrics, parallel.gather(own.numel())
 
 
 def state_round_trip() -> torch.Tensor:

@@ -7,7 +7,7 @@ import pytest
 
 from tests.small_models import FAMILIES, random_model
 from tests.update.cases import config, formula, gradients, padded_logps, rollouts, updater, weights
-from thinktwice_fast.rollout.records import Rollout
+from thinktwice_fast.records import Rollout
 
 pytestmark = pytest.mark.usefixtures("one_process")
 
@@ -33,13 +33,13 @@ def test_gradients_with_every_gain_on_equal_those_with_every_gain_off(family: st
     embedding: Any = made.models.policy.model.embed_tokens
     embedding.register_forward_pre_hook(lambda _, inputs: rows.append(inputs[0].numel()))
     before = weights(made.models.policy)
-    measures = made.policy_update([batch])
+    metrics = made.policy_update([batch])
     gradient = before - weights(made.models.policy)
 
     assert len(rows) > 2 and max(rows) <= 120
     signal = [rollout for rollout in batch if rollout.advantage]
     assert sum(rows) < sum(len(r.prompt) + len(r.response) for r in signal)
-    assert measures["tokens"] == sum(len(r.response) for r in batch)
+    assert metrics["tokens"] == sum(len(r.response) for r in batch)
 
     model = random_model(family)
     logps = padded_logps(model, batch)

@@ -21,7 +21,7 @@ from tests.update.cases import (
     weights,
 )
 from thinktwice_fast.model.attention import NAME
-from thinktwice_fast.rollout.records import Rollout
+from thinktwice_fast.records import Rollout
 from thinktwice_fast.update import updater as updater_module
 from thinktwice_fast.update.batches import Example
 from thinktwice_fast.update.updater import NonFiniteLoss
@@ -31,10 +31,10 @@ pytestmark = pytest.mark.usefixtures("one_process")
 
 
 def change(made: Any, minibatches: list[list[Rollout]]) -> tuple[torch.Tensor, dict[str, float]]:
-    """What ``policy_update`` adds to the weights, and its measures."""
+    """What ``policy_update`` adds to the weights, and its metrics."""
     before = weights(made.models.masters)
-    measures = made.policy_update(minibatches)
-    return weights(made.models.masters) - before, measures
+    metrics = made.policy_update(minibatches)
+    return weights(made.models.masters) - before, metrics
 
 
 def plain_change(
@@ -65,11 +65,11 @@ def plain_change(
 @pytest.mark.parametrize("family", FAMILIES)
 def test_gradient_is_that_of_the_formula_on_a_padded_batch(family: str) -> None:
     batch = rollouts(11)
-    got, measures = change(updater(config(), family), [batch])
+    got, metrics = change(updater(config(), family), [batch])
     assert_same_step(got, plain_change(random_model(family), [batch], 1.0))
-    assert measures["ratio_mean"] == measures["ratio_max"] == 1.0
-    assert measures["grad_norm"] == pytest.approx(float(got.norm()), rel=1e-4)
-    assert measures["tokens"] == sum(len(rollout.response) for rollout in batch)
+    assert metrics["ratio_mean"] == metrics["ratio_max"] == 1.0
+    assert metrics["grad_norm"] == pytest.approx(float(got.norm()), rel=1e-4)
+    assert metrics["tokens"] == sum(len(rollout.response) for rollout in batch)
 
 
 def test_gradient_of_a_model_of_transformers() -> None:
@@ -102,17 +102,17 @@ def test_micro_batches_change_nothing(mode: str, level: str) -> None:
 
 def test_kl_term_to_the_reference() -> None:
     batch = rollouts(8)
-    got, measures = change(updater(config(loss__beta=0.3)), [batch])
+    got, metrics = change(updater(config(loss__beta=0.3)), [batch])
     reference = random_model("qwen3", seed=5)
     assert_same_step(got, plain_change(random_model("qwen3"), [batch], 1.0, reference=reference, beta=0.3))
-    assert measures["kl_ref"] > 0
+    assert metrics["kl_ref"] > 0
 
 
 def test_later_mini_batches_keep_the_first_weights_as_their_old_policy() -> None:
     minibatches = [rollouts(6, seed) for seed in range(3)]
-    got, measures = change(updater(config(update__microbatch_tokens=60), learning_rate=3.0), minibatches)
+    got, metrics = change(updater(config(update__microbatch_tokens=60), learning_rate=3.0), minibatches)
     assert_same_step(got, plain_change(random_model("qwen3"), minibatches, 3.0))
-    assert measures["ratio_max"] > 1.28 and measures["clip_fraction_high"] > 0
+    assert metrics["ratio_max"] > 1.28 and metrics["clip_fraction_high"] > 0
 
 
 def with_own_logps(minibatches: list[list[Rollout]], off: float = 0.0) -> list[list[Rollout]]:
@@ -128,28 +128,28 @@ def test_old_log_probabilities_of_the_rollouts() -> None:
     """They are near the policy's own, as an engine's are, and off by what tells the two modes apart."""
     minibatches = with_own_logps([rollouts(6, seed) for seed in range(2)], off=0.05)
     noted = torch.tensor([logp for minibatch in minibatches for rollout in minibatch for logp in rollout.logps])
-    got, measures = change(updater(config(update__old_logps="rollout"), learning_rate=2.0), minibatches)
+    got, metrics = change(updater(config(update__old_logps="rollout"), learning_rate=2.0), minibatches)
     expected = plain_change(random_model("qwen3"), minibatches, 2.0, old=noted)
     assert_same_step(got, expected)
-    assert measures["ratio_mean"] != 1.0
+    assert metrics["ratio_mean"] != 1.0
     recomputed, _ = change(updater(config(), learning_rate=2.0), minibatches)
     assert (recomputed - expected).norm() > 1e-3 * expected.norm()
 
 
 def test_mismatch_is_that_of_the_weights_that_sampled() -> None:
     minibatches = with_own_logps([rollouts(6, seed) for seed in range(3)])
-    _, measures = change(updater(config(), learning_rate=3.0), minibatches)
-    assert measures["ratio_max"] > 1.28, "the policy has to move for this test"
-    assert measures["mismatch"] < 1e-5
+    _, metrics = change(updater(config(), learning_rate=3.0), minibatches)
+    assert metrics["ratio_max"] > 1.28, "the policy has to move for this test"
+    assert metrics["mismatch"] < 1e-5
 
 
 def test_mismatch_with_the_rollouts_own_as_old_ones_is_that_of_the_first_mini_batch() -> None:
     minibatches = with_own_logps([rollouts(6, seed) for seed in range(2)], off=0.05)
     made = updater(config(update__old_logps="rollout", update__microbatch_tokens=60), learning_rate=2.0)
-    _, measures = change(made, [[], *minibatches])
+    _, metrics = change(made, [[], *minibatches])
     lengths = [len(rollout.response) for rollout in minibatches[0] if rollout.advantage]
     differences = torch.cat([0.05 * torch.arange(length).cos().abs() for length in lengths])
-    assert measures["mismatch"] == pytest.approx(float(differences.mean()), rel=1e-4)
+    assert metrics["mismatch"] == pytest.approx(float(differences.mean()), rel=1e-4)
     for rollout in minibatches[0]:
         rollout.advantage = 0.0
     assert "mismatch" not in change(updater(config(update__old_logps="rollout")), minibatches)[1]
@@ -165,7 +165,7 @@ def test_the_first_mini_batch_has_no_log_probabilities_recomputed(monkeypatch: p
             recomputed.append(inputs[0].numel())
 
     made.models.policy.model.embed_tokens.register_forward_pre_hook(count)
-    got, measures = change(made, [[], *minibatches])
+    got, metrics = change(made, [[], *minibatches])
     later = [r for minibatch in minibatches[1:] for r in minibatch if r.advantage]
     assert sum(recomputed) == sum(len(r.prompt) + len(r.response) - 1 for r in later)
 
@@ -175,8 +175,8 @@ def test_the_first_mini_batch_has_no_log_probabilities_recomputed(monkeypatch: p
     monkeypatch.setattr(whole, "_old_logps", lambda _: old)
     expected, before = change(whole, minibatches)
     assert_same_step(got, expected)
-    for name in measures.keys() - {"seconds_update"}:
-        assert measures[name] == pytest.approx(before[name], rel=1e-4, abs=1e-6), name
+    for name in metrics.keys() - {"seconds_update"}:
+        assert metrics[name] == pytest.approx(before[name], rel=1e-4, abs=1e-6), name
 
 
 def test_gradient_falls_on_what_predicts_a_sampled_token_alone() -> None:
@@ -215,20 +215,20 @@ def test_temperature_is_the_sampling_one() -> None:
     with torch.no_grad():
         for rollout in batch:
             rollout.logps = padded_logps(random_model("qwen3"), [rollout]).tolist()
-    _, measures = change(updater(config()), [batch])
-    assert measures["mismatch"] < 1e-5
-    _, measures = change(updater(config(rollout__temperature=2 * TEMPERATURE)), [batch])
-    assert measures["mismatch"] > 0.01
+    _, metrics = change(updater(config()), [batch])
+    assert metrics["mismatch"] < 1e-5
+    _, metrics = change(updater(config(rollout__temperature=2 * TEMPERATURE)), [batch])
+    assert metrics["mismatch"] > 0.01
 
 
 def test_a_phase_without_signal_moves_nothing() -> None:
     batch = rollouts(4)
     for rollout in batch:
         rollout.advantage = 0.0
-    got, measures = change(updater(config()), [batch])
+    got, metrics = change(updater(config()), [batch])
     assert not got.any()
-    assert measures["loss"] == 0 and measures["grad_norm"] == 0
-    assert measures["tokens_skipped"] == measures["tokens"] > 0
+    assert metrics["loss"] == 0 and metrics["grad_norm"] == 0
+    assert metrics["tokens_skipped"] == metrics["tokens"] > 0
 
 
 def test_a_mini_batch_that_nothing_was_graded_in_is_passed_over() -> None:
@@ -237,15 +237,15 @@ def test_a_mini_batch_that_nothing_was_graded_in_is_passed_over() -> None:
     got, _ = change(made, minibatches)
     assert made.version == 1
     assert_same_step(got, change(updater(config()), minibatches[1:])[0])
-    got, measures = change(made, [[], []])
-    assert made.version == 1 and not got.any() and measures["loss"] == 0
+    got, metrics = change(made, [[], []])
+    assert made.version == 1 and not got.any() and metrics["loss"] == 0
 
 
 def test_the_norm_of_the_gradient_is_bounded() -> None:
-    free, measures = change(updater(config()), [rollouts(6)])
-    bound = measures["grad_norm"] / 4
+    free, metrics = change(updater(config()), [rollouts(6)])
+    bound = metrics["grad_norm"] / 4
     clipped, again = change(updater(config(update__grad_clip=bound)), [rollouts(6)])
-    assert again["grad_norm"] == pytest.approx(measures["grad_norm"])
+    assert again["grad_norm"] == pytest.approx(metrics["grad_norm"])
     assert_same_step(clipped, free / 4)
 
 
@@ -279,9 +279,9 @@ def test_a_loss_that_is_no_number_is_an_error_and_leaves_the_weights(spoiled: st
 def test_versions_count_optimizer_steps_and_the_schedule_moves_with_them() -> None:
     made = updater(config())
     made.schedule = torch.optim.lr_scheduler.LambdaLR(made.optimizer, lambda step: 0.5**step)
-    measures = made.policy_update([rollouts(3, 1), rollouts(3, 2)])
+    metrics = made.policy_update([rollouts(3, 1), rollouts(3, 2)])
     assert made.version == 2
-    assert measures["learning_rate"] == 0.5
+    assert metrics["learning_rate"] == 0.5
     assert made.policy_update([rollouts(3, 3)])["learning_rate"] == 0.25
     assert made.version == 3
 
@@ -295,7 +295,7 @@ def test_supervised_loss_is_transformers_own(microbatch_tokens: int) -> None:
     batch = examples()
     made = updater(config(update__microbatch_tokens=microbatch_tokens))
     before = weights(made.models.policy)
-    measures = made.supervised_update(batch)
+    metrics = made.supervised_update(batch)
     got = weights(made.models.policy) - before
 
     model = random_model("qwen3")
@@ -308,10 +308,10 @@ def test_supervised_loss_is_transformers_own(microbatch_tokens: int) -> None:
     output = model(input_ids=ids, labels=labels, use_cache=False)
     output.loss.backward()
     expected = gradients(model)
-    assert measures["loss"] == pytest.approx(output.loss.item(), rel=1e-5)
+    assert metrics["loss"] == pytest.approx(output.loss.item(), rel=1e-5)
     assert_same_step(got, -expected)
     hits = (output.logits[:, :-1].argmax(-1) == labels[:, 1:]).sum()
-    assert measures["token_accuracy"] == pytest.approx(int(hits) / int((labels != -100).sum()))
+    assert metrics["token_accuracy"] == pytest.approx(int(hits) / int((labels != -100).sum()))
     assert made.version == 1
 
 
@@ -330,12 +330,12 @@ def test_supervised_update_never_holds_all_logits(monkeypatch: pytest.MonkeyPatc
             return result
 
     with Watch():
-        measures = made.supervised_update(examples())
+        metrics = made.supervised_update(examples())
     count = sum(len(example.response) for example in examples())
     assert count > rows and (rows, VOCABULARY) in shapes
     assert not {shape for shape in shapes if shape[-2:] == (count, VOCABULARY)}
     monkeypatch.undo()
-    assert measures["token_accuracy"] == updater(config()).supervised_update(examples())["token_accuracy"]
+    assert metrics["token_accuracy"] == updater(config()).supervised_update(examples())["token_accuracy"]
 
 
 def test_supervised_training_learns() -> None:
@@ -349,10 +349,10 @@ def test_bfloat16_compute_trains_float32_weights_and_refreshes_the_read_ones() -
     made = updater(config(), dtype=torch.bfloat16)
     addresses = [parameter.data_ptr() for parameter in made.models.rollout.parameters()]
     exact = plain_change(random_model("qwen3"), [rollouts(8)], 1.0)
-    got, measures = change(made, [rollouts(8)])
+    got, metrics = change(made, [rollouts(8)])
     # bfloat16 rounds each activation to 8 bits.
     assert (got - exact).norm() < 0.05 * exact.norm()
-    assert math.isfinite(measures["loss"])
+    assert math.isfinite(metrics["loss"])
     trained = weights(made.models.masters)
     assert torch.equal(weights(made.models.rollout), trained.bfloat16().float())
     assert [parameter.data_ptr() for parameter in made.models.rollout.parameters()] == addresses

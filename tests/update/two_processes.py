@@ -14,7 +14,7 @@ from thinktwice_fast.config import ModelOptions
 from thinktwice_fast.model.loading import checkpoint_layers
 from thinktwice_fast.model.lora import add_adapters
 from thinktwice_fast.model.sharding import adapter_state, full_state, load_full_state, pair_models
-from thinktwice_fast.rollout.records import Rollout
+from thinktwice_fast.records import Rollout
 from thinktwice_fast.update.batches import Example
 from thinktwice_fast.update.updater import NonFiniteLoss
 
@@ -55,30 +55,30 @@ CASES: dict[str, tuple[dict[str, Any], Any]] = {
 
 
 def update(name: str, family: str = "qwen3") -> tuple[torch.Tensor, dict[str, float]]:
-    """The change of the weights, and the measures, of one phase's update. Collective."""
+    """The change of the weights, and the metrics, of one phase's update. Collective."""
     options, minibatches = CASES[name]
     made = updater(config(**options), family)
     before = weights(made.models.policy)
-    measures = made.policy_update(minibatches())
+    metrics = made.policy_update(minibatches())
     after = weights(made.models.policy)
     assert torch.equal(after, weights(made.models.rollout)), "rollouts read other weights than the trained ones"
-    return after - before, measures
+    return after - before, metrics
 
 
 def supervised() -> tuple[torch.Tensor, dict[str, float]]:
     made = updater(config(**SMALL))
     before = weights(made.models.policy)
     (part,) = share([uneven()])
-    measures = made.supervised_update([Example(rollout.prompt, rollout.response) for rollout in part])
-    return weights(made.models.policy) - before, measures
+    metrics = made.supervised_update([Example(rollout.prompt, rollout.response) for rollout in part])
+    return weights(made.models.policy) - before, metrics
 
 
 def checkpointed() -> tuple[torch.Tensor, dict[str, float]]:
     """As "plain", with each layer's activations recomputed."""
     made = updater(config(), prepare=checkpoint_layers)
     before = weights(made.models.policy)
-    measures = made.policy_update(share([rollouts(8)]))
-    return weights(made.models.policy) - before, measures
+    metrics = made.policy_update(share([rollouts(8)]))
+    return weights(made.models.policy) - before, metrics
 
 
 def adapted(options: dict[str, Any], prepare: Any = lambda model: None) -> dict[str, torch.Tensor]:

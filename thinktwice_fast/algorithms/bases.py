@@ -2,8 +2,7 @@
 
 import random
 
-from thinktwice_fast.algorithms.groups import Group
-from thinktwice_fast.rollout.records import Rollout
+from thinktwice_fast.records import Group, Rollout
 
 
 def choose_base(group: Group, selection: str, seed: int, step: int) -> Rollout:

@@ -3,12 +3,11 @@
 from typing import Any
 
 from thinktwice_fast import parallel
-from thinktwice_fast.algorithms.groups import minibatch_slots
-from thinktwice_fast.algorithms.measures import rollout_measures, sample_measures
-from thinktwice_fast.algorithms.pair_draw import fill_joint
+from thinktwice_fast.algorithms.metrics import sample_metrics
+from thinktwice_fast.algorithms.pair_rollout import fill_joint
+from thinktwice_fast.algorithms.policy_step import PolicyStep
 from thinktwice_fast.algorithms.sampler import Sampler
 from thinktwice_fast.algorithms.step import Step
-from thinktwice_fast.algorithms.thinktwice import graded, set_advantages, training_draw
 from thinktwice_fast.config import Config
 from thinktwice_fast.tasks.stream import ProblemStream
 from thinktwice_fast.update.updater import Updater
@@ -21,39 +20,25 @@ class JointThinkTwice:
         self._config = config
         self._problems = problems
         self._sampler = sampler
-        self._updater = updater
+        self._policy_step = PolicyStep(config, sampler, updater, groups_per_slot=2)
         self._position = 0  # problems finished
-        pair = 2 * config.samples_per_problem
-        self._minibatches = minibatch_slots(
-            config.problems_per_step,
-            config.update.minibatch_sequences // pair or config.problems_per_step,
-            parallel.rank(),
-            parallel.world_size(),
-        )
 
     def step(self, number: int) -> Step:
         """Run global step ``number`` (from 1): sample, grade, update. Collective.
 
-        Random numbers and bases are those that the sequential steps ``2 * number - 1`` and ``2 * number`` would draw.
+        Random numbers and bases are those that the sequential steps ``2 * number - 1`` and ``2 * number`` would take.
         """
-        slots = [slot for minibatch in self._minibatches for slot in minibatch]
+        slots = self._policy_step.slots
         solve = [self._sampler.solve_group(slot, self._problems[self._position + slot]) for slot in slots]
         extended = self._sampler.engine.counts.extended
-        draw = training_draw(self._config, 2 * number - 1, self._updater.version)
-        refine, times = fill_joint(self._sampler, solve, draw, self._config.thinktwice.base_selection)
+        spec = self._policy_step.spec(2 * number - 1)
+        refine, times = fill_joint(self._sampler, solve, spec, self._config.thinktwice.base_selection)
         extended = sum(parallel.gather(self._sampler.engine.counts.extended - extended))
-        # An advantage compares answers to one prompt, and its scale those of one phase.
-        for phase in (solve, refine):
-            set_advantages(phase, self._config.loss.scale_rewards)
-        pairs = dict(zip(slots, zip(solve, refine, strict=True), strict=True))
-        update = self._updater.policy_update(
-            [graded([group for slot in minibatch for group in pairs[slot]]) for minibatch in self._minibatches]
-        )
+        metrics = self._policy_step.learn((solve, refine), times)
+        metrics["refine_extended"] = extended / self._config.problems_per_step
         self._position += self._config.problems_per_step
-        measures = rollout_measures(solve + refine, times) | update
-        measures["refine_extended"] = extended / self._config.problems_per_step
-        halves = (Step("solve", sample_measures(solve), solve), Step("refine", sample_measures(refine), refine))
-        return Step("pair", measures, [], halves)
+        halves = (Step("solve", sample_metrics(solve), solve), Step("refine", sample_metrics(refine), refine))
+        return Step("pair", metrics, [], halves)
 
     def state(self) -> dict[str, Any]:
         """What ``load_state`` needs to continue, as plain JSON values; the same on every process."""

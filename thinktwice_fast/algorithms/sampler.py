@@ -1,18 +1,14 @@
 """Samples groups and has them graded while later samples still decode."""
 
 import time
-from collections.abc import Callable, Sequence
-from contextlib import closing
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from thinktwice_fast import parallel
-from thinktwice_fast.algorithms.groups import Base, Group, as_base
 from thinktwice_fast.errors import UserError
-from thinktwice_fast.rollout.engine import Engine
-from thinktwice_fast.rollout.generation import Generation
-from thinktwice_fast.rollout.records import Request, Rollout, Sampling
+from thinktwice_fast.records import Base, Group, Problem, Request, Rollout, Sampling
+from thinktwice_fast.rollout.engine import Engine, OnEnd
 from thinktwice_fast.tasks.pool import Grader, Grading
-from thinktwice_fast.tasks.problem import Problem
 from thinktwice_fast.tasks.prompts import ChatFormat
 
 Gradings = list[tuple[Group, Grading]]  # complete groups with their rewards on the way
@@ -22,15 +18,15 @@ Gradings = list[tuple[Group, Grading]]  # complete groups with their rewards on 
 class SamplingTimes:
     """What one call of ``Sampler.fill`` took on this process."""
 
-    rollout: float  # seconds of drawing samples
+    rollout: float  # seconds of sampling
     grading: float  # seconds of waiting for graders after the last sample was drawn
     timeouts: int  # answers whose grader was stopped
     preemptions: int  # times a sequence had to leave a full KV cache and start over
 
 
 @dataclass(frozen=True)
-class Draw:
-    """What one call of ``Sampler.fill`` draws."""
+class SampleSpec:
+    """What one call of ``Sampler.fill`` samples, and how."""
 
     samples: int  # of each prompt
     sampling: Sampling
@@ -50,8 +46,8 @@ class Draw:
             for number, group in enumerate(groups)
         ]
 
-    def refinements(self, samples: int, sampling: Sampling) -> "Draw":
-        """Of prompts that refine what this drew, by the same weights."""
+    def refinements(self, samples: int, sampling: Sampling) -> "SampleSpec":
+        """Of prompts that refine what this samples, by the same weights."""
         return replace(self, samples=samples, sampling=sampling, stream=self.stream + 1)
 
 
@@ -71,36 +67,32 @@ class Sampler:
 
     def refine_group(self, solve: Group, base: Base, slot: int) -> Group:
         """The prompt that asks for a refinement of ``base``, a solution of ``solve``'s problem."""
-        messages = solve.problem.messages
-        chat = self.chat.refine_chat(messages, base.text, self.refine_instruction)
-        prompt = self.chat.refine_ids(
-            messages, solve.prompt, base.response, base.text, self.refine_instruction, self.stop_ids
+        refine = self.chat.refine(
+            solve.problem.messages, solve.prompt, base.response, base.text, self.refine_instruction, self.stop_ids
         )
-        return Group(slot, solve.problem, chat.messages, tuple(prompt), base)
+        return Group(slot, solve.problem, refine.messages, refine.ids, base)
 
-    def fill(self, groups: Sequence[Group], draw: Draw) -> SamplingTimes:
-        """Draw rollouts of each group's prompt, decode and grade them, into ``group.rollouts``.
+    def fill(self, groups: Sequence[Group], spec: SampleSpec) -> SamplingTimes:
+        """Sample responses to each group's prompt, decode and grade them, into ``group.rollouts``.
 
         Grading runs beside the sampling of later groups.
 
         Args:
             groups: prompts, without rollouts yet; ``group.slot`` tells them apart over all processes.
-            draw: what and how.
+            spec: what and how.
 
         Raises:
             UserError: on every process, when the reward function fails on any. Collective.
         """
+        gradings: Gradings = []
 
-        def sampled() -> Gradings:
-            gradings: Gradings = []
-            with closing(self.generate(draw.requests(groups), draw)) as generation:
-                for rollout in generation:
-                    gradings += self.collect(groups[rollout.group], rollout, draw.samples)
-            return gradings
+        def ended(rollout: Rollout) -> Sequence[Request]:
+            gradings.extend(self.collect(groups[rollout.group], rollout, spec.samples))
+            return ()
 
-        return self.graded(sampled)
+        return self.run(spec.requests(groups), spec, ended, gradings)
 
-    def fill_pairs(self, groups: Sequence[Group], draw: Draw, refine_sampling: Sampling) -> list[Group]:
+    def fill_pairs(self, groups: Sequence[Group], spec: SampleSpec, refine_sampling: Sampling) -> list[Group]:
         """As ``fill``, and one refinement of each solution by the same weights.
 
         A refinement is asked for as soon as its solution has ended, and extends its cache where the refine prompt
@@ -108,8 +100,8 @@ class Sampler:
 
         Args:
             groups: prompts, without rollouts yet.
-            draw: what solutions and how; refinements have the random numbers of the stream after it.
-            refine_sampling: how to draw refinements.
+            spec: what solutions and how; refinements have the random numbers of the stream after it.
+            refine_sampling: how to sample refinements.
 
         Returns:
             A group of one refinement for each solution, in the order of the solutions.
@@ -118,35 +110,25 @@ class Sampler:
             UserError: as ``fill``. Collective.
         """
         refined: list[Group] = []
-        refine = draw.refinements(1, refine_sampling)
+        gradings: Gradings = []
+        refine = spec.refinements(1, refine_sampling)
 
         def refinement(solution: Rollout) -> Request:
-            slot = solution.sample_id - draw.ids(0)[0]
-            group = self.refine_group(groups[solution.group], as_base(solution), slot)
+            slot = solution.sample_id - spec.ids(0)[0]
+            group = self.refine_group(groups[solution.group], Base.of(solution), slot)
             refined.append(group)
             number = len(groups) + len(refined) - 1
             return Request(number, group.prompt, refine.ids(slot), refine_sampling, extends=solution)
 
-        def sampled() -> Gradings:
-            gradings: Gradings = []
-            with closing(self.generate(draw.requests(groups, keep=True), draw)) as generation:
-                for rollout in generation:
-                    if rollout.group >= len(groups):
-                        gradings += self.collect(refined[rollout.group - len(groups)], rollout, 1)
-                    else:
-                        gradings += self.collect(groups[rollout.group], rollout, draw.samples)
-                        generation.add([refinement(rollout)])
-            return gradings
+        def ended(rollout: Rollout) -> Sequence[Request]:
+            if rollout.group >= len(groups):
+                gradings.extend(self.collect(refined[rollout.group - len(groups)], rollout, 1))
+                return ()
+            gradings.extend(self.collect(groups[rollout.group], rollout, spec.samples))
+            return (refinement(rollout),)
 
-        try:
-            self.graded(sampled)
-        finally:
-            self.engine.release_kept()
+        self.run(spec.requests(groups, keep=True), spec, ended, gradings)
         return sorted(refined, key=_by_slot)
-
-    def generate(self, requests: Sequence[Request], draw: Draw) -> Generation:
-        """The engine's generation of requests by the draw's weights and random numbers."""
-        return self.engine.generate(requests, seed=draw.seed, version=draw.version)
 
     def collect(self, group: Group, rollout: Rollout, samples: int) -> Gradings:
         """Put a rollout that ended into its group; once that has ``samples``, have it graded."""
@@ -158,25 +140,30 @@ class Sampler:
         texts = [rollout.text for rollout in group.rollouts]
         return [(group, self.grader.submit(group.problem, group.messages, texts))]
 
-    def graded(self, draw: Callable[[], Gradings]) -> SamplingTimes:
-        """Draw, wait for the graders and set the rewards.
+    def run(self, requests: Sequence[Request], spec: SampleSpec, on_end: OnEnd, gradings: Gradings) -> SamplingTimes:
+        """Sample, wait for the graders and set the rewards.
 
         Args:
-            draw: gives what is being graded still.
+            requests: what to begin with.
+            spec: of the weights and random numbers.
+            on_end: takes each rollout in as it ends, and gives more requests.
+            gradings: where it puts what is being graded.
 
         Raises:
-            UserError: on every process, when drawing or grading fails on any. Collective.
+            UserError: on every process, when sampling or grading fails on any. Collective.
         """
         started = time.perf_counter()
         timeouts, preemptions = self.grader.timeouts, self.engine.counts.preemptions
         error: UserError | None = None
         try:
-            gradings = draw()
+            self.engine.run(requests, on_end, seed=spec.seed, version=spec.version)
             sampled = time.perf_counter()
             for group, grading in gradings:
                 set_rewards(group, grading)
         except UserError as caught:
             error, sampled = caught, time.perf_counter()
+        finally:
+            self.engine.release_prefixes()
         parallel.agree(error)
         return SamplingTimes(
             sampled - started,

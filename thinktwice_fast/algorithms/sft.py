@@ -7,7 +7,7 @@ from thinktwice_fast import parallel
 from thinktwice_fast.algorithms.step import Step
 from thinktwice_fast.config import Config
 from thinktwice_fast.errors import UserError
-from thinktwice_fast.tasks.problem import Message
+from thinktwice_fast.records import Message
 from thinktwice_fast.tasks.prompts import ChatFormat
 from thinktwice_fast.update.batches import Example
 from thinktwice_fast.update.updater import Updater
@@ -43,9 +43,9 @@ class SFT:
         except UserError as caught:
             error = caught
         parallel.agree(error)
-        measures = self._updater.supervised_update(examples)
+        metrics = self._updater.supervised_update(examples)
         self._position += self._batch
-        return Step("sft", measures, [])
+        return Step("sft", metrics, [])
 
     def state(self) -> dict[str, Any]:
         """The position in the stream of examples."""

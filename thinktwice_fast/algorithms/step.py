@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from thinktwice_fast.algorithms.groups import Group
+from thinktwice_fast.records import Group
 
 
 @dataclass(frozen=True)
@@ -11,7 +11,7 @@ class Step:
     """The outcome of one global step."""
 
     phase: str  # "solve", "refine", "pair" or "sft": the prefix of its metrics
-    measures: dict[str, float]  # without the prefix; the same on every process
+    metrics: dict[str, float]  # without the prefix; the same on every process
     groups: list[Group]  # this process's samples, for transcripts; empty for SFT and a pair
     halves: tuple["Step", ...] = ()  # of a pair: what belongs to its solutions alone, and to its refinements
 

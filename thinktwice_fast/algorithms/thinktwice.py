@@ -1,22 +1,18 @@
 """ThinkTwice (arXiv 2604.01591): solve a batch of problems, update, refine one solution of each, update."""
 
 from dataclasses import asdict
-from typing import Any, Literal
-
-import torch
+from typing import Any
 
 from thinktwice_fast import parallel
 from thinktwice_fast.algorithms.bases import choose_base
-from thinktwice_fast.algorithms.groups import Base, Group, as_base, minibatch_slots
-from thinktwice_fast.algorithms.measures import group_measures
-from thinktwice_fast.algorithms.sampler import Draw, Sampler
+from thinktwice_fast.algorithms.policy_step import PolicyStep
+from thinktwice_fast.algorithms.sampler import Sampler
 from thinktwice_fast.algorithms.step import Step
 from thinktwice_fast.config import Config
 from thinktwice_fast.errors import UserError
-from thinktwice_fast.rollout.records import Rollout, Sampling
+from thinktwice_fast.records import Base, Group
 from thinktwice_fast.tasks.stream import ProblemStream
 from thinktwice_fast.update.updater import Updater
-from thinktwice_kernels import group_advantages
 
 
 class ThinkTwice:
@@ -30,32 +26,21 @@ class ThinkTwice:
         self._config = config
         self._problems = problems
         self._sampler = sampler
-        self._updater = updater
+        self._policy_step = PolicyStep(config, sampler, updater)
         self._position = 0  # problems finished, solve and refine
         self._bases: dict[int, Base] = {}  # by slot, all processes' slots; empty = the next step solves
-        self._minibatches = minibatch_slots(
-            config.problems_per_step,
-            (config.update.minibatch_sequences or config.problems_per_step * config.samples_per_problem)
-            // config.samples_per_problem,
-            parallel.rank(),
-            parallel.world_size(),
-        )
 
     def step(self, number: int) -> Step:
         """Run global step ``number`` (from 1): sample, grade, update. Collective."""
         phase = "refine" if self._bases else "solve"
-        minibatches = [[self._group(slot) for slot in slots] for slots in self._minibatches]
-        groups = [group for minibatch in minibatches for group in minibatch]
-        times = self._sampler.fill(groups, training_draw(self._config, number, self._updater.version))
-        set_advantages(groups, self._config.loss.scale_rewards)
-        update = self._updater.policy_update([graded(minibatch) for minibatch in minibatches])
-        measures = group_measures(groups, times) | update
+        groups = [self._group(slot) for slot in self._policy_step.slots]
+        metrics = self._policy_step(groups, number)
         if self._bases:
             self._bases = {}
             self._position += self._config.problems_per_step
         else:
             self._bases = self._choose_bases(groups, number)
-        return Step(phase, measures, groups)
+        return Step(phase, metrics, groups)
 
     def state(self) -> dict[str, Any]:
         """What ``load_state`` needs to continue, as plain JSON values; the same on every process."""
@@ -92,42 +77,5 @@ class ThinkTwice:
 
     def _choose_bases(self, groups: list[Group], number: int) -> dict[int, Base]:
         selection = self._config.thinktwice.base_selection
-        chosen = [(group.slot, as_base(choose_base(group, selection, self._config.seed, number))) for group in groups]
+        chosen = [(group.slot, Base.of(choose_base(group, selection, self._config.seed, number))) for group in groups]
         return dict(parallel.gather_flat(chosen))
-
-
-def training_draw(config: Config, stream: int, version: int) -> Draw:
-    """The samples of a training step.
-
-    Args:
-        stream: the step's number.
-        version: of the weights.
-    """
-    options = config.rollout
-    sampling = Sampling(
-        options.temperature,
-        options.top_p,
-        options.top_k,
-        options.min_p,
-        options.max_response_tokens,
-        options.stop_strings,
-    )
-    return Draw(config.samples_per_problem, sampling, stream, config.seed, version)
-
-
-def set_advantages(groups: list[Group], scale_rewards: Literal["none", "group", "batch"]) -> None:
-    """Set each graded rollout's group-normalised advantage. Collective: ``batch`` scales over all processes."""
-    own = [(group.slot, rollout) for group in groups for rollout in graded([group])]
-    everyone = parallel.gather([(slot, rollout.reward) for slot, rollout in own])
-    slots, rewards = zip(*[pair for part in everyone for pair in part], strict=True) if any(everyone) else ((), ())
-    advantages = group_advantages(
-        torch.tensor(rewards, dtype=torch.float64), torch.tensor(slots, dtype=torch.int64), scale_rewards=scale_rewards
-    )
-    start = sum(len(part) for part in everyone[: parallel.rank()])
-    for (_, rollout), advantage in zip(own, advantages[start : start + len(own)].tolist(), strict=True):
-        rollout.advantage = advantage
-
-
-def graded(groups: list[Group]) -> list[Rollout]:
-    """The groups' rollouts that have a reward, in order."""
-    return [rollout for group in groups for rollout in group.rollouts if rollout.reward is not None]

@@ -54,10 +54,9 @@ def _grouped_in_torch(
     shared_blocks: Tensor,  # int32 [groups]
     scale: float,
     window: int = 0,
-    softcap: float = 0.0,
 ) -> Tensor:  # [N, Hq, D]
     starts = torch.arange(len(q) + 1, dtype=torch.int32, device=q.device)
-    return reference.paged_attention(q, k_cache, v_cache, block_tables, context_lens, starts, scale, window, softcap)
+    return reference.paged_attention(q, k_cache, v_cache, block_tables, context_lens, starts, scale, window)
 
 
 _TORCH_VERSIONS = {
@@ -190,14 +189,13 @@ def paged_attention(
     cu_seqlens_q: Tensor,  # int32 [N + 1], where each sequence's queries start in q
     scale: float,
     window: int = 0,  # keys a query sees, itself included; 0 = all
-    softcap: float = 0.0,  # 0 = off
 ) -> Tensor:  # [T, Hq, D]
     """Causal attention of each sequence's last tokens over all of it; decoding, prefill or both at once.
 
     The i-th of n queries of a sequence with context length c sits at position p = c - n + i and sees the keys at
     positions max(0, p - window + 1) .. p:
 
-        out = softmax(cap(scale * q k^T)) v,    cap(x) = softcap * tanh(x / softcap)
+        out = softmax(scale * q k^T) v
 
     A row's bits do not depend on the rest of the batch nor on how its sequence was cut into calls. On the CPU it is
     computed in float32 whatever the type of the cache, over chunks of 64 keys with an online softmax. On CUDA so is
@@ -207,7 +205,7 @@ def paged_attention(
     Raises:
         RuntimeError: shapes, types or lengths do not match, or a block lies outside the cache.
     """
-    return _paged_attention(q, k_cache, v_cache, block_tables, context_lens, cu_seqlens_q, scale, window, softcap)
+    return _paged_attention(q, k_cache, v_cache, block_tables, context_lens, cu_seqlens_q, scale, window)
 
 
 def grouped_decode_attention(
@@ -220,7 +218,6 @@ def grouped_decode_attention(
     shared_blocks: Tensor,  # int32 [groups], whole blocks at the start that all sequences of a group hold
     scale: float,
     window: int = 0,  # keys a query sees, itself included; 0 = all
-    softcap: float = 0.0,  # 0 = off
 ) -> Tensor:  # [N, Hq, D]
     """``paged_attention`` of one query per sequence, with the keys that a group shares read once for its members.
 
@@ -232,7 +229,7 @@ def grouped_decode_attention(
             do not start alike (on a GPU this last one is not checked).
     """
     return _grouped_decode_attention(
-        q, k_cache, v_cache, block_tables, context_lens, group_offsets, shared_blocks, scale, window, softcap
+        q, k_cache, v_cache, block_tables, context_lens, group_offsets, shared_blocks, scale, window
     )
 
 

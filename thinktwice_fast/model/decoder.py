@@ -95,7 +95,7 @@ class Decoder:
         self,
         cache: PagedKVCache,
         handles: Tensor,  # int64 [N], sequences of the cache
-        tokens: Tensor,  # int64 [N], the last token of each, not in the cache yet
+        tokens: Tensor,  # int64 [N], the last token of each, its place reserved but not in the cache yet
         sampling: Sequence[Tensor],  # temperature, top_k, top_p, min_p as in `csrc.sample`
         *,
         seed: int,
@@ -109,8 +109,8 @@ class Decoder:
         """Draw up to ``steps`` tokens for each of N sequences, without a word from Python between them.
 
         A sequence stops at a stop token or when it has none left. All stop once ``enough_ended`` have, or when the
-        cache has no blocks for the next step. The last token drawn is not in the cache. Logits that are not finite
-        end the call, with -1 as the token of their sequences.
+        cache has no blocks for one more step. The last token drawn is not in the cache and has no place in it. Logits
+        that are not finite end the call, with -1 as the token of their sequences.
 
         Raises:
             RuntimeError: a sequence is stale, or arguments do not fit each other.

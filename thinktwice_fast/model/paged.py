@@ -51,7 +51,7 @@ class PagedKVCache:
 
     A sequence is named by a handle. It is created empty (``prefill``), grows (``extend``), is duplicated at the price
     of one block (``fork``), and is given back (``release``). Blocks carry the policy version that wrote them:
-    extending a sequence of another version is an error unless ``allow_stale``.
+    extending a sequence of another version is an error.
 
     Args:
         num_layers: layers, each with its own part of every block.
@@ -94,6 +94,7 @@ class PagedKVCache:
         self._on_cpu = self.k_cache.device.type == "cpu"
         shared_keys = _SHARED_KEYS_CPU if self._on_cpu else _SHARED_KEYS_GPU
         self._shared_keys = shared_keys if group_attention else 0
+        self.group_attention = group_attention
 
     @property
     def device(self) -> torch.device:
@@ -109,21 +110,18 @@ class PagedKVCache:
         """Handle of a new, empty sequence."""
         return _prefill(self.id)
 
-    def extend(self, handles: Sequence[int], counts: Sequence[int], *, allow_stale: bool = False) -> Plan | None:
+    def extend(self, handles: Sequence[int], counts: Sequence[int]) -> Plan | None:
         """Reserve ``counts[i]`` more tokens in sequence ``handles[i]``, all or nothing.
 
-        Blocks taken are stamped with ``policy_version``, or with the sequence's own older version where
-        ``allow_stale`` lets it grow on top of that.
+        Blocks taken are stamped with ``policy_version``.
 
         Returns:
             Where the new tokens go, or None when the pool has too few free blocks; nothing changed then.
 
         Raises:
-            RuntimeError: a sequence was written by another policy version and ``allow_stale`` is off.
+            RuntimeError: a sequence was written by another policy version.
         """
-        missing, *plan = _extend(
-            self.id, int64(handles), int64(counts), self.policy_version, allow_stale, self._shared_keys
-        )
+        missing, *plan = _extend(self.id, int64(handles), int64(counts), self.policy_version, self._shared_keys)
         if missing:
             return None
         if not len(plan[-1]):
@@ -172,11 +170,10 @@ class PagedKVCache:
         v: Tensor,  # [T, Hkv, D]
         scale: float,
         window: int = 0,
-        softcap: float = 0.0,
     ) -> Tensor:  # [T, Hq, D]
         """Write the plan's tokens into a layer, then let them attend; see ``csrc.paged_attention``."""
         write_kv(k, v, *self._layers[layer], plan.slots)
-        return self._read(layer, plan, q, scale, window, softcap)
+        return self._read(layer, plan, q, scale, window)
 
     def rotate_and_attend(
         self,
@@ -186,7 +183,6 @@ class PagedKVCache:
         rotation: Rotation,
         scale: float,
         window: int = 0,
-        softcap: float = 0.0,
     ) -> Tensor:  # [T, Hq, D]
         """``attend`` from queries and keys that are not normed and rotated yet; see ``csrc.rotary_write_kv``."""
         r = rotation
@@ -194,16 +190,16 @@ class PagedKVCache:
         q, k, v = qkv.unflatten(1, (sum(heads), -1)).split(heads, 1)
         tables = (r.q_norm, r.k_norm, r.eps, r.angles.cos, r.angles.sin, r.angles.rows, plan.slots)
         rotary_write_kv(q, k, v, *tables, *self._layers[layer])
-        return self._read(layer, plan, q, scale, window, softcap)
+        return self._read(layer, plan, q, scale, window)
 
-    def _read(self, layer: int, plan: Plan, q: Tensor, scale: float, window: int, softcap: float) -> Tensor:
+    def _read(self, layer: int, plan: Plan, q: Tensor, scale: float, window: int) -> Tensor:
         caches, tables = self._layers[layer], (plan.block_tables, plan.context_lens)
         # Where a window may hide shared keys, each sequence reads those it sees.
         hides = 0 < window < plan.block_tables.shape[1] * self.block_size
         if plan.group_offsets is None or plan.shared_blocks is None or hides:
-            return paged_attention(q, *caches, *tables, plan.cu_seqlens_q, scale, window, softcap)
+            return paged_attention(q, *caches, *tables, plan.cu_seqlens_q, scale, window)
         groups = (plan.group_offsets, plan.shared_blocks)
-        return grouped_decode_attention(q, *caches, *tables, *groups, scale, window, softcap)
+        return grouped_decode_attention(q, *caches, *tables, *groups, scale, window)
 
     def close(self) -> None:
         """Give up the pool and its memory; any use of the cache after that is an error."""

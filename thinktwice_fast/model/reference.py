@@ -76,7 +76,6 @@ def paged_attention(
     cu_seqlens_q: Tensor,  # int32 [N + 1]
     scale: float,
     window: int = 0,
-    softcap: float = 0.0,
 ) -> Tensor:  # [T, Hq, D]
     """See ``csrc.paged_attention``. Takes float64 too, and then computes in it.
 
@@ -96,7 +95,7 @@ def paged_attention(
             cached = _gather(
                 k_cache, v_cache, block_tables[n : n + 1], torch.arange(contexts[n], device=q.device)[None]
             )
-            out[start:end] = _attend_new(q[start:end], *cached, scale, window, softcap)
+            out[start:end] = _attend_new(q[start:end], *cached, scale, window)
     # Longest first, so that neighbours are alike and little is padded.
     single.sort(key=lambda n: -contexts[n])
     token_bytes = 2 * k_cache[0, :, 0].numel() * k_cache.itemsize
@@ -106,7 +105,7 @@ def paged_attention(
         rows, single = torch.tensor(single[:here], device=q.device), single[here:]
         at = cu_seqlens_q[rows].long()
         tables = (k_cache, v_cache, block_tables[rows], context_lens[rows])
-        out[at] = _attend_last(q[at], *tables, keys, scale, softcap)
+        out[at] = _attend_last(q[at], *tables, keys, scale)
     return out
 
 
@@ -118,7 +117,6 @@ def _attend_last(
     context_lens: Tensor,  # int32 [n]
     keys: int,  # K, most that a query sees
     scale: float,
-    softcap: float,
 ) -> Tensor:  # [n, Hq, D]
     ends = context_lens[:, None].long()  # [n, 1]
     position = (ends - keys).clamp(min=0) + torch.arange(keys, device=q.device)  # [n, K]
@@ -127,7 +125,7 @@ def _attend_last(
     k, v = _gather(k_cache, v_cache, block_tables, position.minimum(ends - 1))
     # The query heads that share a key head stand as its queries, so that no key is repeated.
     queries = q.unflatten(1, (k_cache.shape[1], -1))  # [n, Hkv, G, D]
-    return _softmax_attention(queries, k, v, visible[:, None, None], scale, softcap).flatten(1, 2)
+    return scaled_dot_product_attention(queries, k, v, attn_mask=visible[:, None, None], scale=scale).flatten(1, 2)
 
 
 def _attend_new(
@@ -136,12 +134,11 @@ def _attend_new(
     v: Tensor,  # [1, Hkv, C, D]
     scale: float,
     window: int,
-    softcap: float,
 ) -> Tensor:  # [Q, Hq, D]
     count, heads, _ = q.shape
     kv_heads, context = k.shape[1:3]
     # In other types the fused kernels do not take grouped heads, and a whole prompt's scores would be built.
-    if count == context <= (window or context) and not softcap and q.itemsize == 2:
+    if count == context <= (window or context) and q.itemsize == 2:
         whole = q.transpose(0, 1)[None]
         return scaled_dot_product_attention(whole, k, v, is_causal=True, scale=scale, enable_gqa=True)[0].transpose(
             0, 1
@@ -159,7 +156,9 @@ def _attend_new(
             visible &= key > position - window
         grouped = queries.unflatten(1, (kv_heads, -1)).permute(1, 2, 0, 3).flatten(1, 2)[None]  # [1, Hkv, G n, D]
         visible = visible.repeat(heads // kv_heads, 1)  # [G n, K]
-        attended = _softmax_attention(grouped, k[:, :, first:end], v[:, :, first:end], visible, scale, softcap)
+        attended = scaled_dot_product_attention(
+            grouped, k[:, :, first:end], v[:, :, first:end], attn_mask=visible, scale=scale
+        )
         out[start : start + step] = attended[0].unflatten(1, (-1, len(queries))).flatten(0, 1).transpose(0, 1)
     return out
 
@@ -173,21 +172,6 @@ def _gather(
     size = k_cache.shape[2]
     block, offset = block_tables.gather(1, position // size).long(), position % size
     return k_cache[block, :, offset].transpose(1, 2), v_cache[block, :, offset].transpose(1, 2)
-
-
-def _softmax_attention(
-    q: Tensor,  # [n, Hkv, Q, D]
-    k: Tensor,  # [n, Hkv, K, D]
-    v: Tensor,  # [n, Hkv, K, D]
-    visible: Tensor,  # bool, expands to [n, Hkv, Q, K]
-    scale: float,
-    softcap: float,
-) -> Tensor:  # [n, Hkv, Q, D]
-    if not softcap:
-        return scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=scale)
-    compute = torch.promote_types(q.dtype, torch.float32)
-    scores = softcap * torch.tanh(q.to(compute) @ k.to(compute).mT * (scale / softcap))
-    return (scores.masked_fill(~visible, float("-inf")).softmax(-1) @ v.to(compute)).to(q.dtype)
 
 
 def philox4x32_10(counter: tuple[Tensor, ...], key: tuple[int, int]) -> tuple[Tensor, ...]:

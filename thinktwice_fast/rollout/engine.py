@@ -1,9 +1,9 @@
 """Sampling from the model in the trainer's own process, over its own weights.
 
-The scheduler decides, the model runs one row of tokens over the paged cache, the sampler draws (``generation.py``).
+The scheduler decides what goes into a step, a runner runs the model and draws, the scheduler records.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Generator, Iterable
 
 import torch
 
@@ -11,15 +11,18 @@ from thinktwice_fast.config import RolloutOptions
 from thinktwice_fast.errors import UserError
 from thinktwice_fast.model.paged import PagedKVCache
 from thinktwice_fast.model.policy import Model, attention_heads
-from thinktwice_fast.rollout.generation import Decode, Generation
-from thinktwice_fast.rollout.kept import Counts, KeptCaches
-from thinktwice_fast.rollout.records import Request, Rollout
+from thinktwice_fast.records import Request, Rollout
+from thinktwice_fast.rollout.prefix_cache import Counts, PrefixCache
 from thinktwice_fast.rollout.runner import make_runner
 from thinktwice_fast.rollout.scheduler import Scheduler
+from thinktwice_fast.rollout.stops import Decode, Stops
 
 BLOCK_SIZE = 16  # tokens per cache block
 SPARE_BLOCKS = 1  # on a GPU, for the rows that a graph has too many
 GIB = 1 << 30
+STEPS_AT_ONCE = 8  # tokens that a runner may draw for each sequence before it reports
+
+OnEnd = Callable[[Rollout], Iterable[Request]]  # what comes after a rollout that has ended
 
 
 class Engine:
@@ -35,6 +38,7 @@ class Engine:
         reserve: bytes of this GPU that others will still take; a cache whose size the options leave open keeps off
             them.
         decode: tokens to text, for stop strings.
+        group_attention: read keys that samples of one prompt share once for all of them, while decoding.
 
     Raises:
         UserError: the GPU has no room for a cache of one longest sequence.
@@ -49,12 +53,13 @@ class Engine:
         needed: int | None = None,
         reserve: int = 0,
         decode: Decode | None = None,
+        *,
+        group_attention: bool = True,
     ):
         self.model = model
         self._max_tokens = max_tokens
-        self._stop_ids = stop_ids
+        self._stops = Stops(stop_ids, decode)
         self._options = options
-        self._decode = decode
         _, heads, head_dim = attention_heads(model)
         layers: int = model.config.get_text_config().num_hidden_layers
         on_gpu = model.device.type == "cuda"
@@ -66,49 +71,95 @@ class Engine:
             head_dim,
             block_size=BLOCK_SIZE,
             spare_blocks=SPARE_BLOCKS if on_gpu else 0,
-            group_attention=options.group_attention,
+            group_attention=group_attention,
             dtype=model.dtype,
             device=model.device,
         )
         self._runner = make_runner(model, self.cache, options, max_tokens)
         self.counts = Counts()
-        self._kept = KeptCaches(self.cache, self.counts)
+        self._prefixes = PrefixCache(self.cache, self.counts)
 
-    def generate(self, requests: Iterable[Request], *, seed: int, version: int = 0) -> Generation:
-        """Rollouts to iterate over, each as it ends; more requests may be added meanwhile.
+    def run(
+        self,
+        requests: Iterable[Request],
+        on_end: OnEnd | None = None,
+        *,
+        seed: int,
+        version: int = 0,
+    ) -> list[Rollout]:
+        """Draw all samples of the requests, and of those that come after them.
 
         A rollout depends on the weights, its prompt, ``seed`` and its sample id, not on its neighbours nor on whether
-        its prompt extended a kept cache (up to the rounding of the matrix products). One generation at a time.
+        its prompt extended a kept cache (up to the rounding of the matrix products). One run at a time.
 
         Args:
             requests: prompts with the ids of the samples wanted of each.
+            on_end: called with each rollout as it ends; gives more requests.
             seed: of the random numbers, together with each sample id.
             version: of the weights, stamped on the cache blocks written; kept caches of another are not extended.
 
+        Returns:
+            The rollouts in the order in which they ended.
+
         Raises:
-            UserError: a sequence could outgrow the cache or ``max_tokens``; while iterating, logits are not finite.
+            UserError: a sequence could outgrow the cache or ``max_tokens``; logits are not finite.
+            ValueError: stop strings, and the engine has no ``decode``.
+        """
+        grown = self.stream(requests, on_end, seed=seed, version=version, most=STEPS_AT_ONCE)
+        return [rollout for rollout in grown if rollout.ended]
+
+    def stream(
+        self,
+        requests: Iterable[Request],
+        on_end: OnEnd | None = None,
+        *,
+        seed: int,
+        version: int = 0,
+        most: int = 1,
+    ) -> Generator[Rollout, None, None]:
+        """``run`` token by token: each rollout every time it has grown, ``rollout.ended`` at its last.
+
+        ``on_end`` is called when the consumer of these comes back after a rollout's last. To close the iterator, or to
+        let go of it, ends the run early and frees its part of the cache.
+
+        Args:
+            most: tokens by which a rollout may grow at a time.
         """
         self.cache.policy_version = version
         self._runner.refresh()
         options = self._options
         scheduler = Scheduler(
-            self.cache, self._kept, self.counts, options.max_sequences, options.max_batch_tokens, self._max_tokens
+            self.cache,
+            self._prefixes,
+            self.counts,
+            self._stops,
+            options.max_sequences,
+            options.max_batch_tokens,
+            self._max_tokens,
+            seed,
         )
-        generation = Generation(self._runner, scheduler, self._stop_ids, seed, self._decode)
-        generation.add(requests)
-        return generation
+        try:
+            scheduler.add(requests)
+            while (batch := scheduler.next_batch()) is not None:
+                new = self._runner.step(batch, self._stops.at_once(batch, most))
+                for rollout in scheduler.record(batch, new):
+                    yield rollout
+                    if rollout.ended and on_end is not None:
+                        scheduler.add(on_end(rollout))
+        finally:
+            scheduler.clear()
 
-    def release_kept(self, rollouts: Iterable[Rollout] | None = None) -> None:
+    def release_prefixes(self, rollouts: Iterable[Rollout] | None = None) -> None:
         """Give up the caches that requests asked to keep and none extended; they also go when blocks run out.
 
         Args:
             rollouts: only theirs, where they have any; None = all.
         """
         if rollouts is None:
-            self._kept.clear()
+            self._prefixes.clear()
             return
         for rollout in rollouts:
-            self._kept.release(rollout)
+            self._prefixes.release(rollout)
 
 
 def blocks_for(tokens: int) -> int:

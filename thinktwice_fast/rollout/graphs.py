@@ -18,6 +18,7 @@ from thinktwice_fast.model.attention import PagedAttention
 from thinktwice_fast.model.lists import int64, upload
 from thinktwice_fast.model.paged import PagedKVCache, Plan
 from thinktwice_fast.model.policy import Policy, linear_head
+from thinktwice_fast.rollout.step import Runner
 
 _LEAST_KEYS = 256  # that a table of a graph has room for; a split of the attention's keys
 
@@ -38,7 +39,7 @@ class Shape(NamedTuple):
     grouped: bool
 
 
-class GraphRunner:
+class GraphRunner(Runner):
     """A runner whose decoding steps are graphs; other batches run as they come.
 
     The addresses of the model's weights and of the cache must not change. Logits of a decoding step are overwritten
@@ -51,8 +52,6 @@ class GraphRunner:
         max_tokens: longest sequence that is captured.
         capture: how; by default as CUDA graphs that share one pool of memory.
     """
-
-    exact = False
 
     def __init__(
         self,
@@ -72,18 +71,10 @@ class GraphRunner:
         self._buffers = _Buffers(cache, self._rows[-1], self._blocks[-1], vocabulary)
         self._graphs: dict[Shape, Callable[[], None]] = {}
 
-    @property
-    def device(self) -> torch.device:
-        return self._policy.device
-
-    def refresh(self) -> None:
-        """Nothing to do: graphs read the weights where they are."""
-
     @torch.inference_mode()
     def logits(self, tokens: list[int], plan: Plan, last: list[int]) -> Tensor:  # float32 [len(last), V]
-        """Put the plan's tokens into the cache; the logits of rows ``last``, ascending."""
         shape = self._shape(len(tokens), plan)
-        ids, rows = upload([int64(tokens), int64(last)], self.device)
+        ids, rows = upload([int64(tokens), int64(last)], self._policy.device)
         if shape is None:
             return self._forward(ids, plan, rows)
         self._buffers.fill(shape, ids, plan)

@@ -1,7 +1,7 @@
-"""What runs the model for a generation: the C++ decoder on the CPU, CUDA graphs on a GPU, or the model itself."""
+"""What runs the model for rollouts: the C++ decoder on the CPU, CUDA graphs on a GPU, or the model itself."""
 
 import logging
-from typing import Literal, Protocol
+from typing import Literal
 
 import torch
 from torch.nn.functional import linear
@@ -16,31 +16,14 @@ from thinktwice_fast.model.paged import PagedKVCache, Plan
 from thinktwice_fast.model.policy import Model, Policy, linear_head
 from thinktwice_fast.model.products import PackedProducts
 from thinktwice_fast.model.transformer import Transformer
+from thinktwice_fast.rollout.batch import Batch, NewTokens
 from thinktwice_fast.rollout.graphs import GraphRunner
+from thinktwice_fast.rollout.step import NOT_FINITE, Runner, random_keys, sampling_columns
 
 log = logging.getLogger(__name__)
 
 
-class Runner(Protocol):
-    """One forward pass over the paged cache."""
-
-    exact: bool  # log-probabilities are those of training, bit for bit
-
-    @property
-    def device(self) -> torch.device:
-        """Where the logits are."""
-        ...
-
-    def refresh(self) -> None:
-        """The weights may have changed."""
-        ...
-
-    def logits(self, tokens: list[int], plan: Plan, last: list[int]) -> torch.Tensor:  # float32 [len(last), V]
-        """Put the plan's tokens into the cache; the logits of rows ``last``, ascending."""
-        ...
-
-
-class ModuleRunner:
+class ModuleRunner(Runner):
     """The model as it is, over the cache.
 
     Args:
@@ -56,16 +39,9 @@ class ModuleRunner:
         self._head = self._product if exact else linear_head
         self.exact = exact
 
-    @property
-    def device(self) -> torch.device:
-        return self._policy.device
-
-    def refresh(self) -> None:
-        """Nothing to do: weights are read where they are."""
-
     @torch.inference_mode()
     def logits(self, tokens: list[int], plan: Plan, last: list[int]) -> torch.Tensor:
-        ids, rows = upload([int64(tokens), int64(last)], self.device)
+        ids, rows = upload([int64(tokens), int64(last)], self._policy.device)
         return self._policy(
             ids,
             plan.positions,
@@ -76,21 +52,44 @@ class ModuleRunner:
         )
 
 
-class DecoderRunner:
-    """The C++ decoder; ``decoder.decode`` draws many tokens in one call."""
-
-    exact = False
-    device = torch.device("cpu")
+class DecoderRunner(Runner):
+    """The C++ decoder, which draws many tokens in one call where all sequences decode."""
 
     def __init__(self, decoder: Decoder, cache: PagedKVCache):
-        self.decoder = decoder
+        self._decoder = decoder
         self._cache = cache
 
     def refresh(self) -> None:
-        self.decoder.refresh()
+        self._decoder.refresh()
 
     def logits(self, tokens: list[int], plan: Plan, last: list[int]) -> torch.Tensor:
-        return self.decoder.forward(torch.tensor(tokens), plan, torch.tensor(last, dtype=torch.int64), self._cache)
+        return self._decoder.forward(int64(tokens), plan, int64(last), self._cache)
+
+    def step(self, batch: Batch, most: int) -> NewTokens:
+        if not batch.decodes:
+            return super().step(batch, most)
+        sample_ids, positions = random_keys(batch)
+        decoded = self._decoder.decode(
+            self._cache,
+            int64([sequence.cached for sequence in batch.sequences]),
+            int64(batch.tokens),
+            sampling_columns(batch, torch.device("cpu")),
+            seed=batch.seed,
+            sample_ids=sample_ids,
+            positions=positions,
+            left=int64([how.max_tokens - n for how, n in zip(batch.samplings, positions.tolist(), strict=True)]),
+            stop_ids=batch.stop_ids,
+            steps=most,
+            enough_ended=1 if batch.others_wait else len(batch.sequences),
+        )
+        counts = decoded.counts.tolist()
+        tokens, logps, entropies = (
+            [row[:n] for row, n in zip(column.tolist(), counts, strict=True)]
+            for column in (decoded.tokens, decoded.logps, decoded.entropies)
+        )
+        if any(row[-1] < 0 for row in tokens):
+            raise UserError(NOT_FINITE)
+        return NewTokens(tokens, logps, entropies)
 
 
 def make_runner(model: Model, cache: PagedKVCache, options: RolloutOptions, max_tokens: int) -> Runner:
@@ -108,11 +107,11 @@ def make_runner(model: Model, cache: PagedKVCache, options: RolloutOptions, max_
     way = planned_runner(model, options, model.device, model.dtype)
     if way == "exact":
         return ModuleRunner(model, cache, exact=True)
-    if model.device.type == "cuda":
+    if way == "gpu":
         return _gpu_runner(model, cache, options, max_tokens)
     if way == "decoder":
         assert isinstance(model, Transformer), "Decoder.supports nothing else"
-        decoder = Decoder(model, max_tokens, group_attention=options.group_attention)
+        decoder = Decoder(model, max_tokens, group_attention=cache.group_attention)
         if decoder.reproduces(model):
             return DecoderRunner(decoder, cache)
         log.warning("the fused decoder does not reproduce %s: rollouts run its modules", model.config.model_type)
@@ -133,13 +132,6 @@ def planned_runner(
     Raises:
         UserError: what the options ask for can't be had.
     """
-    if options.cuda_graphs and device.type != "cuda":
-        raise UserError(f"--rollout.cuda_graphs true needs a GPU, and the model is on {device.type}: leave it out")
-    if options.decoder != "auto" and device.type != "cpu":
-        raise UserError(
-            f"--rollout.decoder {options.decoder} is a choice for the CPU, and the model is on {device.type}: leave it "
-            "out"
-        )
     if options.exact:
         if device.type != "cpu" or dtype != torch.float32:
             raise UserError(
@@ -150,7 +142,7 @@ def planned_runner(
             raise UserError(f"--rollout.exact does not know {model.config.model_type}: leave it out")
         return "exact"
     if device.type == "cuda":
-        return "gpu"
+        return "modules" if options.decoder == "modules" else "gpu"
     # Tiles multiply bfloat16 many times as fast as the decoder's float32: torch's own products use them.
     on_tiles = dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported() and options.decoder == "auto"
     if options.decoder != "modules" and not on_tiles and Decoder.supports(model):
@@ -160,15 +152,14 @@ def planned_runner(
 
 
 def _gpu_runner(model: Model, cache: PagedKVCache, options: RolloutOptions, max_tokens: int) -> Runner:
-    in_torch = "paged_attention" in torch_versions  # which waits for the GPU, so that it can't be captured
-    if options.cuda_graphs and in_torch:
+    if "paged_attention" not in torch_versions:  # those wait for the GPU, so that they can't be captured
+        return GraphRunner(Policy(model), cache, options.max_sequences, max_tokens)
+    if options.decoder == "fused":
         raise UserError(
-            "--rollout.cuda_graphs true needs the extension built with CUDA: install nvcc and run `make clean setup`, "
-            "or leave it out"
+            "--rollout.decoder fused needs the extension built with CUDA: install nvcc and run `make clean setup`, or "
+            "leave it out"
         )
-    if in_torch or options.cuda_graphs is False:
-        return ModuleRunner(model, cache)
-    return GraphRunner(Policy(model), cache, options.max_sequences, max_tokens)
+    return ModuleRunner(model, cache)
 
 
 def _refuse_fused(model: Model, options: RolloutOptions, device: torch.device, dtype: torch.dtype) -> None:

@@ -1,67 +1,49 @@
-"""Which tokens go into the next forward pass: continuous batching over the paged cache.
-
-A *lane* is a cached sequence with tokens that still have to enter the cache. A prompt is one lane with all
-the samples of its request as members; once its last token is in, it forks into one lane per sample.
-"""
+"""Which tokens go into the next step: continuous batching over the paged cache."""
 
 from collections import deque
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
-from itertools import chain
 
 from thinktwice_fast.errors import UserError
-from thinktwice_fast.model.paged import PagedKVCache, Plan
-from thinktwice_fast.rollout.kept import Counts, KeptCaches
-from thinktwice_fast.rollout.records import Request, Rollout, Sampling
-
-
-@dataclass(eq=False)
-class Lane:
-    """A sequence in the cache, or on its way into it."""
-
-    pending: list[int]  # token ids not in the cache yet
-    members: list[Rollout]  # samples that continue it; one, but for a prompt that has not forked yet
-    sampling: Sampling
-    keep: bool = False  # keep the cache when the sample ends
-    handle: int | None = None  # of the cache; None = not admitted
-    extends: Rollout | None = None  # whose kept cache it will begin with, once admitted
-
-
-@dataclass(frozen=True)
-class Batch:
-    """One forward pass: of each lane the first ``counts`` pending tokens, with their places reserved."""
-
-    lanes: list[Lane]
-    counts: list[int]
-    plan: Plan
+from thinktwice_fast.model.paged import PagedKVCache
+from thinktwice_fast.records import Request, Rollout
+from thinktwice_fast.rollout.batch import Batch, NewTokens, Sequence
+from thinktwice_fast.rollout.prefix_cache import Counts, PrefixCache
+from thinktwice_fast.rollout.stops import Stops
 
 
 @dataclass
 class Scheduler:
     """Decodes first, prefills with what is left of the token budget.
 
-    When blocks run out it gives up kept caches, oldest first, then preempts the youngest sequence. What was in the
-    cache before comes back before new prompts come in.
+    When blocks run out it gives up what the prefix cache keeps, oldest first, then preempts the youngest sequence.
+    What was in the cache before comes back before new prompts come in.
     """
 
     cache: PagedKVCache
-    kept: KeptCaches
+    prefixes: PrefixCache
     counts: Counts
+    stops: Stops
     max_sequences: int
     max_batch_tokens: int
     max_tokens: int  # of one sequence
-    waiting: deque[Lane] = field(default_factory=deque)  # prompts, in the order they were added
-    returning: deque[Lane] = field(default_factory=deque)  # preempted, or to begin with a kept cache
-    active: list[Lane] = field(default_factory=list)  # oldest first
+    seed: int  # of the random numbers
+    waiting: deque[Sequence] = field(default_factory=deque)  # prompts, in the order they were added
+    returning: deque[Sequence] = field(default_factory=deque)  # preempted, or to begin with a kept cache
+    active: list[Sequence] = field(default_factory=list)  # oldest first
 
     def add(self, requests: Iterable[Request]) -> None:
         """Queue requests; one with more samples than fit at once is queued in parts.
 
+        One that extends a kept cache comes before prompts that wait.
+
         Raises:
             UserError: the whole cache can't hold one of the sequences, or one could get longer than the engine was
                 made for.
+            ValueError: stop strings, and the engine has no ``decode``.
         """
         requests = list(requests)
+        self.stops.check(requests)
         for request in requests:
             longest = len(request.prompt) + request.sampling.max_tokens
             if self._blocks(longest) > self.cache.num_blocks:
@@ -78,189 +60,155 @@ class Scheduler:
             self._queue(request)
 
     def next_batch(self) -> Batch | None:
-        """Reserve places for the next forward pass; None when nothing is left to do."""
+        """Reserve places for the next step; None when nothing is left to do."""
         while self.waiting or self.returning or self.active:
-            lanes, counts = self._select()
-            plan = self.cache.extend([_handle(lane) for lane in lanes], counts)
+            sequences, counts = self._select()
+            plan = self.cache.extend([sequence.cached for sequence in sequences], counts)
             if plan is not None:
-                return Batch(lanes, counts, plan)
-            if not self.kept.release_oldest():
+                others_wait = bool(self.returning or self.waiting)
+                return Batch(sequences, counts, plan, self.seed, self.stops.ids, others_wait)
+            if not self.prefixes.release_oldest():
                 self._preempt(self.active[-1])
         return None
 
-    def decoding(self) -> list[Lane]:
-        """The active lanes, where each has one token pending and nothing that waits can join them; none otherwise."""
-        lanes = self.active
-        if len(lanes) > self.max_batch_tokens or any(len(lane.pending) > 1 or len(lane.members) > 1 for lane in lanes):
-            return []
-        queue = self.returning or self.waiting
-        return [] if queue and self._admissible(queue[0]) else lanes
+    def record(self, batch: Batch, new: NewTokens) -> list[Rollout]:
+        """The batch's tokens are in the cache, and these follow them.
 
-    @property
-    def queued(self) -> bool:
-        """Whether anything waits for a place."""
-        return bool(self.returning or self.waiting)
+        Prompts fork into their samples, responses grow, and sequences that have ended leave the cache.
 
-    def advance(self, batch: Batch) -> list[Lane]:
-        """The batch's tokens are in the cache: drop them from the lanes, and give those now ready to sample."""
-        for lane, count in zip(batch.lanes, batch.counts, strict=True):
-            del lane.pending[:count]
-        return [lane for lane in batch.lanes if not lane.pending]
-
-    def split(self, lane: Lane) -> list[Lane]:
-        """Fork a prompt's lane into one per member, each ready for its first token.
-
-        Members for whose own tail block there is no room now go back to the queue.
+        Returns:
+            The rollouts that grew.
         """
-        if len(lane.members) == 1:
-            return [lane]
-        self.active.remove(lane)
-        self.kept.make_room(len(lane.members) - 1)
-        room = min(self.cache.free_blocks + 1, len(lane.members))
-        here, later = lane.members[:room], lane.members[room:]
-        handles = [_handle(lane), *(self.cache.fork(_handle(lane), len(here) - 1) if len(here) > 1 else [])]
-        forked = [
-            Lane([], [member], lane.sampling, lane.keep, handle) for member, handle in zip(here, handles, strict=True)
-        ]
-        queued = [Lane([], [member], lane.sampling, lane.keep) for member in later]
-        self.active.extend(forked)
-        self.returning.extendleft(reversed(queued))
-        return forked + queued
+        ready = batch.ready
+        for sequence, count in zip(batch.sequences, batch.counts, strict=True):
+            del sequence.pending[:count]
+        sequences = [part for sequence in ready for part in self._split(sequence)]
+        ended = []
+        columns = (new.tokens, new.logps, new.entropies)
+        for sequence, tokens, logps, entropies in zip(sequences, *columns, strict=True):
+            rollout = sequence.samples[0]
+            rollout.response += tokens
+            rollout.logps += logps
+            rollout.entropies += entropies
+            self.stops.mark(rollout, sequence.sampling)
+            if rollout.ended:
+                ended.append(sequence)
+            elif sequence.handle is None:
+                _return_whole(sequence)
+            else:
+                sequence.pending = tokens[-1:]
+        self._finish(ended)
+        return [sequence.samples[0] for sequence in sequences]
 
-    def finish(self, lanes: Collection[Lane]) -> None:
-        """These sequences are complete: free their blocks, or keep them where that was asked for."""
-        if not lanes:
-            return
-        self._forget(lanes)
-        for lane in lanes:
-            if lane.keep and lane.handle is not None:
-                self.kept.keep(lane.handle, lane.members[0])
-                lane.handle = None
-        self._release(lanes)
-
-    def cancel(self, sample_ids: Collection[int]) -> list[Rollout]:
-        """Drop these samples, free their blocks, and give back what was drawn of them."""
-        cancelled = []
-        emptied = []
-        for lane in chain(self.active, self.returning, self.waiting):
-            cancelled += [member for member in lane.members if member.sample_id in sample_ids]
-            lane.members = [member for member in lane.members if member.sample_id not in sample_ids]
-            if not lane.members:
-                emptied.append(lane)
-        self._forget(emptied)
-        self._release(emptied)
-        return cancelled
-
-    def requeue_prompt(self, lane: Lane) -> None:
-        """Give a queued lane everything it has to bring into the cache again."""
-        member = lane.members[0]
-        lane.pending = [*member.prompt, *member.response]
-
-    def clear(self) -> list[Request]:
-        """Drop all work, free its blocks, and say what is left to do, as requests that carry it on."""
-        lanes = chain(self.active, self.returning, self.waiting)
-        # An error may come between a lane's last token and its leaving.
-        left = [_rest(lane) for lane in lanes if not _is_done(lane)]
+    def clear(self) -> None:
+        """Drop all work and free its blocks."""
         self._release(self.active)
         self.active.clear()
         self.returning.clear()
         self.waiting.clear()
-        return left
 
     def _queue(self, request: Request) -> None:
         extends = request.extends
-        if extends is not None and not self.kept.continued_by(request.prompt, extends):
+        if extends is not None and not self.prefixes.continued_by(request.prompt, extends):
             extends = None
-        if request.started is not None:
-            request.started.group = request.group
         for start in range(0, len(request.sample_ids), self.max_sequences):
             ids = request.sample_ids[start : start + self.max_sequences]
-            members = [request.started or Rollout(request.group, sample, request.prompt) for sample in ids]
-            lane = Lane([], members, request.sampling, request.keep, extends=extends)
-            self.requeue_prompt(lane)
-            (self.waiting if extends is None else self.returning).append(lane)
+            samples = [Rollout(request.group, sample, request.prompt) for sample in ids]
+            sequence = Sequence(list(request.prompt), samples, request.sampling, request.keep, extends=extends)
+            (self.waiting if extends is None else self.returning).append(sequence)
             extends = None  # a kept cache is extended once
 
-    def _select(self) -> tuple[list[Lane], list[int]]:
+    def _select(self) -> tuple[list[Sequence], list[int]]:
         budget = self.max_batch_tokens
-        chosen: dict[int, tuple[Lane, int]] = {}
-        for lane in sorted(self.active, key=lambda lane: len(lane.pending) > 1):
-            count = min(len(lane.pending), budget)
+        chosen: dict[int, tuple[Sequence, int]] = {}
+        for sequence in sorted(self.active, key=lambda sequence: len(sequence.pending) > 1):
+            count = min(len(sequence.pending), budget)
             if count:
-                chosen[id(lane)] = (lane, count)
+                chosen[id(sequence)] = (sequence, count)
                 budget -= count
         while budget and (queue := self.returning or self.waiting) and self._admissible(queue[0]):
-            lane = queue.popleft()
-            self._admit(lane)
-            count = min(len(lane.pending), budget)
-            chosen[id(lane)] = (lane, count)
+            sequence = queue.popleft()
+            self._admit(sequence)
+            count = min(len(sequence.pending), budget)
+            chosen[id(sequence)] = (sequence, count)
             budget -= count
         pairs = list(chosen.values())
-        return [lane for lane, _ in pairs], [count for _, count in pairs]
+        return [sequence for sequence, _ in pairs], [count for _, count in pairs]
 
-    def _admissible(self, lane: Lane) -> bool:
+    def _admissible(self, sequence: Sequence) -> bool:
         if not self.active:
             return True
-        decoding = sum(len(other.members) for other in self.active)
-        if decoding + len(lane.members) > self.max_sequences:
+        decoding = sum(len(other.samples) for other in self.active)
+        if decoding + len(sequence.samples) > self.max_sequences:
             return False
         # Blocks that prompts already admitted will still take, so that admitting more does not preempt them.
         promised = sum(self._blocks(len(other.pending)) for other in self.active if len(other.pending) > 1)
-        base = self.kept.handle(lane.extends)
+        base = self.prefixes.handle(sequence.extends)
         held = 0 if base is None else self.cache.length(base)
-        needed = self._blocks(len(lane.pending) - held) + len(lane.members)
-        return self.kept.make_room(needed + promised + decoding, spare=base)
+        needed = self._blocks(len(sequence.pending) - held) + len(sequence.samples)
+        return self.prefixes.make_room(needed + promised + decoding, spare=base)
 
-    def _admit(self, lane: Lane) -> None:
-        if lane.extends is not None:
-            lane.handle = self.kept.take(lane.extends)
-            lane.extends = None
-        if lane.handle is None:
-            lane.handle = self.cache.prefill()
-        del lane.pending[: self.cache.length(lane.handle)]
-        self.active.append(lane)
+    def _admit(self, sequence: Sequence) -> None:
+        if sequence.extends is not None:
+            sequence.handle = self.prefixes.take(sequence.extends)
+            sequence.extends = None
+        if sequence.handle is None:
+            sequence.handle = self.cache.prefill()
+        del sequence.pending[: self.cache.length(sequence.handle)]
+        self.active.append(sequence)
 
-    def _preempt(self, lane: Lane) -> None:
+    def _split(self, sequence: Sequence) -> list[Sequence]:
+        """Fork a prompt into one sequence per sample, each ready for its first token.
+
+        Samples for whose own tail block there is no room now go back to the queue.
+        """
+        if len(sequence.samples) == 1:
+            return [sequence]
+        self.active.remove(sequence)
+        self.prefixes.make_room(len(sequence.samples) - 1)
+        room = min(self.cache.free_blocks + 1, len(sequence.samples))
+        here, later = sequence.samples[:room], sequence.samples[room:]
+        copies = self.cache.fork(sequence.cached, len(here) - 1) if len(here) > 1 else []
+        forked = [
+            Sequence([], [sample], sequence.sampling, sequence.keep, handle)
+            for sample, handle in zip(here, [sequence.cached, *copies], strict=True)
+        ]
+        queued = [Sequence([], [sample], sequence.sampling, sequence.keep) for sample in later]
+        self.active.extend(forked)
+        self.returning.extendleft(reversed(queued))
+        return forked + queued
+
+    def _finish(self, sequences: Collection[Sequence]) -> None:
+        """These are complete: free their blocks, or keep them where that was asked for."""
+        if not sequences:
+            return
+        done = set(map(id, sequences))
+        self.active = [sequence for sequence in self.active if id(sequence) not in done]
+        # A sample that found no room beside its siblings may have ended with its first token.
+        self.returning = deque(sequence for sequence in self.returning if id(sequence) not in done)
+        for sequence in sequences:
+            if sequence.keep and sequence.handle is not None:
+                self.prefixes.keep(sequence.handle, sequence.samples[0])
+                sequence.handle = None
+        self._release(sequences)
+
+    def _preempt(self, sequence: Sequence) -> None:
         assert len(self.active) > 1, "one sequence always fits: add() checked it"
         self.counts.preemptions += 1
-        self.cache.release([_handle(lane)])
-        self.active.remove(lane)
-        lane.handle = None
-        self.requeue_prompt(lane)
-        self.returning.appendleft(lane)
+        self.cache.release([sequence.cached])
+        self.active.remove(sequence)
+        sequence.handle = None
+        _return_whole(sequence)
+        self.returning.appendleft(sequence)
 
-    def _forget(self, lanes: Collection[Lane]) -> None:
-        done = set(map(id, lanes))
-        self.active = [lane for lane in self.active if id(lane) not in done]
-        self.returning = deque(lane for lane in self.returning if id(lane) not in done)
-        self.waiting = deque(lane for lane in self.waiting if id(lane) not in done)
-
-    def _release(self, lanes: Iterable[Lane]) -> None:
-        self.cache.release([lane.handle for lane in lanes if lane.handle is not None])
+    def _release(self, sequences: Iterable[Sequence]) -> None:
+        self.cache.release([sequence.handle for sequence in sequences if sequence.handle is not None])
 
     def _blocks(self, tokens: int) -> int:
         return -(-tokens // self.cache.block_size)
 
 
-def _is_done(lane: Lane) -> bool:
-    first = lane.members[0]
-    return first.ended or len(first.response) >= lane.sampling.max_tokens
-
-
-def _rest(lane: Lane) -> Request:
-    """What a lane's members still need."""
-    first = lane.members[0]
-    return Request(
-        first.group,
-        first.prompt,
-        tuple(member.sample_id for member in lane.members),
-        lane.sampling,
-        lane.keep,
-        lane.extends,
-        first if first.response else None,
-    )
-
-
-def _handle(lane: Lane) -> int:
-    assert lane.handle is not None
-    return lane.handle
+def _return_whole(sequence: Sequence) -> None:
+    """All its tokens have to come into the cache again."""
+    first = sequence.samples[0]
+    sequence.pending = [*first.prompt, *first.response]

@@ -27,12 +27,12 @@ from thinktwice_fast.model.flops import Flops
 from thinktwice_fast.model.loading import SHIPPED, LoadedModel, load_model, pick_device, pick_dtype
 from thinktwice_fast.model.lora import add_adapters, check_library
 from thinktwice_fast.model.sharding import frozen_copy, pair_models, shards_weights
+from thinktwice_fast.records import Message, Problem
 from thinktwice_fast.rollout.engine import Engine
 from thinktwice_fast.run.memory import device_bytes, held_bytes, keep_freed_memory, predict
 from thinktwice_fast.run.workload import Evaluated, heaviest_load, phases
 from thinktwice_fast.tasks.arithmetic import RECHECK, warm_start_example
 from thinktwice_fast.tasks.pool import Grader
-from thinktwice_fast.tasks.problem import Message, Problem
 from thinktwice_fast.tasks.prompts import ChatFormat
 from thinktwice_fast.tasks.sources import Source, load_source
 from thinktwice_fast.tasks.stream import ProblemStream
@@ -231,8 +231,8 @@ class _PromptLimit:
 
     def _beside_question(self, problem: Problem) -> int:
         prompt = self._chat.prompt_ids(problem.messages)
-        refine = self._chat.refine_ids(problem.messages, prompt, (), "", self._instruction, self._stop_ids)
-        return len(refine) - len(prompt) + self._response
+        refine = self._chat.refine(problem.messages, prompt, (), "", self._instruction, self._stop_ids)
+        return len(refine.ids) - len(prompt) + self._response
 
     def _require_room(self, name: str, shortest: int, beside: int) -> None:
         needed = shortest + beside

@@ -133,7 +133,7 @@ def solve(problems: Sequence[str], options: SolveOptions) -> None:
     if options.instruction:
         questions = [_appended(question, options.instruction) for question in questions]
     # Imported here because it takes seconds, and most mistakes are found before.
-    from thinktwice_fast.rollout.records import Sampling
+    from thinktwice_fast.records import Sampling
     from thinktwice_fast.run.solve import Solver, question_text
 
     solver = Solver(

@@ -5,12 +5,11 @@ from dataclasses import dataclass
 from math import comb
 
 from thinktwice_fast import parallel
-from thinktwice_fast.algorithms.sampler import Draw, Sampler
+from thinktwice_fast.algorithms.sampler import Sampler, SampleSpec
 from thinktwice_fast.config import Config
-from thinktwice_fast.rollout.records import Rollout, Sampling
+from thinktwice_fast.records import Problem, Rollout, Sampling
 from thinktwice_fast.run.metrics import AVERAGE
 from thinktwice_fast.tasks.answers import extract_boxed
-from thinktwice_fast.tasks.problem import Problem
 
 # Random numbers of evaluations are apart from those of any training step.
 _STREAM = 1 << 30
@@ -100,9 +99,9 @@ def _outcomes(
     solved = [sampler.solve_group(number, problems[number]) for number in own]
     options, limit = config.eval, config.rollout.max_response_tokens
     stops = config.rollout.stop_strings
-    drawn = Sampling(options.temperature, options.top_p, options.top_k, max_tokens=limit, stop_strings=stops)
-    draw = Draw(options.samples, drawn, stream, config.seed, version)
-    refined = sampler.fill_pairs(solved, draw, Sampling(0.0, max_tokens=limit, stop_strings=stops))
+    solutions = Sampling(options.temperature, options.top_p, options.top_k, max_tokens=limit, stop_strings=stops)
+    spec = SampleSpec(options.samples, solutions, stream, config.seed, version)
+    refined = sampler.fill_pairs(solved, spec, Sampling(0.0, max_tokens=limit, stop_strings=stops))
     pairs = [(group, rollout) for group in solved for rollout in group.rollouts]
     return [
         _outcome(group.slot, rollout, refinement.rollouts[0])

@@ -153,14 +153,14 @@ class Trainer:
 
     def _log_step(self, step: Step, seconds: float) -> None:
         parts = (*step.halves, step)
-        measures = {f"{part.phase}/{name}": value for part in parts for name, value in part.measures.items()}
-        measures |= {
+        metrics = {f"{part.phase}/{name}": value for part in parts for name, value in part.metrics.items()}
+        metrics |= {
             f"{step.phase}/seconds_step": seconds,
             "elapsed_seconds": self._elapsed_now(),
             "peak_memory_bytes": float(max(parallel.gather(peak_bytes(self._parts.loaded.model.device)))),
             "generations": self._generations,
         }
-        self._output.record(self._step, step.phase, measures)
+        self._output.record(self._step, step.phase, metrics)
         every = self._config.run.transcripts_every
         # A whole pair each time, and the first one, which is what one looks at when trying something new.
         ahead = 0 if step.halves else 1

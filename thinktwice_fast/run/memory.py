@@ -178,7 +178,7 @@ def predict(
     parts = [Part("program", base, base, base), *_weights(config, shape, model, device, dtype, world)]
     parts += _working(config, shape, model, device, dtype, load)
     if device.type == "cuda":
-        if config.rollout.cuda_graphs is not False:
+        if config.rollout.decoder != "modules":
             graphs = _sampling_bytes(shape, dtype, load.sequences, load.sequences)
             parts.append(Part("CUDA graphs", graphs, graphs))
         margin = _margin(room)

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Self
 
 from thinktwice_fast import parallel
-from thinktwice_fast.algorithms.groups import Group
 from thinktwice_fast.config import Config
+from thinktwice_fast.records import Group
 from thinktwice_fast.run.metrics import MetricsWriter, read_metrics, truncate_json_lines
 from thinktwice_fast.run.options import to_yaml
 from thinktwice_fast.run.progress import Progress
@@ -53,10 +53,10 @@ class Output:
         """Show one line."""
         self._progress.message(text)
 
-    def record(self, step: int, phase: str, measures: Mapping[str, float]) -> None:
+    def record(self, step: int, phase: str, metrics: Mapping[str, float]) -> None:
         """Write a record of metrics and show it."""
         if self._metrics is not None:
-            self._progress.update(self._metrics.write(step, phase, measures))
+            self._progress.update(self._metrics.write(step, phase, metrics))
 
     def evaluated(self, step: int) -> bool:
         """Whether the metrics written so far hold an evaluation of ``step``."""

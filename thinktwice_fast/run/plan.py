@@ -20,10 +20,10 @@ from thinktwice_fast.run.report import aligned
 from thinktwice_fast.run.workload import Phase, heaviest_load, phases
 
 _RUNNERS = {
-    "exact": "transformers' modules with exact products",
+    "exact": "the model's modules with exact products",
     "decoder": "the decoder in C++",
-    "modules": "transformers' modules",
-    "gpu": "fused attention modules where they reproduce the model, else transformers' modules",
+    "modules": "the model's modules over the paged cache",
+    "gpu": "the model's modules over the paged cache, decoding steps as CUDA graphs",
 }
 _MIB = 1 << 20
 

@@ -23,14 +23,13 @@ from thinktwice_fast.config import ModelOptions, RolloutOptions
 from thinktwice_fast.errors import UserError
 from thinktwice_fast.model.loading import load_model, pick_device, pick_dtype
 from thinktwice_fast.model.sharding import cast_parameters
+from thinktwice_fast.records import Message, Request, Rollout, Sampling
 from thinktwice_fast.rollout.engine import Engine
-from thinktwice_fast.rollout.kept import Counts
-from thinktwice_fast.rollout.records import Request, Rollout, Sampling
+from thinktwice_fast.rollout.prefix_cache import Counts
 from thinktwice_fast.run.memory import sampling_reserve
 from thinktwice_fast.tasks.answers import extract_boxed
 from thinktwice_fast.tasks.arithmetic import RECHECK, build_tokenizer, running_totals
-from thinktwice_fast.tasks.problem import Message
-from thinktwice_fast.tasks.prompts import ChatFormat
+from thinktwice_fast.tasks.prompts import ChatFormat, RefinePrompt
 
 GREEDY = Sampling(temperature=0.0, max_tokens=2048)
 _TERMS = 5  # of the arithmetic that the shipped model knows
@@ -109,7 +108,7 @@ class _Work:
 
     number: int
     messages: Sequence[Message]  # of the turn under way: the question, then the chat so far
-    prompt: list[int]
+    prompt: tuple[int, ...]
     most: int  # tokens that a prompt and its response may take together
     sampling: Sampling
     stream: TextStream
@@ -124,7 +123,7 @@ class _Work:
             )
         sampling = replace(self.sampling, max_tokens=min(self.sampling.max_tokens, self.most - len(self.prompt)))
         ids = ((turn << 32) + self.number,)
-        return Request(self.number, tuple(self.prompt), ids, sampling, keep=turn < passes, extends=extends)
+        return Request(self.number, self.prompt, ids, sampling, keep=turn < passes, extends=extends)
 
 
 class Solver:
@@ -212,16 +211,21 @@ class Solver:
         reserve = sampling_reserve(self._model, options, longest)
         engine = Engine(self._model, self._stop_ids, options, longest, reserve=reserve, decode=decode)
         self.counts = engine.counts
-        with closing(engine.generate([work.request(passes) for work in works], seed=seed)) as generation:
-            for rollout in generation.stream():
+
+        def refinement(rollout: Rollout) -> list[Request]:
+            work = works[rollout.group]
+            if len(work.turns) > passes:
+                return []
+            self._begin_refinement(work, rollout)
+            return [work.request(passes, extends=rollout)]
+
+        with closing(engine.stream([work.request(passes) for work in works], refinement, seed=seed)) as grown:
+            for rollout in grown:
                 work = works[rollout.group]
                 number = len(work.turns)
                 text = work.stream.text(rollout.response, rollout.ended, rollout.stop_string)
                 if rollout.ended:
                     work.turns.append(self._turn(rollout))
-                    if number < passes:
-                        self._begin_refinement(work, rollout)
-                        generation.add([work.request(passes, extends=rollout)])
                 if text or rollout.ended:
                     yield Piece(work.number, number, text, work.turns[-1] if rollout.ended else None)
 
@@ -229,9 +233,9 @@ class Solver:
         messages = [{"role": "user", "content": question}] if isinstance(question, str) else list(question)
         if self._arithmetic:
             messages[-1] = {"role": "user", "content": arithmetic_question(messages[-1]["content"])}
-        prompt = self._chat.prompt_ids(messages)
-        refine = self._refine_prompt(messages, prompt, [], "")
-        beside = len(prompt) + passes * (len(refine) - len(prompt))
+        prompt = tuple(self._chat.prompt_ids(messages))
+        refine = self._refine(messages, prompt, (), "")
+        beside = len(prompt) + passes * (len(refine.ids) - len(prompt))
         # Twice what it should take: where a template makes earlier turns be tokenised anew, they may grow.
         most = 2 * (beside + (passes + 1) * sampling.max_tokens)
         context = getattr(self._model.config.get_text_config(), "max_position_embeddings", None)
@@ -251,15 +255,14 @@ class Solver:
         return Turn(text, extract_boxed(text), len(rollout.response), rollout.finished)
 
     def _begin_refinement(self, work: _Work, rollout: Rollout) -> None:
-        text = work.turns[-1].text
-        work.prompt = self._refine_prompt(work.messages, work.prompt, rollout.response, text)
-        work.messages = self._chat.refine_chat(work.messages, text, self._instruction).messages
+        refine = self._refine(work.messages, work.prompt, rollout.response, work.turns[-1].text)
+        work.messages, work.prompt = refine.messages, refine.ids
         work.stream = self._text_stream(work.sampling)
 
-    def _refine_prompt(
-        self, messages: Sequence[Message], prompt: list[int], response: Sequence[int], text: str
-    ) -> list[int]:
-        return self._chat.refine_ids(messages, prompt, response, text, self._instruction, self._stop_ids)
+    def _refine(
+        self, messages: Sequence[Message], prompt: Sequence[int], response: Sequence[int], text: str
+    ) -> RefinePrompt:
+        return self._chat.refine(messages, prompt, response, text, self._instruction, self._stop_ids)
 
     def _text_stream(self, sampling: Sampling) -> TextStream:
         return TextStream(self._chat, self._stop_ids, sampling.stop_strings)

@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from thinktwice_fast.errors import UserError
-from thinktwice_fast.tasks.problem import Message, Problem, Source
+from thinktwice_fast.records import Message, Problem
+from thinktwice_fast.tasks.source import Source
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

@@ -4,8 +4,8 @@ import logging
 import re
 
 from thinktwice_fast.errors import UserError
+from thinktwice_fast.records import Problem
 from thinktwice_fast.tasks.answers import MATH_FONT, TEXT_COMMAND, extract_boxed, settle
-from thinktwice_fast.tasks.problem import Problem
 
 _BOXED_LETTER = re.compile(r"\(?\s*([A-Za-z])(?:\s*[).:].*)?", re.DOTALL)
 _ANSWER_LETTER = re.compile(r"(?i:\banswer)(?i:\s+is|\s*:|\s+option|\s+choice)*[\s*:]*\(?([A-Z])\b(?!['’])")

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from thinktwice_fast.errors import UserError
+from thinktwice_fast.records import Message, Problem
 from thinktwice_fast.tasks import graders, user_reward
-from thinktwice_fast.tasks.problem import Message, Problem
 from thinktwice_fast.tasks.workers import Task, WorkerDied, Workers
 
 _IMPORT_SECONDS = 300.0  # for a user's file, which may load a model

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from thinktwice_fast.errors import UserError, one_line
-from thinktwice_fast.tasks.problem import Message
+from thinktwice_fast.records import Message
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -31,16 +31,24 @@ _SENTINEL = "assistantXcontentXstandsXhere"
 
 
 @dataclass(frozen=True)
-class RefinePrompt:
-    """A refine prompt: user (question), assistant (base solution), user (instruction)."""
+class RefineChat:
+    """A refine prompt as messages: user (question), assistant (base solution), user (instruction)."""
 
     messages: tuple[Message, ...]
     verbatim: bool  # the assistant turn is the base as it was sampled, so its token ids may be used again
 
 
+@dataclass(frozen=True)
+class RefinePrompt:
+    """A refine prompt, both ways."""
+
+    messages: tuple[Message, ...]
+    ids: tuple[int, ...]
+
+
 def refine_messages(
     question_messages: Sequence[Message], base_text: str, instruction: str, thinking_opened: bool = False
-) -> RefinePrompt:
+) -> RefineChat:
     """The chat that asks for a refinement of a base solution. It has no system message.
 
     Thinking text (``<think>...</think>``) is taken out of the assistant turn and quoted as previous reasoning in front
@@ -58,7 +66,7 @@ def refine_messages(
         request = f"{_PREVIOUS_REASONING}\n{thoughts}\n\n{request}"
     question = [message for message in question_messages if message["role"] != "system"]
     turns = [*question, {"role": "assistant", "content": solution}, {"role": "user", "content": request}]
-    return RefinePrompt(tuple(turns), verbatim)
+    return RefineChat(tuple(turns), verbatim)
 
 
 class ChatFormat:
@@ -95,12 +103,7 @@ class ChatFormat:
         text = str(self._tokenizer.decode(_without_stop(ids, stop_ids), skip_special_tokens=True))
         return text.partition(stop_string)[0] if stop_string else text
 
-    def refine_chat(self, question_messages: Sequence[Message], base_text: str, instruction: str) -> RefinePrompt:
-        """`refine_messages`, for a template that may open a thought at the end of the prompt itself."""
-        opened = self._render(question_messages).rstrip().endswith("<think>")
-        return refine_messages(question_messages, base_text, instruction, opened)
-
-    def refine_ids(
+    def refine(
         self,
         question_messages: Sequence[Message],
         prompt_ids: Sequence[int],
@@ -108,10 +111,10 @@ class ChatFormat:
         base_text: str,
         instruction: str,
         stop_ids: Collection[int],
-    ) -> list[int]:
-        """Token ids of the refine prompt (`refine_messages`) for one base solution.
+    ) -> RefinePrompt:
+        """The refine prompt (`refine_messages`) for one base solution.
 
-        They are the prompt's ids, the base's ids without its end token, and the ids of what the template puts after
+        Its ids are the prompt's ids, the base's ids without its end token, and the ids of what the template puts after
         an assistant message: no sampled token is encoded again, and the end of the turn stands there once, as the
         template writes it. Where the template shows the question in another way once it has been answered, that part
         is tokenised anew. Where thinking had to be taken out of the base, everything is.
@@ -127,15 +130,18 @@ class ChatFormat:
         Raises:
             UserError: the template refuses the messages, or does not show the assistant's message exactly once.
         """
-        prompt = self.refine_chat(question_messages, base_text, instruction)
-        if not prompt.verbatim:
-            return self.prompt_ids(prompt.messages)
-        before, after = self._around_base(prompt)
-        head = list(prompt_ids) if before == self._render(question_messages) else self.encode(before)
-        return head + _without_stop(base_ids, stop_ids) + self.encode(after)
+        asked = self._render(question_messages)
+        # A template may open a thought at the end of the prompt itself.
+        chat = refine_messages(question_messages, base_text, instruction, asked.rstrip().endswith(_THINK))
+        if not chat.verbatim:
+            return RefinePrompt(chat.messages, tuple(self.prompt_ids(chat.messages)))
+        before, after = self._around_base(chat.messages)
+        head = prompt_ids if before == asked else self.encode(before)
+        return RefinePrompt(chat.messages, (*head, *_without_stop(base_ids, stop_ids), *self.encode(after)))
 
-    def _around_base(self, prompt: RefinePrompt) -> tuple[str, str]:
-        *question, _, instruction = prompt.messages
+    def _around_base(self, messages: Sequence[Message]) -> tuple[str, str]:
+        """What the template puts before and after the base solution."""
+        *question, _, instruction = messages
         text = self._render([*question, {"role": "assistant", "content": _SENTINEL}, instruction])
         if text.count(_SENTINEL) != 1:
             raise UserError(

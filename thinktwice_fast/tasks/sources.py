@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 from thinktwice_fast.config import DataOptions
 from thinktwice_fast.errors import UserError
+from thinktwice_fast.records import Message, Problem
 from thinktwice_fast.tasks import tables
 from thinktwice_fast.tasks.arithmetic import ArithmeticSource
-from thinktwice_fast.tasks.problem import Message, Problem, Source
+from thinktwice_fast.tasks.source import Source
 
 if TYPE_CHECKING:
     import datasets

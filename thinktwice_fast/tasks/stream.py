@@ -3,7 +3,7 @@
 import random
 from collections.abc import Sequence
 
-from thinktwice_fast.tasks.problem import Problem
+from thinktwice_fast.records import Problem
 
 # Runs with different seeds read different stretches of an endless source.
 _SEED_STRIDE = 1 << 24

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from thinktwice_fast.errors import UserError, one_line
-from thinktwice_fast.tasks.problem import Message, Problem
+from thinktwice_fast.records import Message, Problem
 
 # TRL passes these by itself and takes none of them from the data set's columns.
 _NOT_COLUMNS = ("prompt", "prompts", "completion", "completions", "completion_ids")

@@ -22,7 +22,7 @@ from thinktwice_fast.model.lists import float32
 from thinktwice_fast.model.policy import Policy
 from thinktwice_fast.model.products import WithValue, exact_logprobs, exact_product
 from thinktwice_fast.model.sharding import ModelPair
-from thinktwice_fast.rollout.records import Rollout
+from thinktwice_fast.records import Rollout
 from thinktwice_fast.update.batches import Example, PackedRow, Trainable, pack, pack_shared
 from thinktwice_fast.update.microbatches import plan_microbatches
 from thinktwice_fast.update.objective import loss_arguments
@@ -115,19 +115,19 @@ class Updater:
                     del metrics["mismatch"]
                 return loss, metrics
 
-            loss, norm, metrics = self._optimizer_step(microbatches, loss_of)
+            loss, norm, parts = self._optimizer_step(microbatches, loss_of)
             losses.append(loss)
             norms.append(norm)
-            collected += metrics
+            collected += parts
         self.models.updated()
-        measures = _combined(parallel.gather_flat(collected))
+        metrics = _combined(parallel.gather_flat(collected))
         drawn, kept = (sum(len(r.response) for part in parts for r in part) for parts in (minibatches, with_signal))
         skipped = sum(parallel.gather(drawn - kept))
         for name in ("tokens", "tokens_skipped"):
-            measures[name] = measures.get(name, 0.0) + skipped
+            metrics[name] = metrics.get(name, 0.0) + skipped
         # The rollout engine's entropy is the one reported: it covers every sampled token.
-        measures.pop("entropy", None)
-        return measures | self._measures(losses, norms, started)
+        metrics.pop("entropy", None)
+        return metrics | self._step_metrics(losses, norms, started)
 
     def supervised_update(self, examples: list[Example]) -> dict[str, float]:
         """One optimizer step on the cross-entropy of the examples' responses, a token mean. Collective.
@@ -151,7 +151,7 @@ class Updater:
         loss, norm, metrics = self._optimizer_step(self._microbatches(examples), loss_of)
         self.models.updated()
         hits = sum(float(part["hits"]) for part in parallel.gather_flat(metrics))
-        return {"token_accuracy": hits / tokens} | self._measures([loss], [norm], started)
+        return {"token_accuracy": hits / tokens} | self._step_metrics([loss], [norm], started)
 
     def _optimizer_step(self, microbatches: list[list[S]], loss_of: LossOf[S]) -> tuple[float, float, list[Metrics]]:
         """The mini-batch's loss and gradient norm over all processes, and this process's micro-batch metrics."""
@@ -308,7 +308,7 @@ class Updater:
         norm = torch.nn.utils.clip_grad_norm_(parameters, self._options.grad_clip or float("inf"))
         return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
 
-    def _measures(self, losses: list[float], norms: list[float], started: float) -> dict[str, float]:
+    def _step_metrics(self, losses: list[float], norms: list[float], started: float) -> dict[str, float]:
         return {
             "loss": sum(losses) / max(len(losses), 1),
             "grad_norm": sum(norms) / max(len(norms), 1),

@@ -1,8 +1,27 @@
-"""What is asked of the rollout engine, and what comes back: token ids from birth to loss."""
+"""What flows through a step, as plain data: problems, requests to the rollout engine, rollouts, groups of them."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from thinktwice_fast.errors import UserError
+
+Message = dict[str, str]  # {"role": ..., "content": ...}, as chat templates take it
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What is asked, and what a grader needs to judge an answer: one row of a problem source."""
+
+    index: int  # its number in the source, from 0
+    messages: tuple[Message, ...]  # the question as a chat, without the answer
+    answer: str  # the gold answer that the reward compares with
+    target: str | None = None  # a full worked response, where the source has one (needed by SFT)
+    columns: dict[str, Any] = field(default_factory=dict)  # every column of the row, for user rewards
+
+    @property
+    def question(self) -> str:
+        """The text of the last user message."""
+        return self.messages[-1]["content"]
 
 
 @dataclass(frozen=True)
@@ -37,7 +56,7 @@ class Rollout:
     reward: float | None = None  # None: the reward function left this sample out
     advantage: float = 0.0
     ended: bool = False  # nothing more will be drawn: a stop token or string came, or max_tokens were drawn
-    kept: int | None = None  # name of its kept cache, for a request that extends it (see `Request.keep`)
+    cached: int | None = None  # name of its cache, where that is kept for a request that extends it (`Request.keep`)
 
 
 @dataclass(frozen=True)
@@ -50,16 +69,29 @@ class Request:
     sampling: Sampling
     keep: bool = False  # keep each rollout's cache when it ends, while there is room, to be extended once
     extends: Rollout | None = None  # a kept rollout whose prompt and response this prompt continues
-    started: Rollout | None = None  # the only sample, some tokens of it drawn already: draw the others
 
-    def __post_init__(self) -> None:
-        started = self.started
-        if started is None:
-            return
-        if (started.prompt, (started.sample_id,)) != (self.prompt, self.sample_ids):
-            raise ValueError("a started rollout is of another prompt or sample: give its own prompt and sample_ids")
-        if started.ended or len(started.response) >= self.sampling.max_tokens:
-            raise ValueError(
-                f"rollout {started.sample_id} has {len(started.response)} tokens and nothing left to draw: "
-                "leave it out, or raise max_tokens"
-            )
+
+@dataclass(frozen=True)
+class Base:
+    """A solution that a refine group starts from, written before the update that follows it."""
+
+    response: tuple[int, ...]  # token ids as sampled
+    text: str
+    reward: float | None
+
+    @classmethod
+    def of(cls, rollout: Rollout) -> "Base":
+        """A rollout as the base of a refinement."""
+        return cls(tuple(rollout.response), rollout.text, rollout.reward)
+
+
+@dataclass
+class Group:
+    """What a GRPO advantage is taken over: samples that share one prompt."""
+
+    slot: int  # number of the problem within the step, over all processes
+    problem: Problem
+    messages: tuple[Message, ...]  # what the samples answer: the problem's, or its refine chat
+    prompt: tuple[int, ...]  # the same as token ids
+    base: Base | None = None  # of a refine group
+    rollouts: list[Rollout] = field(default_factory=list)  # in the order of their sample ids

@@ -1,27 +1,10 @@
-"""A problem: what is asked, and what a grader needs to judge an answer; and a source of them."""
+"""What a source of problems is."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any, overload
+from typing import overload
 
-Message = dict[str, str]  # {"role": ..., "content": ...}, as chat templates take it
-
-
-@dataclass(frozen=True)
-class Problem:
-    """One row of a problem source."""
-
-    index: int  # its number in the source, from 0
-    messages: tuple[Message, ...]  # the question as a chat, without the answer
-    answer: str  # the gold answer that the reward compares with
-    target: str | None = None  # a full worked response, where the source has one (needed by SFT)
-    columns: dict[str, Any] = field(default_factory=dict)  # every column of the row, for user rewards
-
-    @property
-    def question(self) -> str:
-        """The text of the last user message."""
-        return self.messages[-1]["content"]
+from thinktwice_fast.records import Problem
 
 
 class Source(Sequence[Problem], ABC):

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from thinktwice_fast.model.paged import PagedKVCache
-from thinktwice_fast.rollout.records import Rollout
+from thinktwice_fast.records import Rollout
 
 
 @dataclass
@@ -24,7 +24,7 @@ class Counts:
         return self.prompt_differs + self.policy_changed + self.released
 
 
-class KeptCaches:
+class PrefixCache:
     """Sequences of the cache that belong to ended rollouts, oldest first.
 
     Nothing runs in them: they are given up, oldest first, when blocks run out.
@@ -33,19 +33,19 @@ class KeptCaches:
     def __init__(self, cache: PagedKVCache, counts: Counts):
         self._cache = cache
         self._counts = counts
-        self._kept: dict[int, Rollout] = {}  # by handle, in the order they were kept
+        self._rollouts: dict[int, Rollout] = {}  # by handle, in the order they were kept
         self._blocks: dict[int, int] = {}  # of each, those shared with others included
 
     def keep(self, handle: int, rollout: Rollout) -> None:
         """Take over the sequence of a rollout that has ended."""
-        self._kept[handle] = rollout
+        self._rollouts[handle] = rollout
         self._blocks[handle] = -(-self._cache.length(handle) // self._cache.block_size)
-        rollout.kept = handle
+        rollout.cached = handle
 
     def handle(self, rollout: Rollout | None) -> int | None:
         """The sequence that is kept of a rollout."""
-        handle = None if rollout is None else rollout.kept
-        return handle if handle is not None and self._kept.get(handle) is rollout else None
+        handle = None if rollout is None else rollout.cached
+        return handle if handle is not None and self._rollouts.get(handle) is rollout else None
 
     def continued_by(self, prompt: Sequence[int], rollout: Rollout) -> bool:
         """Whether a prompt continues the rollout's sequence, token for token and under the same policy version.
@@ -72,7 +72,7 @@ class KeptCaches:
         if handle is None:
             self._counts.released += 1
             return None
-        del self._kept[handle], self._blocks[handle]
+        del self._rollouts[handle], self._blocks[handle]
         self._counts.extended += 1
         return handle
 
@@ -83,7 +83,7 @@ class KeptCaches:
             blocks: wanted.
             spare: a kept sequence that is not given up.
         """
-        others = [handle for handle in self._kept if handle != spare]
+        others = [handle for handle in self._rollouts if handle != spare]
         # At most so many come free: blocks shared with sequences that stay do not.
         if self._cache.free_blocks + sum(self._blocks[handle] for handle in others) < blocks:
             return False
@@ -95,9 +95,9 @@ class KeptCaches:
 
     def release_oldest(self) -> bool:
         """Give up the oldest; False where none is left."""
-        if not self._kept:
+        if not self._rollouts:
             return False
-        self._release(next(iter(self._kept)))
+        self._release(next(iter(self._rollouts)))
         return True
 
     def release(self, rollout: Rollout) -> None:
@@ -112,5 +112,5 @@ class KeptCaches:
             pass
 
     def _release(self, handle: int) -> None:
-        del self._kept[handle], self._blocks[handle]
+        del self._rollouts[handle], self._blocks[handle]
         self._cache.release([handle])

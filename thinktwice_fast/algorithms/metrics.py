@@ -1,11 +1,12 @@
 """Figures of a phase's samples, over all processes; what each means stands in run/metrics.py."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import stdev
 
 from thinktwice_fast import parallel
-from thinktwice_fast.algorithms.groups import Group
 from thinktwice_fast.algorithms.sampler import SamplingTimes
+from thinktwice_fast.records import Group
 from thinktwice_fast.tasks.answers import extract_boxed
 
 
@@ -22,12 +23,7 @@ class _Sample:
     entropy: float  # summed over its tokens
 
 
-def group_measures(groups: list[Group], times: SamplingTimes) -> dict[str, float]:
-    """Figures of these samples and of drawing them, by metric name without its phase. Collective."""
-    return sample_measures(groups) | rollout_measures(groups, times)
-
-
-def rollout_measures(groups: list[Group], times: SamplingTimes) -> dict[str, float]:
+def rollout_metrics(groups: Sequence[Group], times: SamplingTimes) -> dict[str, float]:
     """Figures of drawing these samples, all in one go. Collective."""
     everyone = parallel.gather(times)
     tokens = sum(parallel.gather(sum(len(rollout.response) for group in groups for rollout in group.rollouts)))
@@ -41,7 +37,7 @@ def rollout_measures(groups: list[Group], times: SamplingTimes) -> dict[str, flo
     }
 
 
-def sample_measures(groups: list[Group]) -> dict[str, float]:
+def sample_metrics(groups: Sequence[Group]) -> dict[str, float]:
     """Figures of the samples themselves. Collective."""
     own = [
         _Sample(
@@ -58,7 +54,7 @@ def sample_measures(groups: list[Group]) -> dict[str, float]:
     ]
     samples = parallel.gather_flat(own)
     count, tokens = len(samples), sum(sample.tokens for sample in samples)
-    measures = {
+    metrics = {
         "response_tokens": tokens / count,
         "response_tokens_max": float(max(sample.tokens for sample in samples)),
         "prompt_tokens": sum(sample.prompt_tokens for sample in samples) / count,
@@ -73,7 +69,7 @@ def sample_measures(groups: list[Group]) -> dict[str, float]:
             rewards.setdefault(sample.slot, []).append(sample.reward)
     if rewards:
         graded = [reward for group in rewards.values() for reward in group]
-        measures["reward"] = sum(graded) / len(graded)
-        measures["reward_std"] = sum(stdev(group) for group in rewards.values() if len(group) > 1) / len(rewards)
-        measures["group_signal_rate"] = sum(min(group) < max(group) for group in rewards.values()) / len(rewards)
-    return measures
+        metrics["reward"] = sum(graded) / len(graded)
+        metrics["reward_std"] = sum(stdev(group) for group in rewards.values() if len(group) > 1) / len(rewards)
+        metrics["group_signal_rate"] = sum(min(group) < max(group) for group in rewards.values()) / len(rewards)
+    return metrics

@@ -5,11 +5,11 @@ from typing import Any
 
 import pytest
 
-from tests.rollout.drawing import make, prompts, requests, tokens
+from tests.rollout.drawing import make, prompts, requests, scheduler_of, tokens
 from tests.small_models import FAMILIES
+from thinktwice_fast.records import Request, Rollout, Sampling
 from thinktwice_fast.rollout.engine import Engine
-from thinktwice_fast.rollout.kept import Counts
-from thinktwice_fast.rollout.records import Request, Rollout, Sampling
+from thinktwice_fast.rollout.prefix_cache import Counts
 
 GREEDY = Sampling(temperature=0.0, max_tokens=20)
 INSTRUCTION = (5, 4, 3, 2, 1)
@@ -21,7 +21,7 @@ def solutions(engine: Engine, samples: int = 2, **options: Any) -> list[Rollout]
         replace(request, sampling=Sampling(max_tokens=7 * (request.group + 1)), keep=True)
         for request in requests(samples)
     ]
-    return sorted(engine.generate(asked, seed=0, **options), key=lambda rollout: rollout.sample_id)
+    return sorted(engine.run(asked, seed=0, **options), key=lambda rollout: rollout.sample_id)
 
 
 def refinement(solution: Rollout, samples: int = 1, sampling: Sampling = GREEDY, **fields: Any) -> Request:
@@ -31,7 +31,7 @@ def refinement(solution: Rollout, samples: int = 1, sampling: Sampling = GREEDY,
 
 
 def refine(engine: Engine, asked: list[Request], **options: Any) -> dict[int, Rollout]:
-    return {rollout.sample_id: rollout for rollout in engine.generate(asked, seed=0, **options)}
+    return {rollout.sample_id: rollout for rollout in engine.run(asked, seed=0, **options)}
 
 
 def prefilled(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> list[int]:
@@ -71,7 +71,8 @@ def test_only_what_follows_the_solution_is_computed(monkeypatch: pytest.MonkeyPa
     (solution, *_) = solutions(engine)
     sizes = prefilled(engine, monkeypatch)
     refine(engine, [refinement(solution, extends=solution)])
-    assert sizes == [1 + len(INSTRUCTION)]  # the solution's last token was never fed
+    assert sizes[0] == 1 + len(INSTRUCTION)  # the solution's last token was never fed
+    assert set(sizes[1:]) == {1}
 
 
 def test_a_refinement_may_start_while_other_solutions_decode() -> None:
@@ -79,12 +80,13 @@ def test_a_refinement_may_start_while_other_solutions_decode() -> None:
     asked = [
         replace(request, sampling=Sampling(max_tokens=7 * (request.group + 1)), keep=True) for request in requests(1)
     ]
-    generation = engine.generate(asked, seed=0)
-    order = []
-    for rollout in generation:
-        order.append(rollout.sample_id)
-        if rollout.sample_id < 1000:
-            generation.add([refinement(rollout, sampling=Sampling(max_tokens=3), extends=rollout)])
+
+    def refined(rollout: Rollout) -> list[Request]:
+        return (
+            [refinement(rollout, sampling=Sampling(max_tokens=3), extends=rollout)] if rollout.sample_id < 1000 else []
+        )
+
+    order = [rollout.sample_id for rollout in engine.run(asked, refined, seed=0)]
     assert sorted(order) == [0, 10, 20, 30, 1000, 2000, 3000, 4000]
     assert order.index(1000) < order.index(20)
     assert engine.counts == Counts(extended=4) and engine.cache.free_blocks == engine.cache.num_blocks
@@ -92,10 +94,12 @@ def test_a_refinement_may_start_while_other_solutions_decode() -> None:
 
 def test_a_refinement_comes_before_prompts_that_wait() -> None:
     engine = make(max_sequences=1)
-    generation = engine.generate([replace(request, keep=True) for request in requests(1, GREEDY)], seed=0)
-    solution = next(generation)
-    generation.add([refinement(solution, extends=solution)])
-    assert [rollout.sample_id for rollout in generation] == [1000, 10, 20, 30]
+
+    def refined(rollout: Rollout) -> list[Request]:
+        return [] if rollout.sample_id else [refinement(rollout, extends=rollout)]
+
+    asked = [replace(request, keep=True) for request in requests(1, GREEDY)]
+    assert [rollout.sample_id for rollout in engine.run(asked, refined, seed=0)] == [0, 1000, 10, 20, 30]
 
 
 def test_a_chain_of_passes_carries_one_cache_along(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -104,7 +108,7 @@ def test_a_chain_of_passes_carries_one_cache_along(monkeypatch: pytest.MonkeyPat
     prompt_tokens = []
     for _ in range(3):
         sizes = prefilled(engine, monkeypatch)
-        (rollout,) = engine.generate([refinement(rollout, extends=rollout, keep=True)], seed=0)
+        (rollout,) = engine.run([refinement(rollout, extends=rollout, keep=True)], seed=0)
         prompt_tokens.append(sizes[0])
     assert prompt_tokens == [6, 6, 6] and engine.counts == Counts(extended=3)
 
@@ -155,7 +159,7 @@ def test_a_kept_cache_is_extended_once() -> None:
 def test_another_engines_rollout_has_no_cache_here() -> None:
     mine, other = make(), make()
     solved, (stranger, *_) = solutions(mine), solutions(other)
-    assert stranger.kept in {rollout.kept for rollout in solved}
+    assert stranger.cached in {rollout.cached for rollout in solved}
     refine(mine, [refinement(stranger, extends=stranger)])
     assert mine.counts == Counts(released=1)
 
@@ -164,7 +168,7 @@ def test_kept_caches_give_way_oldest_first_before_anything_runs_out() -> None:
     """Sequences of up to 80 tokens in a pool of 160: two running ones need all of it."""
     engine = make(cache_tokens=160)
     asked = [Request(n, prompts()[1], (n,), Sampling(max_tokens=15), keep=True) for n in range(4)]
-    solved = sorted(engine.generate(asked, seed=0), key=lambda rollout: rollout.sample_id)
+    solved = sorted(engine.run(asked, seed=0), key=lambda rollout: rollout.sample_id)
     assert engine.cache.free_blocks == 10 - 4 * 2
     assert len(refine(engine, [Request(9, prompts()[2], (90,), Sampling(max_tokens=60))])) == 1
     assert engine.counts == Counts() and engine.cache.free_blocks == 10 - 2 * 2
@@ -186,7 +190,7 @@ def test_kept_caches_give_way_oldest_first_before_anything_runs_out() -> None:
 def test_the_oldest_goes_first(asked: list[Request]) -> None:
     engine = make(cache_tokens=160)
     solve = [Request(n, prompts()[1], (n,), Sampling(max_tokens=15), keep=True) for n in range(4)]
-    solved = [next(engine.generate([request], seed=0)) for request in solve]
+    solved = [engine.run([request], seed=0)[0] for request in solve]
     assert engine.cache.free_blocks == 10 - 4 * 2
     refine(engine, asked)
     assert engine.cache.free_blocks == 10 - 2 * 2
@@ -198,59 +202,49 @@ def test_kept_caches_make_room_for_a_group_to_fork(monkeypatch: pytest.MonkeyPat
     """Rather than that its members have to bring in the prompt once more each."""
     engine = make(cache_tokens=160)
     solve = [Request(n, prompts()[1], (n,), Sampling(max_tokens=15), keep=True) for n in range(4)]
-    list(engine.generate(solve, seed=0))
+    engine.run(solve, seed=0)
     sizes = prefilled(engine, monkeypatch)
     refine(engine, [Request(9, prompts()[2], (90, 91, 92, 93), Sampling(max_tokens=5))])
-    assert sizes == [17] and engine.cache.free_blocks == 10 - 2 * 2
+    assert sizes == [17, 4] and engine.cache.free_blocks == 10 - 2 * 2
 
 
 def test_a_refinement_rather_waits_than_give_up_the_cache_it_extends() -> None:
     engine = make(cache_tokens=96)
-    (solution,) = engine.generate([Request(0, prompts()[1], (0,), Sampling(max_tokens=15), keep=True)], seed=0)
-    generation = engine.generate([Request(1, prompts()[0], (1,), Sampling(max_tokens=20))], seed=0)
-    generation._step(1)
+    (solution,) = engine.run([Request(0, prompts()[1], (0,), Sampling(max_tokens=15), keep=True)], seed=0)
+    grown = engine.stream([Request(1, prompts()[0], (1,), Sampling(max_tokens=20))], seed=0)
+    next(grown)
     prompt = (*solution.prompt, *solution.response, *range(45))
-    generation.add([Request(2, prompt, (2,), GREEDY, extends=solution)])
-    assert [rollout.sample_id for rollout in generation] == [1, 2]
+    scheduler_of(grown).add([Request(2, prompt, (2,), GREEDY, extends=solution)])
+    assert [rollout.sample_id for rollout in grown if rollout.ended] == [1, 2]
     assert engine.counts == Counts(extended=1)
 
 
 def test_a_cache_that_gave_way_while_its_refinement_waited_is_prefilled_anew() -> None:
     engine = make(cache_tokens=96, max_sequences=1)
-    (solution,) = engine.generate([Request(0, prompts()[1], (0,), Sampling(max_tokens=15), keep=True)], seed=0)
-    generation = engine.generate([Request(1, prompts()[3], (1,), Sampling(max_tokens=41))], seed=0)
-    generation._step(1)
-    generation.add([refinement(solution, extends=solution)])
-    got = {rollout.sample_id: rollout for rollout in generation}
+    (solution,) = engine.run([Request(0, prompts()[1], (0,), Sampling(max_tokens=15), keep=True)], seed=0)
+    grown = engine.stream([Request(1, prompts()[3], (1,), Sampling(max_tokens=41))], seed=0)
+    next(grown)
+    scheduler_of(grown).add([refinement(solution, extends=solution)])
+    got = {rollout.sample_id: rollout for rollout in grown}
     assert engine.counts == Counts(released=1)
     assert tokens(got)[1000] == tokens(refine(make(), [refinement(solution)]))[1000]
 
 
-def test_release_kept_frees_them_all() -> None:
+def test_releasing_prefixes_frees_them_all() -> None:
     engine = make()
     solved = solutions(engine)
-    engine.release_kept()
+    engine.release_prefixes()
     assert engine.cache.free_blocks == engine.cache.num_blocks
     refine(engine, [refinement(solved[0], extends=solved[0])])
     assert engine.counts == Counts(released=1)
 
 
-def test_release_kept_frees_those_named_alone() -> None:
+def test_releasing_prefixes_frees_those_named_alone() -> None:
     engine = make()
     solved = solutions(engine)
-    engine.release_kept(solved[1:])
-    engine.release_kept(solved[1:])  # have nothing any more
+    engine.release_prefixes(solved[1:])
+    engine.release_prefixes(solved[1:])  # have nothing any more
     assert engine.cache.free_blocks < engine.cache.num_blocks
     refine(engine, [refinement(s, extends=s) for s in solved[:2]])
     assert engine.counts == Counts(extended=1, released=1)
     assert engine.cache.free_blocks == engine.cache.num_blocks
-
-
-def test_a_refinement_left_by_a_closed_generation_still_extends() -> None:
-    engine = make()
-    solution = solutions(engine, 1)[0]
-    generation = engine.generate([refinement(solution, extends=solution)], seed=0)
-    left = generation.close()
-    assert engine.counts == Counts()
-    refine(engine, left)
-    assert engine.counts == Counts(extended=1)

@@ -1,0 +1,120 @@
+"""The step of every algorithm that learns from its own samples: roll out, grade, advantages, update, metrics."""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+
+from thinktwice_fast import parallel
+from thinktwice_fast.algorithms.metrics import rollout_metrics, sample_metrics
+from thinktwice_fast.algorithms.sampler import Sampler, SampleSpec, SamplingTimes
+from thinktwice_fast.config import Config
+from thinktwice_fast.records import Group, Rollout, Sampling
+from thinktwice_fast.update.updater import Updater
+from thinktwice_kernels import group_advantages
+
+
+class PolicyStep:
+    """Turns groups of prompts into samples, rewards and better weights.
+
+    Args:
+        config: the run's.
+        sampler: rolls out and grades.
+        updater: learns.
+        groups_per_slot: groups of one problem that are trained on together, whose samples never part.
+    """
+
+    def __init__(self, config: Config, sampler: Sampler, updater: Updater, groups_per_slot: int = 1):
+        self._config = config
+        self._sampler = sampler
+        self._updater = updater
+        samples = groups_per_slot * config.samples_per_problem
+        self._minibatches = minibatch_slots(
+            config.problems_per_step,
+            config.update.minibatch_sequences // samples or config.problems_per_step,
+            parallel.rank(),
+            parallel.world_size(),
+        )
+
+    @property
+    def slots(self) -> list[int]:
+        """This process's problems of a step, by number."""
+        return [slot for minibatch in self._minibatches for slot in minibatch]
+
+    def __call__(self, groups: Sequence[Group], stream: int) -> dict[str, float]:
+        """Fill the groups with graded samples of the present policy and learn from them. Collective.
+
+        Args:
+            groups: one of each of ``slots``, without rollouts yet.
+            stream: keeps random numbers apart (the step's number).
+
+        Returns:
+            Metrics by name without their phase.
+        """
+        times = self._sampler.fill(groups, self.spec(stream))
+        return sample_metrics(groups) | self.learn([groups], times)
+
+    def spec(self, stream: int) -> SampleSpec:
+        """The samples of a training step by the present weights."""
+        options = self._config.rollout
+        sampling = Sampling(
+            options.temperature,
+            options.top_p,
+            options.top_k,
+            options.min_p,
+            options.max_response_tokens,
+            options.stop_strings,
+        )
+        return SampleSpec(self._config.samples_per_problem, sampling, stream, self._config.seed, self._updater.version)
+
+    def learn(self, phases: Sequence[Sequence[Group]], times: SamplingTimes) -> dict[str, float]:
+        """Advantages and an update on groups that are filled. Collective.
+
+        Args:
+            phases: of each a group of each slot; an advantage compares answers to one prompt, and its scale those of
+                one phase.
+            times: what sampling them all took.
+
+        Returns:
+            Metrics of rolling out and of the update, by name without their phase.
+        """
+        for groups in phases:
+            set_advantages(groups, self._config.loss.scale_rewards)
+        by_slot = {together[0].slot: together for together in zip(*phases, strict=True)}
+        minibatches = [[group for slot in slots for group in by_slot[slot]] for slots in self._minibatches]
+        update = self._updater.policy_update([graded(groups) for groups in minibatches])
+        return rollout_metrics([group for groups in phases for group in groups], times) | update
+
+
+def minibatch_slots(slots: int, size: int, rank: int, world: int) -> list[list[int]]:
+    """This process's slots, mini-batch by mini-batch.
+
+    A mini-batch holds the same problems whatever the number of processes, so that an optimizer step
+    sees the same samples.
+
+    Args:
+        slots: problems per step, over all processes.
+        size: problems per mini-batch, over all processes; divides ``slots``.
+        rank: this process.
+        world: number of processes; divides ``size``.
+    """
+    share = size // world
+    return [list(range(start + rank * share, start + (rank + 1) * share)) for start in range(0, slots, size)]
+
+
+def set_advantages(groups: Sequence[Group], scale_rewards: Literal["none", "group", "batch"]) -> None:
+    """Set each graded rollout's group-normalised advantage. Collective: ``batch`` scales over all processes."""
+    own = [(group.slot, rollout) for group in groups for rollout in graded([group])]
+    everyone = parallel.gather([(slot, rollout.reward) for slot, rollout in own])
+    slots, rewards = zip(*[pair for part in everyone for pair in part], strict=True) if any(everyone) else ((), ())
+    advantages = group_advantages(
+        torch.tensor(rewards, dtype=torch.float64), torch.tensor(slots, dtype=torch.int64), scale_rewards=scale_rewards
+    )
+    start = sum(len(part) for part in everyone[: parallel.rank()])
+    for (_, rollout), advantage in zip(own, advantages[start : start + len(own)].tolist(), strict=True):
+        rollout.advantage = advantage
+
+
+def graded(groups: Sequence[Group]) -> list[Rollout]:
+    """The groups' rollouts that have a reward, in order."""
+    return [rollout for group in groups for rollout in group.rollouts if rollout.reward is not None]
