@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from bench.step_process import BETAS, CLIP, LEARNING_RATE, Ask
-from thinktwice_kernels.reference.loss import grpo_loss
+from thinktwice_kernels.reference import grpo_loss
 
 Weights = Mapping[str, Tensor]
 

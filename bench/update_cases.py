@@ -29,7 +29,7 @@ from thinktwice_fast.records import Rollout
 from thinktwice_fast.run.memory import keep_freed_memory
 from thinktwice_fast.update.optimizer import build_optimizer
 from thinktwice_fast.update.updater import Updater
-from thinktwice_kernels.reference.loss import grpo_loss
+from thinktwice_kernels.reference import grpo_loss
 
 _TIMEOUT = 600.0  # seconds
 

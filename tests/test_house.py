@@ -9,6 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "thinktwice_fast"
+OPS = ROOT / "kernels" / "thinktwice_kernels"
 # Lower layers first; a module may import its own layer's folder and anything lower. `tasks`, `rollout` and
 # `update` stand side by side and don't know each other.
 LAYERS = [
@@ -72,6 +73,28 @@ def test_the_ops_library_knows_nothing_of_the_trainer() -> None:
         peer = {path.stem} if path.parent.name == "integrations" else set()
         foreign = {module.split(".")[0] for module in imports(path)} - allowed - peer
         assert not foreign, f"{path.relative_to(ROOT)} imports {foreign}"
+
+
+def stands_on(module: str) -> set[str]:
+    """The modules of thinktwice_kernels that one imports, and those that these import, itself among them."""
+    found, open_ends = set(), {module}
+    while open_ends:
+        name = open_ends.pop()
+        found.add(name)
+        named = imports(OPS / f"{name.replace('.', '/')}.py")
+        inside = {other.partition(".")[2] for other in named if other.startswith("thinktwice_kernels.")}
+        open_ends |= {other for other in inside if (OPS / f"{other.replace('.', '/')}.py").exists()} - found
+    return found
+
+
+def test_the_fused_loss_stands_on_seven_files() -> None:
+    """On CUDA their kernels come on top, which are launched from triton/."""
+    assert stands_on("linear_loss") == {"linear_loss", "loss", "rows", "advantages", "options", "metrics", "launch"}
+
+
+def test_a_numeric_option_of_the_loss_stands_in_three_files() -> None:
+    names = {str(path.relative_to(OPS)) for path in OPS.rglob("*.py") if "rollout_is_cap" in path.read_text()}
+    assert names == {"options.py", "loss.py", "triton/loss.py"}
 
 
 def test_no_module_shadows_another() -> None:

@@ -1,5 +1,5 @@
 // The schema of every op of thinktwice_kernels on the CPU, once. What each does, its shapes and its errors:
-// kernels/thinktwice_kernels/backends/__init__.py. Vectors of numbers beside the logits are float64.
+// kernels/thinktwice_kernels/rows.py. Vectors of numbers beside the logits are float64.
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(thinktwice_loss, m) {
@@ -10,12 +10,4 @@ STABLE_TORCH_LIBRARY(thinktwice_loss, m) {
       "row_gradient(Tensor logits, Tensor targets, Tensor? bias, Tensor temperature, float softcap,"
       " Tensor lse, Tensor? entropy, Tensor? d_logps, Tensor? d_entropy, Tensor? rows, Tensor(a!) out) -> "
       "()");
-
-  // `advantages` are rewards where `group_ids` are given.
-  m.def(
-      "sequence_loss(Tensor logps, Tensor advantages, Tensor? group_ids, int scale_rewards, float eps,"
-      " Tensor cu_seqlens, Tensor weights, Tensor? old_logps, Tensor? ref_logps, Tensor? rollout_logps,"
-      " Tensor? entropy, Tensor? loss_mask, Tensor? guide_mask, Tensor options, bool want_gradient)"
-      " -> (Tensor partials, Tensor d_logps, Tensor d_entropy)");
-  m.def("group_advantages(Tensor rewards, Tensor group_ids, int scale_rewards, float eps) -> Tensor");
 }

@@ -3,14 +3,13 @@
 Letters: S sequences.
 """
 
-from typing import get_args
+from typing import Any, cast, get_args
 
 import torch
 from torch import Tensor
 
-from thinktwice_kernels.ops import loss as ops
+from thinktwice_kernels.launch import NAMESPACE, accumulation_dtype, in_triton, uses_triton
 from thinktwice_kernels.options import ScaleRewards
-from thinktwice_kernels.packed import accumulation_dtype
 
 ADVANTAGE_EPS = 1e-6
 
@@ -50,7 +49,67 @@ def group_advantages(
         ValueError: shapes differ, ids that are no integers, a negative eps, or an unknown `scale_rewards`.
     """
     check_rewards(rewards, group_ids, scale_rewards, eps)
-    return ops.group_advantages(*prepared_rewards(rewards, group_ids), scale_rewards, eps)
+    return _group_advantages(*prepared_rewards(rewards, group_ids), scale_rewards, eps)
+
+
+@torch.no_grad()
+def group_advantages_reference(
+    rewards: Tensor,  # [S]
+    group_ids: Tensor,  # [S]
+    *,
+    scale_rewards: ScaleRewards = "none",
+    eps: float = ADVANTAGE_EPS,
+) -> Tensor:
+    """`group_advantages`, arguments and results alike, in plain torch; inputs are not checked. The CPU runs it."""
+    out_dtype = accumulation_dtype(rewards)
+    # S is small, and float64 keeps rewards like 1e6 + 0.1 apart from their mean.
+    rewards = rewards.double()
+    members = _dense_labels(group_ids)
+    sizes = _group_sum(torch.ones_like(rewards), members)
+    # Rewards that are all equal must give exactly 0, which sum / n does not guarantee: take the group's
+    # smallest reward off first.
+    lowest = torch.zeros_like(rewards).scatter_reduce(0, members, rewards, "amin", include_self=False)
+    shifted = rewards - lowest[members]
+    centred = shifted - (_group_sum(shifted, members) / sizes)[members]
+    if scale_rewards == "group":
+        variance = _group_sum(centred.square(), members) / (sizes - 1).clamp(min=1)
+        centred = centred / (variance.sqrt()[members] + eps)
+    elif scale_rewards == "batch":
+        deviation = rewards - rewards.sum() / max(rewards.numel(), 1)
+        variance = deviation.square().sum() / max(rewards.numel() - 1, 1)
+        centred = centred / (variance.sqrt() + eps)
+    return centred.to(out_dtype)
+
+
+def _dense_labels(group_ids: Tensor) -> Tensor:
+    # torch.unique would do the same, at the price of a device synchronisation.
+    ordered, order = group_ids.sort(stable=True)
+    starts = torch.zeros_like(ordered, dtype=torch.int64)
+    starts[1:] = ordered[1:] != ordered[:-1]
+    return torch.empty_like(starts).scatter_(0, order, starts.cumsum(0))
+
+
+def _group_sum(values: Tensor, members: Tensor) -> Tensor:
+    return torch.zeros_like(values).index_add_(0, members, values)
+
+
+@torch.library.custom_op(f"{NAMESPACE}::group_advantages", mutates_args=())
+def _group_advantages(
+    rewards: Tensor,  # [S] fp32 or float64
+    group_ids: Tensor,  # [S] int64
+    scale_rewards: str,
+    eps: float,
+) -> Tensor:
+    """[S], in the type of the rewards."""
+    scale = cast(ScaleRewards, scale_rewards)
+    if uses_triton(rewards):
+        return in_triton("advantages").group_advantages_in_triton(rewards, group_ids, scale, eps)
+    return group_advantages_reference(rewards, group_ids, scale_rewards=scale, eps=eps)
+
+
+@_group_advantages.register_fake
+def _(rewards: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(rewards)
 
 
 def prepared_rewards(rewards: Tensor, group_ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -71,3 +130,33 @@ def check_rewards(rewards: Tensor, group_ids: Tensor, scale_rewards: str, eps: f
         raise ValueError(f"unknown scale_rewards {scale_rewards!r}: choose one of {', '.join(get_args(ScaleRewards))}")
     if not eps > 0:
         raise ValueError(f"eps is {eps}: choose a positive number")
+
+
+def check_advantages(
+    advantages: Tensor | None,
+    rewards: Tensor | None,
+    group_ids: Tensor | None,
+    cu_seqlens: Tensor,
+    tokens: int,
+    scale_rewards: str,
+    eps: float,
+) -> None:
+    """Raise ValueError unless there are advantages [S] or [T], or rewards [S] and group_ids [S]."""
+    count = cu_seqlens.numel() - 1
+    if rewards is None and group_ids is None:
+        if scale_rewards != "none":
+            raise ValueError(f"scale_rewards={scale_rewards!r} has no effect without rewards: leave it at 'none'")
+        if eps != ADVANTAGE_EPS:
+            raise ValueError(f"advantage_eps={eps} has no effect without rewards: leave it at {ADVANTAGE_EPS}")
+        if advantages is None or advantages.dim() != 1 or advantages.numel() not in (count, tokens):
+            shape = None if advantages is None else list(advantages.shape)
+            raise ValueError(
+                f"advantages has shape {shape}: pass one per sequence, [{count}], or one per token, [{tokens}], or "
+                "rewards and group_ids in their place"
+            )
+        return
+    if advantages is not None or rewards is None or group_ids is None:
+        raise ValueError("pass either advantages, or rewards and group_ids with advantages=None")
+    check_rewards(rewards, group_ids, scale_rewards, eps)
+    if rewards.numel() != count:
+        raise ValueError(f"rewards has shape {list(rewards.shape)}: pass one per sequence, [{count}]")

@@ -13,11 +13,16 @@ import triton.language as tl
 from torch import Tensor
 
 from thinktwice_kernels import native
-from thinktwice_kernels.backends import uses_triton
-from thinktwice_kernels.first_order import first_order_only
-from thinktwice_kernels.ops.common import NAMESPACE
-from thinktwice_kernels.packed import accumulation_dtype
-from thinktwice_kernels.triton_kernels.launch import SHAPES, launch, row_arguments, triton_type
+from thinktwice_kernels.launch import (
+    NAMESPACE,
+    SHAPES,
+    accumulation_dtype,
+    first_order_only,
+    launch,
+    row_arguments,
+    triton_type,
+    uses_triton,
+)
 
 
 def swiglu(

@@ -1,20 +1,66 @@
-"""The policy-gradient loss straight from the last hidden state.
+"""The policy-gradient loss straight from the last hidden state: loss, metrics and all gradients tile by tile.
 
-Letters: T tokens, S sequences, V vocabulary, H hidden size.
+A tile of logits becomes log-probabilities, these become the loss and its derivative, and with that the tile becomes
+its own gradient, which two products turn into those of hidden states and weight: 6 T V H in all. Rows without signal
+never enter a product, rows that the loss clips leave before the last two.
+
+Where one token's loss depends on its whole sequence, tiles hold whole sequences. A sequence that is longer than a
+tile is worked through in pieces, of which all but the last are computed a second time: 8 T V H for those.
+
+Letters: T tokens, S sequences, V vocabulary, H hidden size, N computed tokens, n tokens of a segment.
 """
 
-from typing import Unpack
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Any, Unpack, cast
 
 import torch
 from torch import Tensor
 
-from thinktwice_kernels.advantages import ADVANTAGE_EPS, group_advantages
-from thinktwice_kernels.logprobs import check_head, check_targets, temperature_arguments
-from thinktwice_kernels.loss import absent_metrics, check_advantages, check_normalizer, prepared_tensors
-from thinktwice_kernels.ops import loss as ops
-from thinktwice_kernels.options import LossKeywords, LossOptions, ScaleRewards
-from thinktwice_kernels.packed import accumulation_dtype, check_cu_seqlens
-from thinktwice_kernels.totals import loss_weights, metrics_of
+from thinktwice_kernels.advantages import ADVANTAGE_EPS, check_advantages, group_advantages
+from thinktwice_kernels.launch import (
+    NAMESPACE,
+    accumulation_dtype,
+    fake_gradient,
+    first_order_only,
+    in_triton,
+    uses_triton,
+)
+from thinktwice_kernels.loss import sequence_loss
+from thinktwice_kernels.metrics import PARTIALS, absent_metrics, metrics_of, totals_of
+from thinktwice_kernels.options import (
+    LossInputs,
+    LossKeywords,
+    LossOptions,
+    ScaleRewards,
+    Selection,
+    check_cu_seqlens,
+    check_normalizer,
+    loss_weights,
+    prepared_tensors,
+    select_tokens_in_torch,
+)
+from thinktwice_kernels.rows import (
+    Head,
+    HeadGradients,
+    accumulated_logits,
+    bytes_per_logit,
+    check_head,
+    check_targets,
+    gradient_dtype,
+    head_of,
+    hidden_gradient_dtype,
+    new_tile,
+    row_gradient,
+    row_statistics,
+    rows_per_tile,
+    temperature_arguments,
+    tiles,
+)
+
+# Tokens that one thread or program takes at a time where sequences don't matter.
+_TOKENS_TOGETHER = 1024
 
 
 def linear_grpo_loss(
@@ -99,7 +145,7 @@ def linear_grpo_loss(
         advantages = group_advantages(rewards, group_ids, scale_rewards=scale_rewards, eps=advantage_eps)
     assert advantages is not None
     differentiable = (hidden, weight, bias)
-    loss, totals, *_ = ops.linear_grpo_loss(
+    loss, totals, *_ = _linear_grpo_loss(
         hidden,
         weight,
         bias,
@@ -115,3 +161,329 @@ def linear_grpo_loss(
         None if memory_budget is None else int(memory_budget),
     )
     return loss, metrics_of(totals, loss.dtype, absent_metrics({**given, "entropy": hidden}))
+
+
+@torch.library.custom_op(f"{NAMESPACE}::linear_grpo_loss", mutates_args=())
+def _linear_grpo_loss(
+    hidden: Tensor,  # [T, H]
+    weight: Tensor,  # [V, H]
+    bias: Tensor | None,  # [V]
+    targets: Tensor,  # [T] int64
+    temperature: float,
+    temperatures: Tensor | None,  # [T]
+    softcap: float | None,
+    advantages: Tensor,  # [S] or [T], here or on the CPU
+    cu_seqlens: Tensor,  # [S+1], here or on the CPU
+    weights: Tensor,  # [S]
+    old_logps: Tensor | None,  # [T]
+    ref_logps: Tensor | None,  # [T]
+    rollout_logps: Tensor | None,  # [T]
+    loss_mask: Tensor | None,  # [T] bool, here or on the CPU
+    guide_mask: Tensor | None,  # [T] bool, here or on the CPU
+    options: Sequence[float],  # LossOptions.encode()
+    wanted: Sequence[bool],  # the gradients of hidden, weight, bias
+    memory_budget: int | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The loss, the totals [len(PARTIALS)] float64, and the gradients of hidden, weight (fp32) and bias (fp32)."""
+    logps = hidden.new_empty(0)  # computed tile by tile
+    inputs = LossInputs(
+        logps, advantages, cu_seqlens, weights, old_logps, ref_logps, rollout_logps, None, loss_mask, guide_mask
+    )
+    head = head_of(bias, temperature, temperatures, softcap)
+    with torch.autocast(hidden.device.type, enabled=False):
+        totals, gradients = _tiled_loss(
+            hidden, weight, targets, head, inputs, LossOptions.decode(options), cast(Any, tuple(wanted)), memory_budget
+        )
+    return totals[0].to(accumulation_dtype(hidden, weight), copy=True), totals, *gradients
+
+
+@_linear_grpo_loss.register_fake
+def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    dtype = accumulation_dtype(hidden, weight)
+    wanted = rest[-2]
+    return (
+        hidden.new_empty((), dtype=dtype),
+        hidden.new_empty(len(PARTIALS), dtype=torch.float64),
+        fake_gradient(hidden, wanted[0], hidden_gradient_dtype(hidden, weight)),
+        fake_gradient(weight, wanted[1], dtype),
+        fake_gradient(weight.new_empty(0) if bias is None else bias, wanted[2], dtype),
+    )
+
+
+def _linear_loss_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.set_materialize_grads(False)  # else each backward pass fills zeros of the shape of every gradient below
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(*inputs[:3], *output[2:])
+
+
+@first_order_only
+def _linear_loss_backward(ctx: Any, gradient: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    if gradient is None:
+        return (None,) * 18
+    inputs, saved = ctx.saved_tensors[:3], ctx.saved_tensors[3:]
+    consume = type(gradient) is Tensor and not ctx.creates_graph and not _graph_is_kept()
+    scaled = [
+        _scaled(tensor, gradient, like.dtype, consume) if want else None
+        for tensor, like, want in zip(saved, inputs, ctx.needs_input_grad, strict=False)
+    ]
+    return *scaled, *(None,) * 15
+
+
+_linear_grpo_loss.register_autograd(_linear_loss_backward, setup_context=_linear_loss_setup)
+
+
+def _graph_is_kept() -> bool:
+    """Whether the running backward pass was asked to retain its graph, so that it may run again."""
+    return bool(torch._C._autograd._get_current_graph_task_keep_graph())
+
+
+def _scaled(gradient: Tensor, by: Tensor, dtype: torch.dtype, consume: bool) -> Tensor:
+    """The product in the given type; with `consume` in the memory of `gradient` where that can be."""
+    if type(by) is Tensor and by.device.type == "cpu" and by == 1:  # a GPU would wait, a tracer's tensors have no value
+        # What a graph that runs again hands out must be memory of its own.
+        return gradient.to(dtype, copy=not consume)
+    if type(by) is not Tensor:
+        return (gradient * by).to(dtype)
+    out = gradient if consume and gradient.dtype == dtype else torch.empty_like(gradient, dtype=dtype)
+    if uses_triton(gradient):
+        in_triton("scale").scale_in_triton(gradient, by, out)
+    else:
+        torch.mul(gradient, by, out=out)
+    return out
+
+
+def _tiled_loss(
+    hidden: Tensor,  # [T, H]
+    weight: Tensor,  # [V, H]
+    targets: Tensor,  # [T] int64
+    head: Head,
+    inputs: LossInputs,  # but for logps, which are computed here, and entropy
+    options: LossOptions,
+    wanted: tuple[bool, bool, bool],  # the gradients of hidden, weight and bias
+    budget: int | None,  # bytes of logits and their gradient at a time
+) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
+    """Totals of the batch [len(PARTIALS)], and the gradients as `HeadGradients.result` gives them."""
+    tokens = select_tokens(_beside(hidden, inputs), hidden.shape[0], options)
+    work = _Tiles(hidden, weight, targets, head, options, wanted, budget, tokens)
+    segments = list(_segments(tokens, options, work.step))
+    parts = [work.segment(*pair) for pair in zip(segments, _offsets(segments, hidden.device), strict=True)]
+    totals = totals_of(torch.cat([hidden.new_empty(0, len(PARTIALS), dtype=torch.float64), *parts]))
+    totals[PARTIALS.index("tokens")] = tokens.in_loss
+    return totals, work.gradients.result()
+
+
+def _beside(hidden: Tensor, inputs: LossInputs) -> LossInputs:
+    """The inputs on the device of the hidden states."""
+    tensors = {name: value for name, value in vars(inputs).items() if isinstance(value, Tensor)}
+    moved: Any = {name: uploaded(tensor, hidden.device) for name, tensor in tensors.items()}
+    return replace(inputs, **moved)
+
+
+def uploaded(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on the device. A GPU may read pageable memory after it is freed, so the copy is from pinned memory."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
+def select_tokens(inputs: LossInputs, tokens: int, options: LossOptions) -> Selection:
+    """The tokens in the loss, without those that have no signal.
+
+    `inputs` are of T = `tokens` tokens, with weights [S]; logps and entropy are not looked at. Where
+    `LossOptions.skips_zero_advantages` holds, a token has no signal if its advantage is 0; where the loss needs
+    whole sequences, if that of each loss token of its sequence is. A GPU is waited for at most once: for N, unless
+    that must be T, and for the borders where they are needed.
+    """
+    if uses_triton(inputs.weights):
+        return in_triton("selection").select_tokens_in_triton(inputs, tokens, options)
+    return select_tokens_in_torch(inputs, tokens, options)
+
+
+@dataclass(frozen=True)
+class _Segment:
+    """Consecutive computed tokens whose loss depends on no others."""
+
+    start: int
+    stop: int
+    offsets: list[int]  # of its sequences, from 0 to stop - start
+
+
+def _segments(tokens: Selection, options: LossOptions, step: int) -> Iterator[_Segment]:
+    count, borders = tokens.rows.numel(), tokens.borders
+    if options.needs_whole_sequences():
+        assert borders is not None
+        yield from _whole_sequences(borders, step)
+        return
+    # Where one guided token makes its sequence guided, it must not reach into the next one. Elsewhere any cuts do.
+    if borders is None:
+        borders = list(range(0, count, _TOKENS_TOGETHER))
+    for piece in tiles(0, count, step):
+        inside = sorted({border - piece.start for border in borders if piece.start < border < piece.stop})
+        yield _Segment(piece.start, piece.stop, [0, *inside, piece.stop - piece.start])
+
+
+def _whole_sequences(borders: list[int], step: int) -> Iterator[_Segment]:
+    """As many sequences at a time as a tile has rows for, at least one."""
+    start, offsets = 0, [0]
+    for begin, end in pairwise(borders):
+        if end - start > step and begin > start:
+            yield _Segment(start, begin, offsets)
+            start, offsets = begin, [0]
+        if end > begin:
+            offsets.append(end - start)
+    if len(offsets) > 1:
+        yield _Segment(start, start + offsets[-1], offsets)
+
+
+def _offsets(segments: list[_Segment], device: torch.device) -> Sequence[Tensor]:
+    """Each segment's offsets, int32, in one piece of memory."""
+    sizes = [len(segment.offsets) for segment in segments]
+    offsets = torch.tensor([offset for segment in segments for offset in segment.offsets], dtype=torch.int32)
+    return uploaded(offsets, device).split(sizes)
+
+
+class _Tiles:
+    """Works through segments, one tile of logits in memory."""
+
+    def __init__(
+        self,
+        hidden: Tensor,  # [T, H]
+        weight: Tensor,  # [V, H]
+        targets: Tensor,  # [T]
+        head: Head,
+        options: LossOptions,
+        wanted: tuple[bool, bool, bool],
+        budget: int | None,
+        tokens: Selection,
+    ):
+        self._hidden, self._weight, self._targets = hidden, weight, targets
+        self._head, self._options, self._tokens = head, options, tokens
+        self._want_gradient = any(wanted)
+        self._dtype, self._out_dtype = accumulation_dtype(hidden, weight), gradient_dtype(hidden, weight)
+        self.step = rows_per_tile(weight.shape[0], bytes_per_logit(self._dtype, self._out_dtype), hidden.device, budget)
+        capacity = min(self.step, tokens.rows.numel())
+        self._buffer = new_tile(hidden, weight, capacity)
+        self._out_buffer = self._buffer
+        if any(wanted) and self._out_dtype != self._dtype:
+            self._out_buffer = hidden.new_empty(capacity, weight.shape[0], dtype=self._out_dtype)
+        self.gradients = HeadGradients(hidden, weight, head.bias, wanted)
+
+    def segment(
+        self,
+        segment: _Segment,
+        offsets: Tensor,  # the segment's, int32
+    ) -> Tensor:
+        """Partials [sequences, len(PARTIALS)]; the gradients are added to `gradients`."""
+        count = segment.stop - segment.start
+        logps, lse, entropy = (self._hidden.new_empty(count, dtype=self._dtype) for _ in range(3))
+        pieces = list(tiles(0, count, self.step))
+        logits = self._buffer
+        for piece in pieces:
+            rows = self._rows(segment, piece)
+            logits = self._logits(rows, piece)
+            found = row_statistics(logits, self._targets[rows], self._head.of_rows(rows), True)
+            logps[piece], lse[piece] = found[:2]
+            entropy[piece] = cast(Tensor, found[2])
+        partials, d_logps, d_entropy = sequence_loss(
+            _of_segment(self._tokens.inputs, segment, offsets, logps, entropy),
+            self._options,
+            self._want_gradient,
+            selected=True,
+        )
+        if not self._want_gradient:
+            return partials
+        for piece in reversed(pieces):
+            live = self._live(d_logps[piece])
+            if live is not None and live.numel() == 0:
+                continue
+            rows = self._rows(segment, piece)
+            if piece is not pieces[-1]:
+                logits = self._logits(rows, piece)
+            self._add_gradients(
+                logits,
+                rows,
+                live,
+                lse[piece],
+                entropy[piece],
+                d_logps[piece],
+                d_entropy[piece] if d_entropy.numel() else None,
+            )
+        return partials
+
+    def _rows(self, segment: _Segment, piece: slice) -> Tensor | slice:
+        computed = slice(segment.start + piece.start, segment.start + piece.stop)
+        return computed if self._tokens.everything else self._tokens.rows[computed]
+
+    def _logits(self, rows: Tensor | slice, piece: slice) -> Tensor:
+        return accumulated_logits(self._hidden[rows], self._weight, out=self._buffer[: piece.stop - piece.start])
+
+    def _add_gradients(
+        self,
+        logits: Tensor,  # [t, V], overwritten
+        rows: Tensor | slice,  # the t rows, of the T
+        live: Tensor | None,  # those of the t that have a gradient; None: all
+        lse: Tensor,  # [t]
+        entropy: Tensor,  # [t]
+        d_logps: Tensor,  # [t]
+        d_entropy: Tensor | None,  # [t]
+    ) -> None:
+        count = d_logps.numel() if live is None else live.numel()
+        d_logits = logits if self._out_dtype == self._dtype else self._out_buffer[:count]
+        row_gradient(
+            logits, self._targets[rows], self._head.of_rows(rows), lse, entropy, d_logps, d_entropy, live, d_logits
+        )
+        if live is not None:
+            if d_logits is logits:
+                d_logits = _compacted(logits, live)
+            rows = live + rows.start if isinstance(rows, slice) else rows[live]
+        self.gradients.add(d_logits, rows)
+
+    def _live(self, d_logps: Tensor) -> Tensor | None:
+        """The rows of a tile with a gradient; None: all. Asking makes a GPU wait, so not where none can lack it."""
+        inputs, options = self._tokens.inputs, self._options
+        clips = inputs.old_logps is not None and options.policy_loss == "clip"
+        whole = options.needs_whole_sequences()
+        may_lack = clips or whole or inputs.guide_mask is not None or options.rollout_is.endswith("mask")
+        if not (may_lack and options.skips_zero_advantages()):
+            return None
+        live = torch.nonzero(d_logps).squeeze(1)
+        return None if live.numel() == d_logps.numel() else live
+
+
+def _compacted(
+    tile: Tensor,  # [t, V]
+    rows: Tensor,  # [m] int64, rising
+) -> Tensor:  # [m, V]
+    """The rows moved to the tile's beginning, on a CPU in place: a copy needs the memory of a second tile."""
+    if tile.is_cuda:  # where that would be a launch a row
+        return tile[rows]
+    for position, row in enumerate(rows.tolist()):
+        if position != row:
+            tile[position] = tile[row]
+    return tile[: rows.numel()]
+
+
+def _of_segment(
+    inputs: LossInputs,
+    segment: _Segment,
+    offsets: Tensor,  # the segment's, int32
+    logps: Tensor,  # [n]
+    entropy: Tensor,  # [n]
+) -> LossInputs:
+    own = slice(segment.start, segment.stop)
+
+    def part(values: Tensor | None) -> Tensor | None:
+        return None if values is None else values[own]
+
+    return replace(
+        inputs,
+        logps=logps,
+        entropy=entropy,
+        advantages=part(inputs.advantages),
+        weights=inputs.weights[own],
+        cu_seqlens=offsets,
+        old_logps=part(inputs.old_logps),
+        ref_logps=part(inputs.ref_logps),
+        rollout_logps=part(inputs.rollout_logps),
+        guide_mask=part(inputs.guide_mask),
+    )

@@ -3,16 +3,29 @@
 Letters: T tokens, V vocabulary, H hidden size.
 """
 
-from typing import Literal, overload
+from collections.abc import Sequence
+from typing import Any, Literal, cast, overload
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
-from thinktwice_kernels.ops import logprobs as ops
-from thinktwice_kernels.packed import accumulation_dtype
-from thinktwice_kernels.products import accumulated_logits
-from thinktwice_kernels.reference.logprobs import linear_logits as reference_logits
+from thinktwice_kernels.launch import NAMESPACE, accumulation_dtype, fake_gradient, first_order_only
+from thinktwice_kernels.rows import (
+    Head,
+    HeadGradients,
+    accumulated_logits,
+    bytes_per_logit,
+    check_head,
+    check_targets,
+    gradient_dtype,
+    head_of,
+    new_tile,
+    row_gradient,
+    row_statistics,
+    rows_per_tile,
+    temperature_arguments,
+    tiles,
+)
 
 
 @overload
@@ -77,7 +90,7 @@ def token_logprobs(
     arguments = temperature_arguments(temperature, logits.shape[0])
     if logits.stride(1) != 1 or logits.stride(0) < logits.shape[1]:  # not rows of their own, one after another
         logits = logits.contiguous()
-    logps, _, entropy = ops.token_logprobs(logits, targets.long(), *arguments, return_entropy, inplace_backward)
+    logps, _, entropy = _token_logprobs(logits, targets.long(), *arguments, return_entropy, inplace_backward)
     return (logps, entropy) if return_entropy else logps
 
 
@@ -150,7 +163,7 @@ def linear_logprobs(
     check_head(hidden, weight, bias, logit_softcap)
     check_targets(targets, hidden.shape[0], weight.shape[0])
     arguments = temperature_arguments(temperature, hidden.shape[0])
-    logps, _, entropy = ops.linear_logprobs(
+    logps, _, entropy = _linear_logprobs(
         hidden, weight, bias, targets.long(), *arguments, logit_softcap, return_entropy
     )
     return (logps, entropy) if return_entropy else logps
@@ -173,53 +186,311 @@ def linear_logits(
     check_head(hidden, weight, bias)
     with torch.autocast(hidden.device.type, enabled=False):
         if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
-            return reference_logits(hidden, weight, bias)
+            return linear_logits_reference(hidden, weight, bias)
         logits = accumulated_logits(hidden, weight)
         return logits if bias is None else logits.add_(bias)
 
 
-def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None = None) -> None:
-    """Raise ValueError unless these are [T, H], [V, H], [V] and a positive number."""
-    if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
-        raise ValueError(f"hidden has shape {list(hidden.shape)}, weight {list(weight.shape)}: pass [T, H] and [V, H]")
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"bias has shape {list(bias.shape)}: pass [V], here [{weight.shape[0]}]")
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"logit_softcap is {softcap}: pass a positive number, or None for no cap")
-    if isinstance(weight, DTensor) or isinstance(hidden, DTensor):
-        raise ValueError(
-            "hidden or weight is a sharded DTensor: call this inside the forward of the module that FSDP2 wraps, where "
-            "the weight is whole, or pass weight.full_tensor()"
+def token_logprobs_reference(
+    logits: Tensor,  # [T, V]
+    targets: Tensor,  # [T]
+    *,
+    temperature: float | Tensor = 1.0,  # a number, or [T]
+    return_entropy: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`token_logprobs`, arguments and results alike, in plain torch; inputs are not checked."""
+    tau = temperature[..., None] if isinstance(temperature, Tensor) else temperature
+    log_p = torch.log_softmax(logits.to(accumulation_dtype(logits)) / tau, -1)
+    logps = log_p.gather(1, targets.long()[:, None]).squeeze(1)
+    if not return_entropy:
+        return logps
+    # A token that cannot be drawn adds 0 log 0 = 0 to an entropy, where 0 * -inf would add NaN.
+    return logps, -(log_p.exp() * log_p.clamp(min=torch.finfo(log_p.dtype).min)).sum(-1)
+
+
+def linear_logprobs_reference(
+    hidden: Tensor,  # [T, H]
+    weight: Tensor,  # [V, H]
+    targets: Tensor,  # [T]
+    *,
+    bias: Tensor | None = None,  # [V]
+    temperature: float | Tensor = 1.0,  # a number, or [T]
+    logit_softcap: float | None = None,
+    return_entropy: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`linear_logprobs`, arguments and results alike, in plain torch; inputs are not checked."""
+    logits = linear_logits_reference(hidden, weight, bias)
+    if logit_softcap is not None:
+        logits = logit_softcap * torch.tanh(logits / logit_softcap)
+    return token_logprobs_reference(logits, targets, temperature=temperature, return_entropy=return_entropy)
+
+
+def linear_logits_reference(
+    hidden: Tensor,  # [T, H]
+    weight: Tensor,  # [V, H]
+    bias: Tensor | None = None,  # [V]
+) -> Tensor:  # [T, V]
+    """The logits, with sums and result in fp32 (float64 if an input is)."""
+    dtype = accumulation_dtype(hidden, weight)
+    logits = hidden.to(dtype) @ weight.to(dtype).t()
+    return logits if bias is None else logits + bias.to(dtype)
+
+
+# The custom ops. A result that is not wanted is empty, [0]: schemas have no optional results. Temperatures come as a
+# number, or as a tensor [T] that then counts instead.
+
+
+@torch.library.custom_op(f"{NAMESPACE}::token_logprobs", mutates_args=())
+def _token_logprobs(
+    logits: Tensor,  # [T, V]
+    targets: Tensor,  # [T] int64
+    temperature: float,
+    temperatures: Tensor | None,  # [T]
+    want_entropy: bool,
+    inplace_backward: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-probabilities [T], log-sum-exp [T], entropy [T]."""
+    head = head_of(None, temperature, temperatures, None)
+    logps, lse, entropy = row_statistics(logits, targets, head, want_entropy)
+    return logps, lse, logps.new_empty(0) if entropy is None else entropy
+
+
+@_token_logprobs.register_fake
+def _(logits: Tensor, targets: Tensor, _1: Any, _2: Any, want_entropy: bool, _3: bool) -> tuple[Tensor, Tensor, Tensor]:
+    return _fake_results(logits.shape[0], want_entropy, logits)
+
+
+@torch.library.custom_op(f"{NAMESPACE}::token_logprobs_backward", mutates_args=())
+def _token_logprobs_backward(
+    logits: Tensor,  # [T, V]
+    targets: Tensor,  # [T]
+    temperature: float,
+    temperatures: Tensor | None,  # [T]
+    lse: Tensor,  # [T]
+    entropy: Tensor,  # [T] or [0]
+    d_logps: Tensor | None,  # [T]
+    d_entropy: Tensor | None,  # [T]
+) -> Tensor:
+    """The gradient of the logits, [T, V] in their type."""
+    out = torch.empty_like(logits, memory_format=torch.contiguous_format)
+    _token_gradient(logits, targets, temperature, temperatures, lse, entropy, d_logps, d_entropy, out)
+    return out
+
+
+@_token_logprobs_backward.register_fake
+def _(logits: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(logits, memory_format=torch.contiguous_format)
+
+
+@torch.library.custom_op(f"{NAMESPACE}::token_logprobs_backward_", mutates_args=("logits",))
+def _token_logprobs_backward_(
+    logits: Tensor,  # [T, V], becomes its gradient
+    targets: Tensor,  # [T]
+    temperature: float,
+    temperatures: Tensor | None,  # [T]
+    lse: Tensor,  # [T]
+    entropy: Tensor,  # [T] or [0]
+    d_logps: Tensor | None,  # [T]
+    d_entropy: Tensor | None,  # [T]
+) -> None:
+    """`token_logprobs_backward` in the memory of the logits."""
+    _token_gradient(logits, targets, temperature, temperatures, lse, entropy, d_logps, d_entropy, logits)
+
+
+def _token_gradient(
+    logits: Tensor,
+    targets: Tensor,
+    temperature: float,
+    temperatures: Tensor | None,
+    lse: Tensor,
+    entropy: Tensor,
+    d_logps: Tensor | None,
+    d_entropy: Tensor | None,
+    out: Tensor,
+) -> None:
+    if d_logps is None and d_entropy is None:
+        out.zero_()
+        return
+    head = head_of(None, temperature, temperatures, None)
+    known = entropy if entropy.numel() else None
+    row_gradient(logits, targets, head, lse, known, d_logps, d_entropy, None, out)
+
+
+def _token_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    logits, targets, ctx.temperature, temperatures, _, ctx.inplace = inputs
+    _, lse, entropy = output
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(lse)
+    ctx.save_for_backward(logits, targets, temperatures, lse, entropy)
+
+
+@first_order_only
+def _token_backward(ctx: Any, d_logps: Tensor | None, _: None, d_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
+    logits, targets, temperatures, lse, entropy = ctx.saved_tensors
+    arguments = targets, ctx.temperature, temperatures, lse, entropy, d_logps, _of_tokens(d_entropy)
+    if ctx.inplace:
+        gradient = logits.detach()
+        _token_logprobs_backward_(gradient, *arguments)
+    else:
+        gradient = _token_logprobs_backward(logits, *arguments)
+    return gradient, *(None,) * 5
+
+
+_token_logprobs.register_autograd(_token_backward, setup_context=_token_setup)
+
+
+@torch.library.custom_op(f"{NAMESPACE}::linear_logprobs", mutates_args=())
+def _linear_logprobs(
+    hidden: Tensor,  # [T, H]
+    weight: Tensor,  # [V, H]
+    bias: Tensor | None,  # [V]
+    targets: Tensor,  # [T] int64
+    temperature: float,
+    temperatures: Tensor | None,  # [T]
+    softcap: float | None,
+    want_entropy: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-probabilities [T], log-sum-exp [T], entropy [T]."""
+    with torch.autocast(hidden.device.type, enabled=False):
+        head = head_of(bias, temperature, temperatures, softcap)
+        return _tiled_forward(hidden, weight, targets, head, want_entropy)
+
+
+@_linear_logprobs.register_fake
+def _(
+    hidden: Tensor, weight: Tensor, bias: Any, targets: Any, _1: Any, _2: Any, _3: Any, want_entropy: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _fake_results(hidden.shape[0], want_entropy, hidden, weight)
+
+
+@torch.library.custom_op(f"{NAMESPACE}::linear_logprobs_backward", mutates_args=())
+def _linear_logprobs_backward(
+    hidden: Tensor,  # [T, H]
+    weight: Tensor,  # [V, H]
+    bias: Tensor | None,  # [V]
+    targets: Tensor,  # [T]
+    temperature: float,
+    temperatures: Tensor | None,  # [T]
+    softcap: float | None,
+    lse: Tensor,  # [T]
+    entropy: Tensor,  # [T] or [0]
+    d_logps: Tensor | None,  # [T]
+    d_entropy: Tensor | None,  # [T]
+    wanted: Sequence[bool],  # the gradients of hidden, weight, bias
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The wanted gradients, in the types of their inputs."""
+    with torch.autocast(hidden.device.type, enabled=False):
+        head = head_of(bias, temperature, temperatures, softcap)
+        known = entropy if entropy.numel() else None
+        of_hidden, of_weight, of_bias = _tiled_backward(
+            hidden, weight, targets, head, lse, known, d_logps, d_entropy, cast(Any, tuple(wanted))
         )
+    return (
+        of_hidden.to(hidden.dtype),
+        of_weight.to(weight.dtype),
+        of_bias.to(weight.dtype if bias is None else bias.dtype),
+    )
 
 
-def check_targets(targets: Tensor, tokens: int, vocabulary: int) -> None:
-    """Raise ValueError unless these are T integers; on the CPU, unless each is in [0, V)."""
-    if targets.shape != (tokens,):
-        raise ValueError(f"targets has shape {list(targets.shape)}: pass one token id per row, [{tokens}]")
-    if targets.is_floating_point() or targets.dtype == torch.bool:
-        raise ValueError(f"targets has type {targets.dtype}: pass integer token ids")
-    # On a GPU this look would wait for the device; there a wrong id gives NaN.
-    looked_at = targets.device.type == "cpu" and not torch.compiler.is_compiling() and tokens
-    if looked_at and not 0 <= int(targets.min()) <= int(targets.max()) < vocabulary:
-        raise ValueError(
-            f"targets lie between {int(targets.min())} and {int(targets.max())}: pass ids from 0 to {vocabulary - 1}, "
-            "and for tokens without loss any of these"
+@_linear_logprobs_backward.register_fake
+def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    like = hidden, weight, weight.new_empty(0) if bias is None else bias
+    return cast(Any, tuple(fake_gradient(x, wanted, x.dtype) for x, wanted in zip(like, rest[-1], strict=True)))
+
+
+def _linear_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    hidden, weight, bias, targets, ctx.temperature, temperatures, ctx.softcap, _ = inputs
+    _, lse, entropy = output
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(lse)
+    ctx.save_for_backward(hidden, weight, bias, targets, temperatures, lse, entropy)
+
+
+@first_order_only
+def _linear_backward(ctx: Any, d_logps: Tensor | None, _: None, d_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
+    hidden, weight, bias, targets, temperatures, lse, entropy = ctx.saved_tensors
+    wanted = list(ctx.needs_input_grad[:3])
+    gradients = _linear_logprobs_backward(
+        hidden, weight, bias, targets, ctx.temperature, temperatures, ctx.softcap, lse, entropy, d_logps,
+        _of_tokens(d_entropy), wanted,
+    )  # fmt: skip
+    return *(x if want else None for x, want in zip(gradients, wanted, strict=True)), *(None,) * 5
+
+
+_linear_logprobs.register_autograd(_linear_backward, setup_context=_linear_setup)
+
+
+def _of_tokens(d_entropy: Tensor | None) -> Tensor | None:
+    return None if d_entropy is None or d_entropy.numel() == 0 else d_entropy
+
+
+def _fake_results(tokens: int, want_entropy: bool, *inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = accumulation_dtype(*inputs)
+
+    def numbers(count: int) -> Tensor:
+        return inputs[0].new_empty(count, dtype=dtype)
+
+    return numbers(tokens), numbers(tokens), numbers(tokens if want_entropy else 0)
+
+
+def _tiled_forward(
+    hidden: Tensor,  # [T, H]
+    weight: Tensor,  # [V, H]
+    targets: Tensor,  # [T] int64
+    head: Head,
+    want_entropy: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-probabilities [T], log-sum-exp [T], and entropy [T] or, unwanted, [0]."""
+    tokens, dtype = hidden.shape[0], accumulation_dtype(hidden, weight)
+    logps, lse = (hidden.new_empty(tokens, dtype=dtype) for _ in range(2))
+    entropy = hidden.new_empty(tokens if want_entropy else 0, dtype=dtype)
+    step = rows_per_tile(weight.shape[0], dtype.itemsize, hidden.device)
+    buffer = new_tile(hidden, weight, min(step, tokens))
+    for rows in tiles(0, tokens, step):
+        logits = accumulated_logits(hidden[rows], weight, out=buffer[: rows.stop - rows.start])
+        logps[rows], lse[rows], tile_entropy = row_statistics(logits, targets[rows], head.of_rows(rows), want_entropy)
+        if tile_entropy is not None:
+            entropy[rows] = tile_entropy
+    return logps, lse, entropy
+
+
+def _tiled_backward(
+    hidden: Tensor,  # [T, H]
+    weight: Tensor,  # [V, H]
+    targets: Tensor,  # [T] int64
+    head: Head,
+    lse: Tensor,  # [T]
+    entropy: Tensor | None,  # [T], needed with d_entropy
+    d_logps: Tensor | None,  # [T]
+    d_entropy: Tensor | None,  # [T]
+    wanted: tuple[bool, bool, bool],  # the gradients of hidden, weight and bias
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of hidden [T, H], weight [V, H] and bias [V], as `HeadGradients.result` gives them.
+
+    Rows without incoming gradient cost nothing.
+    """
+    gradients = HeadGradients(hidden, weight, head.bias, wanted)
+    flows = [gradient != 0 for gradient in (d_logps, d_entropy) if gradient is not None]
+    if not flows:
+        return gradients.result()
+    active = torch.nonzero(torch.stack(flows).any(0)).squeeze(1)
+    dtype, out_dtype = accumulation_dtype(hidden, weight), gradient_dtype(hidden, weight)
+    step = rows_per_tile(weight.shape[0], bytes_per_logit(dtype, out_dtype), hidden.device)
+    buffer = new_tile(hidden, weight, min(step, active.numel()))
+    for piece in tiles(0, active.numel(), step):
+        rows: Tensor | slice = piece if active.numel() == hidden.shape[0] else active[piece]
+        logits = accumulated_logits(hidden[rows], weight, out=buffer[: piece.stop - piece.start])
+        d_logits = logits if out_dtype == dtype else torch.empty_like(logits, dtype=out_dtype)
+        row_gradient(
+            logits,
+            targets[rows],
+            head.of_rows(rows),
+            lse[rows],
+            None if entropy is None else entropy[rows],
+            None if d_logps is None else d_logps[rows],
+            None if d_entropy is None else d_entropy[rows],
+            None,
+            d_logits,
         )
-
-
-def temperature_arguments(temperature: float | Tensor, tokens: int) -> tuple[float, Tensor | None]:
-    """The number, or 1 and a tensor [T], as the ops take them. Raises ValueError."""
-    if not isinstance(temperature, Tensor):
-        if not temperature > 0:
-            raise ValueError(f"temperature is {temperature}: pass a positive number")
-        return float(temperature), None
-    if temperature.requires_grad:
-        raise ValueError("temperature wants a gradient, and none is computed for it: pass temperature.detach()")
-    if temperature.dim() == 0:
-        temperature = temperature.expand(tokens)
-    if temperature.shape != (tokens,):
-        raise ValueError(
-            f"temperature has shape {list(temperature.shape)}: pass a number or one value per row, [{tokens}]"
-        )
-    return 1.0, temperature.to(accumulation_dtype(temperature)).contiguous()
+        gradients.add(d_logits, rows)
+    return gradients.result()

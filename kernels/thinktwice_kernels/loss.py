@@ -1,27 +1,53 @@
 """The policy-gradient loss from log-probabilities.
 
-Letters: T tokens, S sequences. A is the advantage, r the importance ratio, logp the current log-probability.
+A token's rule stands here in torch, which autograd can differentiate and which also gives the derivative, and once more
+in triton/loss.py, function by function. The reference and the CPU run the former, CUDA the latter.
+
+Letters: T tokens, S sequences. A is the advantage, r the importance ratio, logp the current log-probability,
+sg stop-gradient.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from thinktwice_kernels.advantages import ADVANTAGE_EPS, check_rewards, prepared_rewards
-from thinktwice_kernels.ops import loss as ops
+from thinktwice_kernels.advantages import (
+    ADVANTAGE_EPS,
+    check_advantages,
+    group_advantages_reference,
+    prepared_rewards,
+)
+from thinktwice_kernels.launch import NAMESPACE, accumulation_dtype, first_order_only, in_triton, uses_triton
+from thinktwice_kernels.metrics import PARTIALS, Terms, absent_metrics, metrics_of, only, partials_of, totals_of
 from thinktwice_kernels.options import (
     GuideFallback,
     ImportanceSamplingLevel,
     KlEstimator,
     LossAggMode,
+    LossInputs,
     LossOptions,
     PolicyLoss,
     RolloutIs,
     ScaleRewards,
+    Selection,
+    Sequences,
+    check_cu_seqlens,
+    check_normalizer,
+    loss_weights,
+    prepared_tensors,
+    select_tokens_in_torch,
 )
-from thinktwice_kernels.packed import accumulation_dtype, check_cu_seqlens
-from thinktwice_kernels.totals import loss_weights, metrics_of
+
+# ThinkTuning's gamma(A) = clip(slope A, -limit, +limit), and the probability under which a guided token with a
+# negative advantage is left out.
+_SHAPING_SLOPE = 2.5e-4
+_SHAPING_LIMIT = 1e-3
+_SHAPING_LOW_PROBABILITY = 0.01
+# From here on SAPO's sigmoid is 1 and its slope 0, in fp32 and float64; r itself would go on to inf, and 0 * inf.
+_SAPO_LOG_RATIO_LIMIT = 60.0
 
 
 def grpo_loss(
@@ -158,7 +184,7 @@ def grpo_loss(
     check_normalizer(normalizer)
     logps = logps.to(accumulation_dtype(logps)).contiguous()
     per_group = (None, None) if rewards is None or group_ids is None else prepared_rewards(rewards, group_ids)
-    loss, totals, _, _ = ops.grpo_loss(
+    loss, totals, _, _ = _grpo_loss(
         logps,
         None if advantages is None else advantages.detach().to(logps.dtype).contiguous(),
         *per_group,
@@ -173,72 +199,336 @@ def grpo_loss(
     return loss, metrics_of(totals, loss.dtype, absent_metrics(given))
 
 
-def absent_metrics(given: Mapping[str, Tensor | None]) -> set[str]:
-    """The metrics that are not there without an optional tensor."""
-    needs = {"ref_logps": "kl_ref", "rollout_logps": "mismatch", "entropy": "entropy"}
-    return {metric for name, metric in needs.items() if given.get(name) is None}
-
-
-def prepared_tensors(
-    optional: Mapping[str, Tensor | None],
-    shape: torch.Size,  # [T]
-    options: LossOptions,
-    dtype: torch.dtype,
-    computed: Collection[str] = (),
-) -> dict[str, Tensor | None]:
-    """The optional tensors [T] checked, and as the ops take them: masks as bool, the others in `dtype`.
-
-    Only `entropy` keeps its gradient. `computed` names those that are not given but computed on the way.
-    """
-    options.check_inputs({name for name, tensor in optional.items() if tensor is not None} | set(computed))
-    prepared: dict[str, Tensor | None] = {}
-    for name, tensor in optional.items():
-        if tensor is None:
-            prepared[name] = None
-            continue
-        if tensor.shape != shape:
-            raise ValueError(f"{name} has shape {list(tensor.shape)}: pass one value per token, {list(shape)}")
-        if name.endswith("mask"):
-            tensor = tensor if tensor.dtype == torch.bool else tensor != 0
-        else:
-            tensor = (tensor if name == "entropy" else tensor.detach()).to(dtype)
-        prepared[name] = tensor.contiguous()
-    return prepared
-
-
-def check_advantages(
-    advantages: Tensor | None,
-    rewards: Tensor | None,
-    group_ids: Tensor | None,
-    cu_seqlens: Tensor,
-    tokens: int,
+@torch.library.custom_op(f"{NAMESPACE}::grpo_loss", mutates_args=())
+def _grpo_loss(
+    logps: Tensor,  # [T]
+    advantages: Tensor | None,  # [S] or [T]
+    rewards: Tensor | None,  # [S]
+    group_ids: Tensor | None,  # [S]
     scale_rewards: str,
-    eps: float,
-) -> None:
-    """Raise ValueError unless there are advantages [S] or [T], or rewards [S] and group_ids [S]."""
-    count = cu_seqlens.numel() - 1
-    if rewards is None and group_ids is None:
-        if scale_rewards != "none":
-            raise ValueError(f"scale_rewards={scale_rewards!r} has no effect without rewards: leave it at 'none'")
-        if eps != ADVANTAGE_EPS:
-            raise ValueError(f"advantage_eps={eps} has no effect without rewards: leave it at {ADVANTAGE_EPS}")
-        if advantages is None or advantages.dim() != 1 or advantages.numel() not in (count, tokens):
-            shape = None if advantages is None else list(advantages.shape)
-            raise ValueError(
-                f"advantages has shape {shape}: pass one per sequence, [{count}], or one per token, [{tokens}], or "
-                "rewards and group_ids in their place"
-            )
-        return
-    if advantages is not None or rewards is None or group_ids is None:
-        raise ValueError("pass either advantages, or rewards and group_ids with advantages=None")
-    check_rewards(rewards, group_ids, scale_rewards, eps)
-    if rewards.numel() != count:
-        raise ValueError(f"rewards has shape {list(rewards.shape)}: pass one per sequence, [{count}]")
+    advantage_eps: float,
+    cu_seqlens: Tensor,  # [S+1]
+    weights: Tensor,  # [S]
+    old_logps: Tensor | None,  # [T]
+    ref_logps: Tensor | None,  # [T]
+    rollout_logps: Tensor | None,  # [T]
+    entropy: Tensor | None,  # [T]
+    loss_mask: Tensor | None,  # [T] bool
+    guide_mask: Tensor | None,  # [T] bool
+    options: Sequence[float],  # LossOptions.encode()
+    want_gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The loss, the totals [len(PARTIALS)] float64, and the gradients of logps [T] and entropy [T]."""
+    inputs = LossInputs(
+        logps, advantages, cu_seqlens, weights, old_logps, ref_logps, rollout_logps, entropy, loss_mask, guide_mask,
+        rewards, group_ids, cast(ScaleRewards, scale_rewards), advantage_eps,
+    )  # fmt: skip
+    partials, d_logps, d_entropy = sequence_loss(inputs, LossOptions.decode(options), want_gradient)
+    totals = totals_of(partials)
+    return totals[0].to(logps.dtype, copy=True), totals, d_logps, d_entropy
 
 
-def check_normalizer(normalizer: float | Tensor | None) -> None:
-    """Raise ValueError for a number that is no positive count."""
-    if isinstance(normalizer, float | int) and not normalizer > 0:
-        raise ValueError(f"normalizer is {normalizer}: pass a positive count, or None for this batch's own")
-    if isinstance(normalizer, Tensor) and normalizer.numel() != 1:
-        raise ValueError(f"normalizer has shape {list(normalizer.shape)}: pass a single count")
+@_grpo_loss.register_fake
+def _(logps: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    options, want_gradient = rest[-2:]
+    totals = logps.new_empty(len(PARTIALS), dtype=torch.float64)
+    with_entropy = want_gradient and LossOptions.decode(options).entropy_coef != 0
+    return (
+        logps.new_empty(()),
+        totals,
+        logps.new_empty(logps.shape[0] if want_gradient else 0),
+        logps.new_empty(logps.shape[0] if with_entropy else 0),
+    )
+
+
+def _loss_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    _, totals, d_logps, d_entropy = output
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(totals, d_logps, d_entropy)
+    ctx.save_for_backward(inputs[0], inputs[11], d_logps, d_entropy)
+
+
+@first_order_only
+def _loss_backward(ctx: Any, gradient: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    if gradient is None:
+        return (None,) * 16
+    *_, d_logps, d_entropy = ctx.saved_tensors
+    of_logps = d_logps * gradient if ctx.needs_input_grad[0] else None
+    of_entropy = d_entropy * gradient if ctx.needs_input_grad[11] and d_entropy.numel() else None
+    return of_logps, *(None,) * 10, of_entropy, *(None,) * 4
+
+
+_grpo_loss.register_autograd(_loss_backward, setup_context=_loss_setup)
+
+
+def sequence_loss(
+    inputs: LossInputs, options: LossOptions, want_gradient: bool, selected: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss, metrics and gradient of sequences whose tokens depend on no others.
+
+    Returns float64 sums over the tokens of each of n parts [n, len(PARTIALS)]; the gradients of their total loss with
+    respect to `logps` and `entropy` [T], in the type of `logps`, 0 where nothing flows. Without `want_gradient` both
+    are empty, [0]; the second also while `entropy_coef` is 0.
+
+    `selected`: the inputs are those of `select_tokens`; the number of loss tokens is then that of the computed ones.
+    """
+    if uses_triton(inputs.logps):
+        return in_triton("loss").sequence_loss_in_triton(inputs, options, want_gradient)
+    return _selected_loss(inputs, options, want_gradient) if selected else _any_loss(inputs, options, want_gradient)
+
+
+def _any_loss(inputs: LossInputs, options: LossOptions, want_gradient: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """The selected tokens' loss, and their gradients among zeros."""
+    if inputs.advantages is None:
+        assert inputs.rewards is not None and inputs.group_ids is not None
+        scale, eps = inputs.scale_rewards, inputs.advantage_eps
+        advantages = group_advantages_reference(inputs.rewards, inputs.group_ids, scale_rewards=scale, eps=eps)
+        inputs = replace(inputs, advantages=advantages)
+    found = selected_in_torch(inputs, options)
+    partials, d_logps, d_entropy = _selected_loss(found.inputs, options, want_gradient)
+    partials[0, PARTIALS.index("tokens")] = found.in_loss
+    if want_gradient and not found.everything:
+        zeros = torch.zeros_like(inputs.logps)
+        d_logps = zeros.index_copy(0, found.rows, d_logps)
+        if options.entropy_coef != 0:
+            d_entropy = zeros.index_copy(0, found.rows, d_entropy)
+    return partials, d_logps, d_entropy
+
+
+def _selected_loss(inputs: LossInputs, options: LossOptions, want_gradient: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """In float64, as Triton has it."""
+    dtype = inputs.logps.dtype
+    given: dict[str, Any] = vars(inputs)
+    inputs = LossInputs(**{name: x.double() if _is_number(x) else x for name, x in given.items()})
+    sequences = Sequences(inputs.cu_seqlens, inputs.logps.numel())
+    terms = terms_of(inputs, sequences, options)
+    d_logps, d_entropy = (inputs.logps.new_empty(0, dtype=dtype) for _ in range(2))
+    if want_gradient:
+        d_logps = _d_logps(terms, sequences).to(dtype)
+        if options.entropy_coef != 0:
+            d_entropy = (-options.entropy_coef * inputs.weights).to(dtype)
+    return partials_of(terms), d_logps, d_entropy
+
+
+def _is_number(x: Any) -> bool:
+    return isinstance(x, Tensor) and x.is_floating_point()
+
+
+def _d_logps(terms: Terms, sequences: Sequences) -> Tensor:  # [T]
+    own = terms.weights * terms.slope
+    if terms.shared_slope is None:
+        return own
+    shared = sequences.sum(terms.weights * terms.shared_slope) / _count(terms.ordinary, sequences, own)
+    return own + only(terms.ordinary, sequences.spread(shared))
+
+
+def selected_in_torch(inputs: LossInputs, options: LossOptions) -> Selection:
+    """`select_tokens_in_torch`, with log-probabilities and entropies."""
+    found = select_tokens_in_torch(inputs, inputs.logps.numel(), options)
+    if found.everything:
+        return found
+    entropy = None if inputs.entropy is None else inputs.entropy.index_select(0, found.rows)
+    logps = inputs.logps.index_select(0, found.rows)
+    return replace(found, inputs=replace(found.inputs, logps=logps, entropy=entropy))
+
+
+def terms_of(
+    inputs: LossInputs,  # those of `select_tokens`, T tokens; floating-point tensors of one type
+    sequences: Sequences,
+    options: LossOptions,
+) -> Terms:
+    """The definition of the loss, token by token. Autograd may differentiate the values.
+
+    Some tokens are guided. Others are ordinary, and these have a ratio, as have guided ones that fall back to it.
+    """
+    logps, advantages = inputs.logps, inputs.advantages
+    assert advantages is not None
+    ordinary = with_ratio = None if inputs.guide_mask is None else ~inputs.guide_mask  # None: all tokens
+    if ordinary is not None and options.guide_fallback == "clip":
+        with_ratio = ordinary | too_unlikely_to_shape(logps, advantages)
+    old_logps = logps.detach() if inputs.old_logps is None else inputs.old_logps
+    difference = log_ratio = only(with_ratio, logps - old_logps)
+    if options.importance_sampling_level == "sequence":
+        mean = sequences.sum(difference) / _count(with_ratio, sequences, difference)
+        log_ratio = only(with_ratio, sequences.spread(mean))
+    ratio = log_ratio.detach().exp()
+    low, high = clipped(ratio, advantages, options)
+    log_weight = None if inputs.rollout_logps is None else only(ordinary, old_logps - inputs.rollout_logps)
+
+    used = with_ratio
+    if options.needs_whole_sequences() or not options.skips_zero_advantages():  # else no advantage is 0
+        used = both(used, advantages != 0)
+    weight = None
+    if log_weight is not None and options.rollout_is != "none":
+        weight = rollout_weight(log_weight, sequences, options)
+        weight = weight if ordinary is None else torch.where(ordinary, weight, 1)
+        used = both(used, weight != 0)
+    # Unused tokens get arguments at which autograd multiplies no 0 by inf.
+    value, slope, flows = surrogate(
+        only(used, log_ratio), only(used, logps), only(used, advantages), ratio, low, high, options
+    )
+    if weight is not None:
+        value, slope = weight * value, only(flows, weight * slope)
+    value, slope, flows = only(used, value), only(used, slope), both(used, flows)
+    shared_slope = None
+    if options.importance_sampling_level == "sequence" and options.policy_loss != "cispo":
+        # The slope is one with respect to the mean log-ratio, and goes to all tokens that it was taken over.
+        flows = both(ordinary, sequences.any(flows))
+        slope, shared_slope = torch.zeros_like(slope), slope
+    if with_ratio is not None:
+        shaped_value, shaped_flows = shaped(logps, advantages, ~with_ratio, options)
+        value, slope, flows = value + shaped_value, slope + shaped_value.detach(), flows | shaped_flows
+
+    kl = None
+    if inputs.ref_logps is not None:
+        kl, kl_slope = kl_to_reference(logps, inputs.ref_logps, options.kl_estimator)
+        if options.beta != 0:
+            value, slope = value + options.beta * kl, slope + options.beta * kl_slope
+    if options.entropy_coef != 0:
+        assert inputs.entropy is not None
+        value = value - options.entropy_coef * inputs.entropy
+    return Terms(
+        ordinary=ordinary,
+        weights=inputs.weights,
+        value=value,
+        slope=slope,
+        shared_slope=shared_slope,
+        flows=flows if options.skips_zero_advantages() else None,
+        difference=difference.detach(),
+        ratio=ratio,
+        clipped=(low, high),
+        kl=kl,
+        mismatch=None if log_weight is None else log_weight.abs(),
+        entropy=inputs.entropy,
+    )
+
+
+def both(flags: Tensor | None, others: Tensor) -> Tensor:  # [T] bool
+    """Where both are set; None: everywhere."""
+    return others if flags is None else flags & others
+
+
+def _count(flags: Tensor | None, sequences: Sequences, like: Tensor) -> Tensor:  # [S]
+    """How many tokens of each sequence have the flag (None: all), at least 1."""
+    counts = sequences.offsets.diff() if flags is None else sequences.sum(flags.to(like.dtype))
+    return counts.clamp(min=1)
+
+
+def surrogate(
+    log_ratio: Tensor,  # [T]
+    logps: Tensor,  # [T]
+    advantages: Tensor,  # [T]
+    ratio: Tensor,  # [T]: exp(log_ratio), constant
+    low: Tensor,  # [T] bool, and
+    high: Tensor,  # [T] bool: where it is `clipped`
+    options: LossOptions,
+) -> tuple[Tensor, Tensor, Tensor]:  # [T] loss, [T] slope, [T] bool: the gradient flows
+    """The objective that `options.policy_loss` names.
+
+    The slope is the derivative with respect to the log-ratio; cispo's, which has none, with respect to logp.
+    """
+    if options.policy_loss == "cispo":
+        slope = -ratio.clamp(max=1 + options.epsilon_high) * advantages
+        return slope * logps, slope, torch.ones_like(low)
+    if options.policy_loss == "sapo":
+        return *_sapo(log_ratio, advantages, options), torch.ones_like(low)
+    stopped = low | high
+    bound = ratio.clamp(1 - options.epsilon_low, 1 + options.epsilon_high)
+    # Where A < 0, dual clip's "loss at most -c A" and delta's "ratio at most delta" are one and the same bound.
+    ceiling = options.dual_clip if options.dual_clip is not None else options.delta
+    if ceiling is not None:
+        capped = (advantages < 0) & (ratio > ceiling)
+        stopped = stopped | capped
+        bound.masked_fill_(capped, ceiling)
+    if log_ratio.requires_grad:
+        ratio = log_ratio.masked_fill(stopped, 0).exp()  # so that autograd multiplies no 0 by inf
+    value = -advantages * torch.where(stopped, bound, ratio)
+    return value, value.detach().masked_fill(stopped, 0), ~stopped
+
+
+def clipped(
+    ratio: Tensor,  # [T]
+    advantages: Tensor,  # [T]
+    options: LossOptions,
+) -> tuple[Tensor, Tensor]:  # [T] bool low, [T] bool high
+    """Where the ratio is beyond a bound that binds.
+
+    clip: low is A < 0 and r < 1 - epsilon_low, high is A > 0 and r > 1 + epsilon_high. cispo: high is
+    r > 1 + epsilon_high, whatever A; nothing is low. sapo has no bounds.
+    """
+    above = ratio > 1 + options.epsilon_high
+    if options.policy_loss == "clip":
+        return (advantages < 0) & (ratio < 1 - options.epsilon_low), (advantages > 0) & above
+    nowhere = torch.zeros_like(above)
+    return nowhere, above if options.policy_loss == "cispo" else nowhere
+
+
+def _sapo(log_ratio: Tensor, advantages: Tensor, options: LossOptions) -> tuple[Tensor, Tensor]:
+    tau = torch.full_like(advantages, options.sapo_temperature_neg).masked_fill_(
+        advantages > 0, options.sapo_temperature_pos
+    )
+    ratio = log_ratio.clamp(max=_SAPO_LOG_RATIO_LIMIT).exp()
+    gate = torch.sigmoid(tau * (ratio - 1))
+    slope = -advantages * gate * (1 - gate) * 4 * ratio
+    return -advantages * gate * (4 / tau), slope.detach()
+
+
+def rollout_weight(
+    log_weight: Tensor,  # [T], 0 where guided
+    sequences: Sequences,
+    options: LossOptions,
+) -> Tensor:  # [T], constant
+    """What a ratio objective is multiplied by."""
+    if options.rollout_is.startswith("sequence"):
+        log_weight = sequences.spread(sequences.sum(log_weight))
+    weight = log_weight.exp()
+    floor = options.rollout_is_floor or 0.0
+    if options.rollout_is.endswith("truncate"):
+        return weight.clamp(floor, options.rollout_is_cap)
+    return torch.where((weight < floor) | (weight > options.rollout_is_cap), 0, weight)
+
+
+def too_unlikely_to_shape(
+    logps: Tensor,  # [T]
+    advantages: Tensor,  # [T]
+) -> Tensor:  # [T] bool
+    """Where shaping leaves a guided token out: A < 0 and exp(logp) < 0.01."""
+    return (advantages < 0) & (logps.detach().exp() < _SHAPING_LOW_PROBABILITY)
+
+
+def shaped(
+    logps: Tensor,  # [T]
+    advantages: Tensor,  # [T]
+    guided: Tensor,  # [T] bool
+    options: LossOptions,
+) -> tuple[Tensor, Tensor]:  # [T] loss, which is its slope too, [T] bool: the gradient flows
+    """ThinkTuning's advantage-aware shaping of guided tokens (arXiv 2508.07616).
+
+    With p = exp(logp) and gamma(A) = clip(2.5e-4 A, -1e-3, +1e-3): loss = -A p / (sg(p) + gamma(A)), and 0 where
+    `too_unlikely_to_shape`. `released_code_compat`: gamma = -1e-3 whatever A.
+    """
+    used = guided & ~too_unlikely_to_shape(logps, advantages) & (advantages != 0)
+    p = torch.where(used, logps, 0).exp()
+    if options.released_code_compat:
+        gamma = torch.full_like(advantages, -_SHAPING_LIMIT)
+    else:
+        gamma = (advantages * _SHAPING_SLOPE).clamp(-_SHAPING_LIMIT, _SHAPING_LIMIT)
+    return torch.where(used, -advantages * (p / (p.detach() + gamma)), 0), used
+
+
+def kl_to_reference(
+    logps: Tensor,  # [T]
+    ref_logps: Tensor,  # [T]
+    estimator: KlEstimator,
+) -> tuple[Tensor, Tensor]:  # [T] the estimate, [T] its slope
+    """Per-token estimate of KL(policy || reference), in nats (J. Schulman, "Approximating KL divergence").
+
+    k1 = logp - ref, k2 = (logp - ref)^2 / 2, k3 = exp(ref - logp) - (ref - logp) - 1.
+    """
+    difference = ref_logps - logps
+    if estimator == "k1":
+        return -difference, torch.ones_like(difference)
+    if estimator == "k2":
+        return difference.square() / 2, -difference.detach()
+    rest = difference.expm1()
+    return rest - difference, -rest.detach()

@@ -1,6 +1,8 @@
-"""The metrics of a loss: each one's definition, declared once, and how those of several micro-batches combine.
+"""The metrics of a loss: what each one is, what adds up to it, and how those of several micro-batches combine.
 
 Metrics are detached tensors without dimensions on the inputs' device; nothing here waits for that device.
+
+Letters: T tokens, S sequences.
 """
 
 from collections.abc import Mapping, Sequence
@@ -89,17 +91,118 @@ def _combine(values: Tensor, metric: Metric, weights: Mapping[str, Tensor]) -> T
     return (values.double() * weight).sum().div(weight.sum().clamp(min=1)).to(values.dtype)
 
 
-def masked_mean(
-    values: Tensor,  # [T]
-    mask: Tensor,  # [T] bool
-) -> Tensor:
-    """Mean where the mask is set; 0 if it is nowhere."""
-    return torch.where(mask, values, 0).sum() / mask.sum().clamp(min=1)
+# The columns of what a loss adds up; METRICS says what each counts. The last is a maximum.
+PARTIALS = (
+    "loss",
+    "tokens",
+    "computed",
+    "guided",
+    "with_gradient",
+    "clip_low",
+    "clip_high",
+    "ratio",
+    "approx_kl",
+    "kl_ref",
+    "mismatch",
+    "entropy",
+    "ratio_max",
+)
+_AT = {name: column for column, name in enumerate(PARTIALS)}
+# metric -> column; a mean over the ordinary tokens
+_ORDINARY_MEANS = {
+    "clip_fraction_low": "clip_low",
+    "clip_fraction_high": "clip_high",
+    "ratio_mean": "ratio",
+    "approx_kl": "approx_kl",
+    "kl_ref": "kl_ref",
+    "mismatch": "mismatch",
+}
 
 
-def masked_max(
-    values: Tensor,  # [T], not negative
-    mask: Tensor,  # [T] bool
-) -> Tensor:
-    """Largest value where the mask is set; 0 if it is nowhere."""
-    return torch.cat([torch.where(mask, values, 0), values.new_zeros(1)]).amax()
+@dataclass(frozen=True)
+class Terms:
+    """What each computed token adds to the loss, and what else metrics are made of; loss.py says how they come about.
+
+    Flags may be None: then all tokens have them.
+    """
+
+    ordinary: Tensor | None  # [T] bool: not guided
+    weights: Tensor  # [T]: what the values are multiplied by
+    value: Tensor  # [T], differentiable
+    slope: Tensor  # [T]: its derivative with respect to the token's own logp
+    shared_slope: Tensor | None  # [T]: with respect to the mean log-ratio of the sequence's ordinary tokens
+    flows: Tensor | None  # [T] bool: a gradient comes from it
+    difference: Tensor  # [T]: logp - old_logp, or 0
+    ratio: Tensor  # [T]
+    clipped: tuple[Tensor, Tensor]  # [T] bool low, [T] bool high
+    kl: Tensor | None  # [T]
+    mismatch: Tensor | None  # [T], 0 where guided
+    entropy: Tensor | None  # [T]
+
+
+def only(flags: Tensor | None, values: Tensor) -> Tensor:  # [T]
+    """The values that have the flag (None: all), 0 in place of the others."""
+    return values if flags is None else values.masked_fill(~flags, 0)
+
+
+def partials_of(terms: Terms) -> Tensor:  # [1, len(PARTIALS)] float64
+    """The columns, added up over all tokens."""
+    ordinary, (low, high) = terms.ordinary, terms.clipped
+    ratios = only(ordinary, terms.ratio)
+    count = ratios.new_full((), ratios.numel(), dtype=torch.float64)
+    nothing = torch.zeros_like(count)
+
+    def total(values: Tensor | None, of: Tensor | None = ordinary) -> Tensor:
+        return nothing if values is None else only(of, values).sum(dtype=torch.float64)
+
+    columns = {
+        "loss": (terms.weights * terms.value).sum(dtype=torch.float64),
+        "tokens": count,
+        "computed": count,
+        "guided": nothing if ordinary is None else count - ordinary.sum(),
+        "with_gradient": count if terms.flows is None else total(terms.flows, None),
+        "clip_low": total(low),
+        "clip_high": total(high),
+        "ratio": total(ratios, None),
+        "approx_kl": total(terms.difference.expm1() - terms.difference),
+        "kl_ref": total(terms.kl),
+        "mismatch": total(terms.mismatch),
+        "entropy": total(terms.entropy, None),
+        "ratio_max": ratios.amax().double() if ratios.numel() else nothing,
+    }
+    return torch.stack([columns[name] for name in PARTIALS])[None]
+
+
+def totals_of(
+    partials: Tensor,  # [S, len(PARTIALS)] float64
+) -> Tensor:  # [len(PARTIALS)]
+    """Sums, and the largest of the last column; 0 without sequences."""
+    if partials.shape[0] == 0:
+        return partials.new_zeros(len(PARTIALS))
+    return torch.cat([partials[:, :-1].sum(0), partials[:, -1:].amax(0)])
+
+
+def metrics_of(
+    totals: Tensor,  # [len(PARTIALS)] float64
+    dtype: torch.dtype,
+    absent: set[str],
+) -> dict[str, Tensor]:
+    """The metrics that METRICS defines, without the absent ones: means in `dtype`, counts int64."""
+    counts = totals[: _AT["with_gradient"] + 1].long()
+    tokens, computed, guided = (counts[_AT[name]] for name in ("tokens", "computed", "guided"))
+    means = (totals / (computed - guided).clamp(min=1)).to(dtype)
+    metrics = {
+        "tokens": tokens,
+        "tokens_skipped": tokens - computed,
+        "tokens_guided": guided,
+        "tokens_with_gradient": counts[_AT["with_gradient"]],
+        "ratio_max": totals[_AT["ratio_max"]].to(dtype),
+        "entropy": (totals[_AT["entropy"]] / computed.clamp(min=1)).to(dtype),
+    } | {name: means[_AT[column]] for name, column in _ORDINARY_MEANS.items()}
+    return {name: value for name, value in metrics.items() if name not in absent}
+
+
+def absent_metrics(given: Mapping[str, Tensor | None]) -> set[str]:
+    """The metrics that are not there without an optional tensor."""
+    needs = {"ref_logps": "kl_ref", "rollout_logps": "mismatch", "entropy": "entropy"}
+    return {metric for name, metric in needs.items() if given.get(name) is None}

@@ -1,26 +1,11 @@
-"""The library's C++ extension (csrc/loss/ and csrc/layers/), which computes on the CPU."""
+"""The ops of a decoder layer in C++ (csrc/layers/), which computes on the CPU."""
 
-from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-_REMEDY = "run `make`, or `pip install .` in the repository"
-
-
-@cache
-def load() -> None:
-    """Registers its ops with torch. Raises RuntimeError where it is not built, or for another torch."""
-    found = sorted(Path(__file__).parent.glob("_csrc*.so"))
-    if not found:
-        raise RuntimeError(f"the C++ extension of thinktwice_kernels is not built: {_REMEDY}")
-    try:
-        torch.ops.load_library(str(found[0]))
-    except OSError as error:
-        reason = f"does not load with torch {torch.__version__} ({str(error).splitlines()[0]})"
-        raise RuntimeError(f"the C++ extension of thinktwice_kernels {reason}: {_REMEDY}") from error
+from thinktwice_kernels.launch import in_cpp
 
 
 def computes(*tensors: Tensor | None) -> bool:
@@ -30,8 +15,7 @@ def computes(*tensors: Tensor | None) -> bool:
 
 def layer_ops() -> Any:
     """The ops of csrc/layers/."""
-    load()
-    return torch.ops.thinktwice_layers
+    return in_cpp("thinktwice_layers")
 
 
 def contiguous(x: Tensor | None) -> Tensor | None:

@@ -14,20 +14,21 @@ import triton.language as tl
 from torch import Tensor
 
 from thinktwice_kernels import native
-from thinktwice_kernels.backends import uses_triton
-from thinktwice_kernels.first_order import first_order_only
-from thinktwice_kernels.ops.common import NAMESPACE, fake_gradient
-from thinktwice_kernels.packed import accumulation_dtype
-from thinktwice_kernels.triton_kernels.launch import (
+from thinktwice_kernels.launch import (
+    NAMESPACE,
     Tile,
+    accumulation_dtype,
+    fake_gradient,
+    first_order_only,
     launch_warps,
     looping_programs,
     row_arguments,
     row_tile,
     triton_type,
+    uses_triton,
 )
-from thinktwice_kernels.triton_kernels.numerics import number
-from thinktwice_kernels.triton_kernels.partials import sum_partials
+from thinktwice_kernels.triton.numerics import number
+from thinktwice_kernels.triton.partials import sum_partials
 
 
 @overload

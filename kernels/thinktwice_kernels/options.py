@@ -1,10 +1,16 @@
-"""The options of the loss, and which of them make sense together."""
+"""The options and the inputs of the loss, and which of them make sense together.
+
+Letters: T tokens, S sequences.
+"""
 
 import math
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass, fields
-from functools import lru_cache
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from functools import cached_property, lru_cache
 from typing import Any, Literal, TypedDict, get_args
+
+import torch
+from torch import Tensor
 
 PolicyLoss = Literal["clip", "cispo", "sapo"]
 ImportanceSamplingLevel = Literal["token", "sequence"]
@@ -198,3 +204,201 @@ def _decoded(numbers: tuple[float, ...]) -> LossOptions:
         else:
             values[field.name] = bool(number) if field.default is False else number
     return LossOptions(**values)
+
+
+@dataclass(frozen=True)
+class LossInputs:
+    """The tensors of a loss, checked, contiguous, on one device; floating ones in the type of `logps`."""
+
+    logps: Tensor  # [T], fp32 or float64
+    advantages: Tensor | None  # [S] or [T]; None: from the rewards
+    cu_seqlens: Tensor  # [S+1] int32 or int64
+    weights: Tensor  # [S] or [T]: what each token's term is multiplied by in the loss
+    old_logps: Tensor | None = None  # [T]
+    ref_logps: Tensor | None = None  # [T]
+    rollout_logps: Tensor | None = None  # [T]
+    entropy: Tensor | None = None  # [T]
+    loss_mask: Tensor | None = None  # [T] bool
+    guide_mask: Tensor | None = None  # [T] bool
+    rewards: Tensor | None = None  # [S] fp32 or float64
+    group_ids: Tensor | None = None  # [S] int64
+    scale_rewards: ScaleRewards = "none"
+    advantage_eps: float = 1e-6
+
+
+class Sequences:
+    """Which token belongs to which sequence, and sums over sequences."""
+
+    def __init__(
+        self,
+        cu_seqlens: Tensor,  # [S+1], int32 or int64
+        tokens: int,
+    ):
+        self.count = cu_seqlens.numel() - 1
+        self.offsets = cu_seqlens  # [S+1]
+        self._tokens = tokens
+
+    @cached_property
+    def of_token(self) -> Tensor:
+        """[T]: the number of each token's sequence."""
+        if self.offsets.device.type == "cpu":
+            return torch.repeat_interleave(self.offsets.diff(), output_size=self._tokens)
+        # A GPU's offsets are not checked, and this writes nowhere that they say.
+        positions = torch.arange(self._tokens, device=self.offsets.device, dtype=self.offsets.dtype)
+        return torch.searchsorted(self.offsets[1:].contiguous(), positions, right=True)
+
+    def sum(self, values: Tensor) -> Tensor:
+        """[T] -> [S]: the sum over each sequence's tokens; 0 for an empty one."""
+        return values.new_zeros(self.count).index_add(0, self.of_token, values)
+
+    def spread(self, values: Tensor) -> Tensor:
+        """[S] -> [T]: each token gets its sequence's value."""
+        return values.index_select(0, self.of_token)
+
+    def any(self, flags: Tensor) -> Tensor:
+        """[T] bool -> [T] bool: whether any token of the same sequence has the flag."""
+        return self.spread(self.sum(flags.to(torch.int32)) > 0)
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The tokens that a loss computes, one after another, with what it needs of each."""
+
+    rows: Tensor  # [N] int64, rising, of the T; not to be read where `everything`
+    everything: bool  # N = T
+    in_loss: Tensor  # [] int64: how many of the T are loss tokens
+    inputs: LossInputs  # of the N tokens: advantages and weights one per token, no loss_mask
+    borders: list[int] | None  # the values of `inputs.cu_seqlens` where the options need them
+
+
+def select_tokens_in_torch(inputs: LossInputs, tokens: int, options: LossOptions) -> Selection:
+    """The tokens in the loss, without those that have no signal, of T = `tokens`; weights are one per sequence.
+
+    Where `LossOptions.skips_zero_advantages` holds, a token has no signal if its advantage is 0; where the loss needs
+    whole sequences, if that of each loss token of its sequence is.
+    """
+    assert inputs.advantages is not None
+    sequences = Sequences(inputs.cu_seqlens, tokens)
+    mask = inputs.loss_mask
+    if mask is None:
+        mask = torch.ones(tokens, dtype=torch.bool, device=inputs.weights.device)
+    advantages = inputs.advantages
+    if advantages.numel() == sequences.count:
+        advantages = sequences.spread(advantages)
+    computed = mask
+    if options.skips_zero_advantages():
+        computed = mask & (advantages != 0)
+        if options.needs_whole_sequences():
+            computed = mask & sequences.any(computed)
+    guided = inputs.guide_mask
+    if guided is not None:
+        guided = guided & mask
+        if options.released_code_compat:
+            guided = sequences.any(guided)
+    rows = torch.nonzero(computed).squeeze(1)
+    everything = rows.numel() == tokens
+
+    def of_computed(values: Tensor | None) -> Tensor | None:
+        return values if values is None or everything else values.index_select(0, rows)
+
+    weights = sequences.spread(inputs.weights)
+    cu_seqlens = torch.searchsorted(rows, sequences.offsets)
+    compact = replace(
+        inputs,
+        advantages=of_computed(advantages),
+        weights=weights if everything else weights.index_select(0, rows),
+        cu_seqlens=cu_seqlens,
+        old_logps=of_computed(inputs.old_logps),
+        ref_logps=of_computed(inputs.ref_logps),
+        rollout_logps=of_computed(inputs.rollout_logps),
+        guide_mask=of_computed(guided),
+        loss_mask=None,
+    )
+    borders = cu_seqlens.tolist() if options.needs_borders() else None
+    return Selection(rows, everything, mask.sum(), compact, borders)
+
+
+def prepared_tensors(
+    optional: Mapping[str, Tensor | None],
+    shape: torch.Size,  # [T]
+    options: LossOptions,
+    dtype: torch.dtype,
+    computed: Collection[str] = (),
+) -> dict[str, Tensor | None]:
+    """The optional tensors [T] checked, and as the ops take them: masks as bool, the others in `dtype`.
+
+    Only `entropy` keeps its gradient. `computed` names those that are not given but computed on the way.
+    """
+    options.check_inputs({name for name, tensor in optional.items() if tensor is not None} | set(computed))
+    prepared: dict[str, Tensor | None] = {}
+    for name, tensor in optional.items():
+        if tensor is None:
+            prepared[name] = None
+            continue
+        if tensor.shape != shape:
+            raise ValueError(f"{name} has shape {list(tensor.shape)}: pass one value per token, {list(shape)}")
+        if name.endswith("mask"):
+            tensor = tensor if tensor.dtype == torch.bool else tensor != 0
+        else:
+            tensor = (tensor if name == "entropy" else tensor.detach()).to(dtype)
+        prepared[name] = tensor.contiguous()
+    return prepared
+
+
+def check_cu_seqlens(cu_seqlens: Tensor, tokens: int) -> None:
+    """Raise ValueError unless `cu_seqlens` [S+1] partitions `tokens`.
+
+    The values are looked at on the CPU only, and not while compiling: on a GPU that would wait for the device.
+    """
+    if cu_seqlens.dim() != 1 or cu_seqlens.numel() == 0 or cu_seqlens.dtype not in (torch.int32, torch.int64):
+        raise ValueError(
+            f"cu_seqlens has shape {list(cu_seqlens.shape)} and type {cu_seqlens.dtype}: pass the int32 offsets [S+1], "
+            "from 0 to the number of tokens"
+        )
+    if cu_seqlens.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    if cu_seqlens[0] != 0 or cu_seqlens[-1] != tokens or bool((cu_seqlens.diff() < 0).any()):
+        raise ValueError(
+            f"cu_seqlens must rise from 0 to the number of tokens, {tokens}: it starts with {int(cu_seqlens[0])}, ends "
+            f"with {int(cu_seqlens[-1])}" + (" and falls in between" if bool((cu_seqlens.diff() < 0).any()) else "")
+        )
+
+
+def check_normalizer(normalizer: float | Tensor | None) -> None:
+    """Raise ValueError for a number that is no positive count."""
+    if isinstance(normalizer, float | int) and not normalizer > 0:
+        raise ValueError(f"normalizer is {normalizer}: pass a positive count, or None for this batch's own")
+    if isinstance(normalizer, Tensor) and normalizer.numel() != 1:
+        raise ValueError(f"normalizer has shape {list(normalizer.shape)}: pass a single count")
+
+
+def loss_weights(
+    cu_seqlens: Tensor,  # [S+1]
+    loss_mask: Tensor | None,  # [T] bool
+    options: LossOptions,
+    normalizer: float | Tensor | None,
+    like: Tensor,  # gives the number of tokens T, the type and the device
+) -> Tensor:
+    """[S]: what the terms of a sequence's tokens are multiplied by, so that the sum of all is the loss."""
+    count = cu_seqlens.numel() - 1
+    if isinstance(normalizer, Tensor):
+        normalizer = normalizer.reshape(())
+    ones = like.new_ones(count, dtype=torch.float64)
+    if options.loss_agg_mode == "token-mean":
+        if normalizer is None:
+            normalizer = max(like.shape[0], 1) if loss_mask is None else loss_mask.sum().clamp(min=1).to(like.device)
+        weights = ones / normalizer
+    else:
+        weights = ones / (max(count, 1) if normalizer is None else normalizer)
+        if options.loss_agg_mode == "seq-mean-token-mean":
+            weights = weights / _loss_tokens(cu_seqlens, loss_mask, like).clamp(min=1)
+        elif options.max_response_length is not None:
+            weights = weights / options.max_response_length
+    return weights.to(torch.float64 if like.dtype == torch.float64 else torch.float32)
+
+
+def _loss_tokens(cu_seqlens: Tensor, loss_mask: Tensor | None, like: Tensor) -> Tensor:  # [S]
+    if loss_mask is None:
+        return cu_seqlens.to(like.device).diff()
+    sequences = Sequences(cu_seqlens.to(like.device), like.shape[0])
+    return sequences.sum(loss_mask.to(like.device, torch.float64))

@@ -14,12 +14,9 @@ import torch
 from torch import Tensor
 
 from thinktwice_kernels import native
-from thinktwice_kernels.backends import uses_triton
-from thinktwice_kernels.first_order import first_order_only
+from thinktwice_kernels.launch import NAMESPACE, accumulation_dtype, fake_gradient, first_order_only, uses_triton
 from thinktwice_kernels.norm import norm_gradients_in_torch, rms_norm_reference
-from thinktwice_kernels.ops.common import NAMESPACE, fake_gradient
-from thinktwice_kernels.packed import accumulation_dtype
-from thinktwice_kernels.triton_kernels.rotary import fits_registers, rotary_gradients_in_triton, rotary_in_triton
+from thinktwice_kernels.triton.rotary import fits_registers, rotary_gradients_in_triton, rotary_in_triton
 
 
 def rotary(

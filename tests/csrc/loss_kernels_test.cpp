@@ -1,6 +1,6 @@
 // Every instruction set's copy of the kernels over blocks of logits that this machine can run, against double
 // arithmetic; with the address sanitizer, since the vectors read and write up to the edges. Built and run by
-// tests/kernels/test_cpu_backend.py.
+// tests/kernels/test_rows.py.
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 

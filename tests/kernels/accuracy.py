@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from thinktwice_kernels import reference, token_logprobs
-from thinktwice_kernels.packed import accumulation_dtype
+from thinktwice_kernels.launch import accumulation_dtype
 
 FP32_ERROR = 1e-5
 # Units of rounding by which terms that cancel to nothing may be off.

@@ -18,13 +18,16 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 from tests.kernels.batches import make_batch
 from tests.kernels.cases import CASES
-from thinktwice_kernels.backends import Head, LossInputs, triton_backend
 from thinktwice_kernels.gate import swiglu_gradient_in_triton, swiglu_in_triton
+from thinktwice_kernels.launch import SHAPES, recording
 from thinktwice_kernels.norm import norm_gradients_in_triton, norm_in_triton
-from thinktwice_kernels.options import LossOptions
-from thinktwice_kernels.triton_kernels import aot
-from thinktwice_kernels.triton_kernels.launch import SHAPES, recording
-from thinktwice_kernels.triton_kernels.rotary import rotary_gradients_in_triton, rotary_in_triton
+from thinktwice_kernels.options import LossInputs, LossOptions
+from thinktwice_kernels.rows import Head
+from thinktwice_kernels.triton import aot
+from thinktwice_kernels.triton.loss import sequence_loss_in_triton
+from thinktwice_kernels.triton.rotary import rotary_gradients_in_triton, rotary_in_triton
+from thinktwice_kernels.triton.rows import row_gradient_in_triton, row_statistics_in_triton
+from thinktwice_kernels.triton.selection import compacted
 
 ROOT = Path(__file__).parent.parent.parent
 ROW_KERNELS = ("row_statistics", "combine_statistics", "row_gradient")
@@ -46,7 +49,7 @@ def lines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[aot.Compile
 
 def test_the_kernels_in_the_interpreter() -> None:
     """Files in a process with TRITON_INTERPRET set, since Triton looks at it when imported."""
-    names = "test_triton_backend", "test_interpreted_ops", "test_interpreted_layer_ops"
+    names = "test_triton_kernels", "test_interpreted_ops", "test_interpreted_layer_ops"
     files = [f"tests/kernels/{name}.py" for name in names]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files]
     environment = os.environ | {"TRITON_INTERPRET": "1"}
@@ -139,10 +142,10 @@ def row_launches(rows: int, start: int, head: Head, dtype: torch.dtype = torch.f
     if isinstance(head.temperature, Tensor):
         head = replace(head, temperature=torch.empty(start + rows)[start:])
     with recording() as launches:
-        triton_backend.row_statistics(tile, targets, head, True)
+        row_statistics_in_triton(tile, targets, head, True)
         for index in (None, targets):
             out = torch.empty_like(tile, dtype=torch.bfloat16)
-            triton_backend.row_gradient(tile, targets, head, numbers, numbers, numbers, numbers, index, out)
+            row_gradient_in_triton(tile, targets, head, numbers, numbers, numbers, numbers, index, out)
     return {aot.configuration_of(launch) for launch in launches}
 
 
@@ -171,7 +174,7 @@ def selection_launches(lengths: list[int], case: str, start: int = 0) -> set[aot
         weights=torch.ones(start + sequences, dtype=torch.float64)[start:],
     )
     with recording() as launches:
-        triton_backend.compacted(inputs, total, LossOptions(**options))
+        compacted(inputs, total, LossOptions(**options))
     return {aot.configuration_of(launch) for launch in launches}
 
 
@@ -197,7 +200,7 @@ def loss_launches(lengths: list[int], case: str, start: int = 0, **numbers: floa
         weights=torch.ones(sequences, dtype=torch.float64),
     )
     with recording() as launches:
-        triton_backend.sequence_loss(inputs, LossOptions(**options), True)
+        sequence_loss_in_triton(inputs, LossOptions(**options), True)
     return {aot.configuration_of(launch) for launch in launches}
 
 

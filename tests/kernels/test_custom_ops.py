@@ -12,7 +12,7 @@ from thinktwice_kernels import (
     grpo_loss,
     linear_grpo_loss,
     linear_logprobs,
-    tiles,
+    rows,
     token_logprobs,
 )
 from thinktwice_kernels.options import LossOptions
@@ -166,8 +166,8 @@ def test_logits_may_have_any_strides(inplace: bool) -> None:
 
 
 def test_tiles_cover_everything_evenly() -> None:
-    for start, stop, rows in ((0, 0, 3), (0, 7, 3), (5, 13, 8), (2, 5, 1), (0, 1000, 77)):
-        found = list(tiles.tiles(start, stop, rows))
+    for start, stop, most in ((0, 0, 3), (0, 7, 3), (5, 13, 8), (2, 5, 1), (0, 1000, 77)):
+        found = list(rows.tiles(start, stop, most))
         assert [i for tile in found for i in range(tile.start, tile.stop)] == list(range(start, stop))
         sizes = [tile.stop - tile.start for tile in found]
-        assert not sizes or (max(sizes) <= rows and max(sizes) - min(sizes) <= 1)
+        assert not sizes or (max(sizes) <= most and max(sizes) - min(sizes) <= 1)

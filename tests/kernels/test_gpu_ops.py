@@ -28,17 +28,16 @@ from tests.kernels.accuracy import (
 from tests.kernels.batches import make_batch
 from tests.kernels.cases import AGGREGATIONS, CASES
 from thinktwice_kernels import (
-    fused_loss,
     group_advantages,
     grpo_loss,
     linear_grpo_loss,
     linear_logprobs,
+    linear_loss,
     reference,
-    selection,
     token_logprobs,
 )
-from thinktwice_kernels.backends import LossInputs, backend_of
-from thinktwice_kernels.options import LossOptions
+from thinktwice_kernels.options import LossInputs, LossOptions
+from thinktwice_kernels.triton.scale import scale_in_triton
 
 pytestmark = [
     pytest.mark.gpu,
@@ -198,8 +197,8 @@ def test_skipped_rows_enter_no_product_and_may_hold_nan(how: str, monkeypatch: p
         rows.append(hidden.shape[0])
         return products(hidden, *rest, **options)
 
-    products = fused_loss.accumulated_logits
-    monkeypatch.setattr(fused_loss, "accumulated_logits", counted)
+    products = linear_loss.accumulated_logits
+    monkeypatch.setattr(linear_loss, "accumulated_logits", counted)
     want, _ = linear_grpo_loss(**batch)
     d_want = gradients(want, batch, ("hidden", "weight"))
     assert sum(rows) == T - int(skipped.sum())
@@ -350,9 +349,9 @@ def test_the_computed_tokens(case: str, lengths: list[int]) -> None:
     wanted = dict.fromkeys({"loss_mask", "token_advantages", "zero_advantages", *tensors}, True)
     batch = {name: value.detach() for name, value in make_batch(lengths, 7, **wanted).items() if name != "entropy"}
     inputs = LossInputs(**batch, weights=normal(len(lengths), seed=3))
-    want = selection.select_tokens(inputs, tokens, parsed)
+    want = linear_loss.select_tokens(inputs, tokens, parsed)
     on_gpu: Any = {name: x.to(DEVICE) for name, x in vars(inputs).items() if isinstance(x, Tensor)}
-    got = backend_of(on_gpu["logps"]).select_tokens(LossInputs(**on_gpu), tokens, parsed)
+    got = linear_loss.select_tokens(LossInputs(**on_gpu), tokens, parsed)
     assert torch.equal(got.rows.cpu(), want.rows)
     assert (got.everything, int(got.in_loss), got.borders) == (want.everything, int(want.in_loss), want.borders)
     for name in on_gpu.keys() - {"logps", "loss_mask"}:
@@ -384,10 +383,10 @@ def test_hardly_any_tokens(tokens: int) -> None:
 def test_scaling_rounds_as_torch_does(size: int, out_dtype: torch.dtype) -> None:
     values, by = normal(size).float().to(DEVICE), torch.tensor(-1 / 3, device=DEVICE)
     out = torch.empty(size, dtype=out_dtype, device=DEVICE)
-    backend_of(values).scale(values, by, out)
+    scale_in_triton(values, by, out)
     assert torch.equal(out, (values * by).to(out_dtype))
     want = values * by
-    backend_of(values).scale(values, by, values)
+    scale_in_triton(values, by, values)
     assert torch.equal(values, want)
 
 
@@ -395,7 +394,7 @@ def test_scaling_more_than_2_31_numbers() -> None:
     size = 2**31 + 4097
     values = torch.zeros(size, dtype=torch.bfloat16, device=DEVICE)
     values[[0, 2**31 - 1, 2**31, -1]] = torch.tensor([1.0, 2, 3, 4], dtype=torch.bfloat16, device=DEVICE)
-    backend_of(values).scale(values, torch.tensor(0.5, device=DEVICE), values)
+    scale_in_triton(values, torch.tensor(0.5, device=DEVICE), values)
     assert values[[0, 2**31 - 1, 2**31, -1]].tolist() == [0.5, 1, 1.5, 2]
     assert int(values.count_nonzero()) == 4
 

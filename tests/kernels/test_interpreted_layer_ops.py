@@ -11,8 +11,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 from tests.kernels.accuracy import normal
 from tests.kernels.interpreter import patch_language_once, round_bfloat16_to_nearest
 from tests.kernels.layers import CASES, EPS, Case, check, norm_case, rotary_case
-from thinktwice_kernels import rms_norm, rotary
-from thinktwice_kernels.triton_kernels import launch
+from thinktwice_kernels import launch, rms_norm, rotary
 
 patch_language_once()
 round_bfloat16_to_nearest()

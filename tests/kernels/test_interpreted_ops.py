@@ -1,4 +1,4 @@
-"""The public ops over the Triton kernels in Triton's interpreter; run by test_aot.py, see test_triton_backend.py."""
+"""The public ops over the Triton kernels in Triton's interpreter; run by test_aot.py, see test_triton_kernels.py."""
 
 import os
 from typing import Any
@@ -16,22 +16,22 @@ from tests.kernels.dispatched import Dispatched
 from tests.kernels.interpreter import patch_language_once, round_bfloat16_to_nearest
 from tests.kernels.test_linear_loss import ROW, assert_equals_reference, linear_batch
 from thinktwice_kernels import (
-    fused_loss,
     group_advantages,
+    launch,
     linear_grpo_loss,
     linear_logprobs,
+    linear_loss,
     reference,
     token_logprobs,
 )
-from thinktwice_kernels.backends import backend_of, triton_backend
-from thinktwice_kernels.ops import loss as ops
+from thinktwice_kernels.triton import selection
 
 patch_language_once()
 round_bfloat16_to_nearest()
 
 
-def test_the_interpreted_backend_is_the_one_used() -> None:
-    assert backend_of(torch.zeros(1)) is triton_backend
+def test_the_interpreted_kernels_are_the_ones_used() -> None:
+    assert launch.uses_triton(torch.zeros(1))
 
 
 @pytest.mark.parametrize("rows", [2, None])
@@ -51,7 +51,7 @@ class FirstProduct(Exception):
 def launches_before_the_first_product(batch: dict[str, Any], options: dict[str, Any]) -> list[str]:
     """What `linear_grpo_loss` makes a GPU do, or wait for, once its inputs are prepared. Its one upload aside."""
     dispatched = Dispatched()
-    forward, launch = ops.linear_loss_forward, triton_backend.launch
+    forward, launched = linear_loss._tiled_loss, selection.launch
 
     def watched(*arguments: Any) -> Any:
         with dispatched:  # what runs inside of a custom op is hidden from a mode around it
@@ -60,15 +60,15 @@ def launches_before_the_first_product(batch: dict[str, Any], options: dict[str, 
     def counted(kernel: Any, *rest: Any) -> None:
         dispatched.calls.append((kernel.__name__, None))
         with _disable_current_modes():
-            launch(kernel, *rest)
+            launched(kernel, *rest)
 
     def stop(*_: Any, **__: Any) -> None:
         raise FirstProduct
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ops, "linear_loss_forward", watched)
-        patch.setattr(triton_backend, "launch", counted)
-        patch.setattr(fused_loss, "accumulated_logits", stop)
+        patch.setattr(linear_loss, "_tiled_loss", watched)
+        patch.setattr(selection, "launch", counted)
+        patch.setattr(linear_loss, "accumulated_logits", stop)
         with pytest.raises(FirstProduct):
             linear_grpo_loss(**batch, **options)
     return dispatched.launches()

@@ -13,7 +13,7 @@ from torch import Tensor
 from tests.kernels.batches import LAYOUTS, make_batch
 from tests.kernels.cases import AGGREGATIONS, CASES
 from tests.kernels.dispatched import Dispatched
-from thinktwice_kernels import fused_loss, grpo_loss, linear_grpo_loss, packed, products, reference
+from thinktwice_kernels import grpo_loss, linear_grpo_loss, linear_loss, reference, rows
 from thinktwice_kernels.options import LossKeywords, LossOptions
 
 V, H = 9, 4
@@ -133,7 +133,7 @@ class CountedRows:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch):
         self.forward, self.backward = 0, 0
-        logits, product = fused_loss.accumulated_logits, products._add_product
+        logits, product = linear_loss.accumulated_logits, rows._add_product
 
         def counted_logits(hidden: Tensor, *rest: Any, **options: Any) -> Tensor:
             self.forward += hidden.shape[0]
@@ -143,8 +143,8 @@ class CountedRows:
             self.backward += d_logits.shape[0]
             product(total, d_logits, *rest, **options)
 
-        monkeypatch.setattr(fused_loss, "accumulated_logits", counted_logits)
-        monkeypatch.setattr(products, "_add_product", counted_product)
+        monkeypatch.setattr(linear_loss, "accumulated_logits", counted_logits)
+        monkeypatch.setattr(rows, "_add_product", counted_product)
 
 
 @pytest.mark.parametrize("rows", [1, 4, None])
@@ -181,12 +181,12 @@ def test_whole_sequences_cost_a_second_forward_only_beyond_a_tile(monkeypatch: p
     batch = linear_batch([2, 2, 7, 1], 5, old_logps=True)
     batch["advantages"] = torch.ones(4, dtype=torch.float64)
     options = {"importance_sampling_level": "sequence", "epsilon_low": 1.0, "epsilon_high": 1e6}
-    for rows, forward in ((4, 12 + 3), (7, 12), (12, 12), (3, 12 + 4)):  # pieces of the 7: 3 and 4; 2, 2 and 3
+    for most, forward in ((4, 12 + 3), (7, 12), (12, 12), (3, 12 + 4)):  # pieces of the 7: 3 and 4; 2, 2 and 3
         with monkeypatch.context() as patched:
             count = CountedRows(patched)
-            run(linear_grpo_loss, batch, memory_budget=rows * ROW, **options)
+            run(linear_grpo_loss, batch, memory_budget=most * ROW, **options)
         assert count.backward == 12
-        assert count.forward == forward, rows
+        assert count.forward == forward, most
 
 
 def test_what_needs_no_gradient_gets_none(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -267,7 +267,7 @@ def test_what_goes_to_a_gpu_goes_from_pinned_memory(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(Tensor, "pin_memory", pinned)
     monkeypatch.setattr(Tensor, "to", moved)
     for device in ("cuda", "cpu"):
-        packed.uploaded(torch.arange(3), torch.device(device))
+        linear_loss.uploaded(torch.arange(3), torch.device(device))
     assert calls == ["pinned", ("cuda", True), ("cpu", False)]
 
 
@@ -280,7 +280,7 @@ def test_one_upload_carries_the_offsets_of_all_tiles(options: dict[str, Any], mo
         uploads.append(tensor.dtype)
         return tensor.to(device)
 
-    monkeypatch.setattr(fused_loss, "uploaded", counted)
+    monkeypatch.setattr(linear_loss, "uploaded", counted)
     run(linear_grpo_loss, batch, **options, memory_budget=2 * ROW)
     assert uploads.count(torch.int32) == 2  # cu_seqlens, and the offsets
 
@@ -359,14 +359,14 @@ def test_the_weight_gradients_error_does_not_grow_with_the_batch() -> None:
 def test_logits_never_exist_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     batch = linear_batch([40, 50], 9)
     sizes = []
-    logits = fused_loss.accumulated_logits
+    logits = linear_loss.accumulated_logits
 
     def noted(*arguments: Any, **options: Any) -> Tensor:
         result = logits(*arguments, **options)
         sizes.append(result.untyped_storage().nbytes())
         return result
 
-    monkeypatch.setattr(fused_loss, "accumulated_logits", noted)
+    monkeypatch.setattr(linear_loss, "accumulated_logits", noted)
     run(linear_grpo_loss, batch, memory_budget=10 * ROW)
     assert len(sizes) == 9 and max(sizes) == 10 * ROW
 

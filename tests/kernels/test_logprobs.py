@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tests.kernels.accuracy import assert_accurate, check_token_logprobs
 from tests.kernels.formulas import slow_linear_logprobs
-from thinktwice_kernels import linear_logits, linear_logprobs, products, tiles, token_logprobs
+from thinktwice_kernels import linear_logits, linear_logprobs, rows, token_logprobs
 
 V, H = 7, 3
 
@@ -20,8 +20,8 @@ V, H = 7, 3
 @pytest.fixture(autouse=True)
 def several_chunks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Two float64 rows a chunk and two widened weight rows at a time, so that small tests cross both borders."""
-    monkeypatch.setitem(tiles.DEFAULT_BUDGET, "cpu", 2 * V * 8)
-    monkeypatch.setattr(products, "WIDENED_ROWS", 2)
+    monkeypatch.setitem(rows.DEFAULT_BUDGET, "cpu", 2 * V * 8)
+    monkeypatch.setattr(rows, "WIDENED_ROWS", 2)
     yield
 
 
@@ -150,13 +150,13 @@ def test_hidden_need_not_be_contiguous() -> None:
 def test_a_frozen_weight_gets_no_gradient_computed(monkeypatch: pytest.MonkeyPatch) -> None:
     hidden, weight, bias, targets, _ = inputs(5)
     calls = []
-    original = products._add_product
+    original = rows._add_product
 
     def counted(*arguments: Any, **options: Any) -> None:
         calls.append(1)
         original(*arguments, **options)
 
-    monkeypatch.setattr(products, "_add_product", counted)
+    monkeypatch.setattr(rows, "_add_product", counted)
     hidden.requires_grad_()
     linear_logprobs(hidden, weight, targets, bias=bias).sum().backward()
     assert hidden.grad is not None and weight.grad is None and bias.grad is None

@@ -25,7 +25,7 @@ from thinktwice_fast.records import Rollout
 from thinktwice_fast.update import updater as updater_module
 from thinktwice_fast.update.batches import Example
 from thinktwice_fast.update.updater import NonFiniteLoss
-from thinktwice_kernels import tiles
+from thinktwice_kernels import rows as rows_of_logits
 
 pytestmark = pytest.mark.usefixtures("one_process")
 
@@ -318,7 +318,7 @@ def test_supervised_loss_is_transformers_own(microbatch_tokens: int) -> None:
 def test_supervised_update_never_holds_all_logits(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = 8
     monkeypatch.setattr(updater_module, "_HIT_ROWS", rows)
-    monkeypatch.setitem(tiles.DEFAULT_BUDGET, "cpu", rows * VOCABULARY * 4)
+    monkeypatch.setitem(rows_of_logits.DEFAULT_BUDGET, "cpu", rows * VOCABULARY * 4)
     made = updater(config())
     shapes: set[tuple[int, ...]] = set()
 

@@ -52,8 +52,7 @@ from thinktwice_fast.model.transformer import Transformer
 from thinktwice_fast.rollout.engine import BLOCK_SIZE, SPARE_BLOCKS, blocks_for, cache_blocks
 from thinktwice_fast.rollout.runner import planned_runner
 from thinktwice_fast.update.optimizer import MOMENT_BYTES
-from thinktwice_kernels.linear_head import bytes_per_logit
-from thinktwice_kernels.tiles import rows_per_tile
+from thinktwice_kernels.rows import bytes_per_logit, rows_per_tile
 
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h

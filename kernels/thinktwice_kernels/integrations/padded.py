@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 
 from thinktwice_kernels import grpo_loss
-from thinktwice_kernels.options import LossOptions
-from thinktwice_kernels.reference.objectives import kl_to_reference
-from thinktwice_kernels.totals import loss_weights
+from thinktwice_kernels.loss import kl_to_reference
+from thinktwice_kernels.options import LossOptions, loss_weights
 
 _AGGREGATION = {
     "grpo": "seq-mean-token-mean",
@@ -161,7 +160,7 @@ class PaddedLoss:
         ref_logps: Tensor,  # [B, L]
     ) -> Tensor:  # [B, L], 0 for masked tokens
         """The KL term, corrected if it is to be."""
-        kl = kl_to_reference(torch.where(mask, logps, 0), torch.where(mask, ref_logps, 0), "k3")
+        kl, _ = kl_to_reference(torch.where(mask, logps, 0), torch.where(mask, ref_logps, 0), "k3")
         return kl * self.ratio(logps, mask, old_logps) if self.use_bias_correction_kl else kl
 
     def constant_weight(

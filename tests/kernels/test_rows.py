@@ -1,15 +1,13 @@
-"""The C++ backend's rows of logits against their definition, and the library itself."""
+"""Rows of logits on the CPU, in C++, against their definition, and the library itself."""
 
 import math
 import os
-import re
 import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import fields
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 import torch
@@ -18,10 +16,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.csrc.test_native import build_and_run
-from thinktwice_kernels import options, reference
-from thinktwice_kernels.backends import PARTIALS, Head, cpu
-from thinktwice_kernels.options import LossOptions
-from thinktwice_kernels.packed import accumulation_dtype
+from thinktwice_kernels import reference
+from thinktwice_kernels.launch import accumulation_dtype
+from thinktwice_kernels.rows import Head, row_gradient, row_statistics
 
 ROOT = Path(__file__).parents[2]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -75,15 +72,15 @@ def definition(
 def run(
     logits: Tensor, targets: Tensor, head: Head, d_logps: Tensor | None, d_entropy: Tensor | None, **where: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The backend's log-probabilities, log-sum-exp, entropy and gradient, the latter in a poisoned buffer."""
-    logps, lse, entropy = cpu.row_statistics(logits, targets, head, True)
+    """The log-probabilities, log-sum-exp, entropy and gradient, the latter in a poisoned buffer."""
+    logps, lse, entropy = row_statistics(logits, targets, head, True)
     assert entropy is not None
     rows = where.get("rows")
     out = where.get("out")
     if out is None:
         shape = [logits.shape[0] if rows is None else rows.numel(), logits.shape[1]]
         out = strided(torch.full(shape, math.nan, dtype=where.get("dtype", logps.dtype)))
-    cpu.row_gradient(logits, targets, head, lse, entropy, d_logps, d_entropy, rows, out)
+    row_gradient(logits, targets, head, lse, entropy, d_logps, d_entropy, rows, out)
     return logps, lse, entropy, out
 
 
@@ -228,7 +225,7 @@ def test_no_rows_and_no_gradient(dtype: torch.dtype) -> None:
         (0, 9),
     ]
     assert not run(normal(2, 9, dtype=dtype), torch.tensor([1, 2]), Head(), None, None)[3].any()
-    assert cpu.row_statistics(normal(2, 9), torch.tensor([1, 2]), Head(), False)[2] is None
+    assert row_statistics(normal(2, 9), torch.tensor([1, 2]), Head(), False)[2] is None
 
 
 def test_offsets_beyond_31_bits() -> None:
@@ -260,9 +257,9 @@ def test_threads_do_not_change_the_rows(three_threads: None) -> None:
 def test_bad_arguments_are_one_clear_line() -> None:
     logits, targets = normal(3, 5), torch.arange(3)
     with pytest.raises(RuntimeError, match="contiguous last dimension"):
-        cpu.row_statistics(normal(5, 3).t(), targets, Head(), False)
+        row_statistics(normal(5, 3).t(), targets, Head(), False)
     with pytest.raises(RuntimeError, match="targets has 2 entries, expected 3"):
-        cpu.row_statistics(logits, targets[:2], Head(), False)
+        row_statistics(logits, targets[:2], Head(), False)
     for rows in ([1, 1], [2, 0], [-1], [3]):
         with pytest.raises(RuntimeError, match="rows must rise"):
             run(logits, targets, Head(), torch.ones(3), None, rows=torch.tensor(rows))
@@ -272,32 +269,6 @@ def test_bad_arguments_are_one_clear_line() -> None:
 
 def test_kernels_of_every_instruction_set(tmp_path: Path) -> None:
     build_and_run(tmp_path, [ROOT / "tests" / "csrc" / "loss_kernels_test.cpp"])
-
-
-def enumerators(name: str) -> list[str]:
-    """Those of one enum of csrc/loss/options.h, without their k and the number at the end."""
-    source = (ROOT / "csrc" / "loss" / "options.h").read_text()
-    (body,) = re.findall(rf"enum (?:class )?{name}\b[^{{;]*{{([^}}]*)}}", source)
-    names = [entry.strip().removeprefix("k") for entry in body.split(",") if entry.strip()]
-    return [entry for entry in names if not entry.endswith("Count")]
-
-
-def camel(name: str) -> str:
-    return "".join(part.capitalize() for part in re.split("[_-]", name))
-
-
-def test_the_enums_follow_the_python_side() -> None:
-    assert enumerators("Option") == [camel(field.name) for field in fields(LossOptions)]
-    assert enumerators("Partial") == [camel(name) for name in PARTIALS]
-    for enum in (
-        "PolicyLoss",
-        "ImportanceSamplingLevel",
-        "KlEstimator",
-        "RolloutIs",
-        "GuideFallback",
-        "ScaleRewards",
-    ):
-        assert enumerators(enum) == [camel(choice) for choice in get_args(getattr(options, enum))]
 
 
 def test_the_library_needs_only_the_stable_abi() -> None:
@@ -316,7 +287,7 @@ def test_a_missing_library_is_one_clear_line(tmp_path: Path) -> None:
         ROOT / "kernels" / "thinktwice_kernels", package, ignore=shutil.ignore_patterns("*.so", "__pycache__")
     )
     ran = subprocess.run(
-        [sys.executable, "-c", "import thinktwice_kernels.backends.cpu"],
+        [sys.executable, "-c", "from thinktwice_kernels.launch import in_cpp; in_cpp('thinktwice_loss')"],
         capture_output=True,
         text=True,
         cwd=tmp_path,

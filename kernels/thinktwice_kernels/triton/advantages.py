@@ -1,18 +1,23 @@
-"""Group-relative advantages: `reference.group_advantages`.
+"""Group-relative advantages: `advantages.group_advantages_reference`.
 
 Each program works out one sequence's advantage from all S rewards, which are few, in float64.
 """
 
 from typing import get_args
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
+from thinktwice_kernels.launch import SHAPES, launch
 from thinktwice_kernels.options import ScaleRewards
 
-_GROUP = tl.constexpr(get_args(ScaleRewards).index("group"))
-_BATCH = tl.constexpr(get_args(ScaleRewards).index("batch"))
-_NONE = tl.constexpr(get_args(ScaleRewards).index("none"))
+SCALES = get_args(ScaleRewards)
+
+_GROUP = tl.constexpr(SCALES.index("group"))
+_BATCH = tl.constexpr(SCALES.index("batch"))
+_NONE = tl.constexpr(SCALES.index("none"))
 
 
 @triton.jit
@@ -83,3 +88,24 @@ def group_advantages(
 ):
     sequence = tl.program_id(0)
     tl.store(out_ptr + sequence, advantage_of(sequence, rewards_ptr, group_ids_ptr, count, eps, scale, BLOCK))
+
+
+def group_advantages_in_triton(
+    rewards: Tensor,  # [S] fp32 or float64
+    group_ids: Tensor,  # [S] int64
+    scale_rewards: ScaleRewards,
+    eps: float,
+) -> Tensor:
+    """[S], in the type of `rewards`."""
+    out = torch.empty(rewards.shape, dtype=rewards.dtype, device=rewards.device)
+    arguments = {
+        "rewards_ptr": rewards.contiguous(),
+        "group_ids_ptr": group_ids.contiguous(),
+        "out_ptr": out,
+        "count": rewards.numel(),
+        "eps": eps,
+        "scale": SCALES.index(scale_rewards),
+        "BLOCK": SHAPES["group_advantages"].block,
+    }
+    launch(group_advantages, "group_advantages", (rewards.numel(),), rewards.device, arguments)
+    return out

@@ -14,17 +14,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from thinktwice_kernels.norm import scale_of
-from thinktwice_kernels.packed import accumulation_dtype
-from thinktwice_kernels.triton_kernels.launch import (
+from thinktwice_kernels.launch import (
     Tile,
+    accumulation_dtype,
     launch_warps,
     looping_programs,
     row_arguments,
     triton_type,
 )
-from thinktwice_kernels.triton_kernels.numerics import number
-from thinktwice_kernels.triton_kernels.partials import sum_partials
+from thinktwice_kernels.norm import scale_of
+from thinktwice_kernels.triton.numerics import number
+from thinktwice_kernels.triton.partials import sum_partials
 
 
 @triton.jit

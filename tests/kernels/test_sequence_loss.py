@@ -1,6 +1,10 @@
-"""The C++ backend's loss of sequences and its advantages against their definition."""
+"""The loss of sequences on the CPU: its slopes against autograd of the definition, and what it does in float64.
+
+test_loss.py holds both against the formulas, token by token.
+"""
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,8 +16,9 @@ from torch import Tensor
 from tests.kernels.batches import LAYOUTS, gradients, make_batch
 from tests.kernels.cases import CASES
 from thinktwice_kernels import reference
-from thinktwice_kernels.backends import PARTIALS, LossInputs, cpu
-from thinktwice_kernels.options import LossOptions
+from thinktwice_kernels.loss import selected_in_torch, sequence_loss
+from thinktwice_kernels.metrics import PARTIALS, totals_of
+from thinktwice_kernels.options import LossInputs, LossOptions
 
 SCALES: list[Any] = ["none", "group", "batch"]
 Results = tuple[Tensor, Tensor, Tensor]
@@ -25,11 +30,18 @@ def of_case(case: str) -> tuple[dict[str, Any], dict[str, bool]]:
     return {k: v for k, v in given_options.items() if k != "normalizer"}, dict.fromkeys(tensors, True)
 
 
-def run(batch: dict[str, Any], options: dict[str, Any], weights: Tensor, want_gradient: bool = True) -> Results:
+def inputs_of(batch: dict[str, Any], weights: Tensor) -> LossInputs:
     detached: dict[str, Any] = {
         name: tensor.detach() if isinstance(tensor, Tensor) else tensor for name, tensor in batch.items()
     }
-    return cpu.sequence_loss(LossInputs(**detached, weights=weights), LossOptions(**options), want_gradient)
+    return LossInputs(**detached, weights=weights)
+
+
+def run(batch: dict[str, Any], options: dict[str, Any], weights: Tensor, want_gradient: bool = True) -> Results:
+    """The totals, and the gradients."""
+    partials, *d_tokens = sequence_loss(inputs_of(batch, weights), LossOptions(**options), want_gradient)
+    assert partials.shape[1:] == (len(PARTIALS),) and partials.dtype == torch.float64
+    return totals_of(partials), d_tokens[0], d_tokens[1]
 
 
 def partials_of(metrics: dict[str, Tensor], loss: Tensor) -> dict[str, float]:
@@ -70,11 +82,9 @@ def sequence_weights(batch: dict[str, Any]) -> Tensor:
 
 
 def assert_equals_definition(batch: dict[str, Any], options: dict[str, Any], rtol: float, atol: float) -> None:
-    partials, d_logps, d_entropy = run(batch, options, sequence_weights(batch))
+    totals, d_logps, d_entropy = run(batch, options, sequence_weights(batch))
     want, want_gradients = defined(batch, options)
-    assert partials.shape == (len(batch["cu_seqlens"]) - 1, len(PARTIALS)) and partials.dtype == torch.float64
-    totals = [*partials[:, :-1].sum(0).tolist(), max([0.0, *partials[:, -1].tolist()])]
-    assert dict(zip(PARTIALS, totals, strict=True)) == pytest.approx(want, rel=1e-10, abs=1e-12)
+    assert dict(zip(PARTIALS, totals.tolist(), strict=True)) == pytest.approx(want, rel=1e-10, abs=1e-12)
     assert d_logps.dtype == batch["logps"].dtype
     torch.testing.assert_close(d_logps.double(), want_gradients[0], rtol=rtol, atol=atol)
     if options.get("entropy_coef", 0) != 0:
@@ -118,37 +128,21 @@ def test_equals_the_definition(
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_weights_may_be_one_per_token(case: str) -> None:
+def test_weights_of_selected_tokens(case: str) -> None:
+    """Loss and gradient are linear in them, and a token without weight changes no other's term."""
     options, tensors = of_case(case)
     batch = make_batch([4, 0, 3], 5, loss_mask=True, **tensors)
-    per_sequence = torch.tensor([0.5, 7.0, -2.0], dtype=torch.float64)
-    per_token = per_sequence.repeat_interleave(batch["cu_seqlens"].diff())
-    same = zip(run(batch, options, per_sequence), run(batch, options, per_token), strict=True)
-    assert all(torch.equal(a, b) for a, b in same)
-    # Loss and gradient are linear in the weights, and a token without weight changes no other's term.
-    total = [torch.zeros_like(x) for x in run(batch, options, per_token)]
-    for t, weight in enumerate(torch.tensor([1.0, -2.0, 0.5, 3.0, 1.5, -1.0, 2.0], dtype=torch.float64)):
-        alone = torch.zeros(7, dtype=torch.float64)
-        alone[t] = weight
-        total = [a + b for a, b in zip(total, run(batch, options, alone), strict=True)]
-        per_token[t] = weight
-    for got, want in zip(run(batch, options, per_token)[1:], total[1:], strict=True):
-        torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-12)
-    loss = run(batch, options, per_token)[0][:, 0]
-    torch.testing.assert_close(loss, total[0][:, 0], rtol=1e-10, atol=1e-12)
+    parsed = LossOptions(**options)
+    selected = selected_in_torch(inputs_of(batch, torch.ones(3, dtype=torch.float64)), parsed).inputs
 
+    def weighted(weights: Tensor) -> list[Tensor]:
+        partials, *found = sequence_loss(replace(selected, weights=weights), parsed, True, selected=True)
+        return [partials[0, 0], *found]
 
-@pytest.mark.parametrize("case", CASES)
-def test_unread_values_do_not_matter(case: str) -> None:
-    options, tensors = of_case(case)
-    clean, dirty = (make_batch([4, 3, 5], 3, **tensors) for _ in range(2))
-    unread = torch.arange(12) % 3 == 1
-    clean["loss_mask"] = dirty["loss_mask"] = ~unread
-    with torch.no_grad():
-        for i, name in enumerate(sorted({"logps", *tensors} - {"guide_mask"})):
-            dirty[name][unread] = [math.nan, math.inf, -math.inf][i % 3]
-    results = zip(run(clean, options, torch.ones(3)), run(dirty, options, torch.ones(3)), strict=True)
-    assert all(torch.equal(a, b) for a, b in results)
+    weights = torch.tensor([1.0, -2.0, 0.5, 3.0, 1.5, -1.0, 2.0], dtype=torch.float64)[: selected.logps.numel()]
+    whole, parts = weighted(weights), [weighted(row) for row in weights.diag()]
+    for got, *terms in zip(whole, *parts, strict=True):
+        torch.testing.assert_close(got, torch.stack(terms).sum(0), rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -159,9 +153,9 @@ def test_bad_values_spread_as_the_definition_spreads_them(case: str, bad: float)
         batch = make_batch([4, 3], 3, **tensors)
         with torch.no_grad():
             batch[name][-1] = bad
-        partials, d_logps, _ = run(batch, options, sequence_weights(batch))
+        totals, d_logps, _ = run(batch, options, sequence_weights(batch))
         want, want_gradients = defined(batch, options)
-        assert partials[:, 0].sum().item() == pytest.approx(want["loss"], rel=1e-10, nan_ok=True), name
+        assert totals[0].item() == pytest.approx(want["loss"], rel=1e-10, nan_ok=True), name
         # Beside a number autograd may give NaN, for 0 * inf, and beside NaN the number 0, from clamp.
         lost, unknown = d_logps.isnan(), want_gradients[0].isnan()
         known = ~(lost | unknown)
@@ -170,7 +164,7 @@ def test_bad_values_spread_as_the_definition_spreads_them(case: str, bad: float)
             assert torch.equal(lost & unknown, unknown) or not math.isnan(bad), name
         else:
             assert not (lost & ~unknown).any(), name
-        assert not partials[0].isnan().any(), "the first sequence holds no bad value"
+        assert not d_logps[:4].isnan().any(), "the first sequence holds no bad value"
 
 
 def test_huge_ratios() -> None:
@@ -184,9 +178,9 @@ def test_huge_ratios() -> None:
                 "cu_seqlens": torch.tensor([0, 1, 2]),
                 "old_logps": logps.detach() - gap,
             }
-            partials, d_logps, _ = run(batch, options, torch.ones(2))
+            totals, d_logps, _ = run(batch, options, torch.ones(2))
             want, want_gradients = defined(batch, options)
-            assert partials[:, 0].sum().item() == pytest.approx(want["loss"], rel=1e-12)
+            assert totals[0].item() == pytest.approx(want["loss"], rel=1e-12)
             torch.testing.assert_close(d_logps, want_gradients[0], rtol=1e-12, atol=1e-14)
             assert d_logps.isfinite().all()
 
@@ -196,70 +190,20 @@ def test_huge_ratios() -> None:
 def test_rewards_in_place_of_advantages(scale: Any, dtype: torch.dtype) -> None:
     batch = make_batch([2, 3, 1, 0, 4], 1, old_logps=True)
     rewards, ids = torch.tensor([0.1, 0.7, 0.1, 0.3, 0.1], dtype=dtype), torch.tensor([4, -1, 4, -1, 4])
-    batch["advantages"] = cpu.group_advantages(rewards, ids, scale, 1e-4)
+    batch["advantages"] = reference.group_advantages(rewards, ids, scale_rewards=scale, eps=1e-4)
     want = run(batch, {}, torch.ones(5))
     batch |= {"advantages": None, "rewards": rewards, "group_ids": ids, "scale_rewards": scale, "advantage_eps": 1e-4}
     got = run(batch, {}, torch.ones(5))
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
-    assert want[0][:, PARTIALS.index("computed")].tolist() == [0, 3, 0, 0, 0]
+    assert want[0][PARTIALS.index("computed")] == 3
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_threads_and_gradients_do_not_change_the_sums(case: str) -> None:
+def test_what_is_wanted_does_not_change_the_sums(case: str) -> None:
     options, tensors = of_case(case)
     batch = make_batch([700, 0, 1, 1500, 40] * 6, 0, loss_mask=True, **tensors)
     weights = torch.linspace(0.1, 2, 30, dtype=torch.float64)
-    before = torch.get_num_threads()
-    torch.set_num_threads(3)
-    several = run(batch, options, weights)
-    torch.set_num_threads(1)
-    one, no_gradient = run(batch, options, weights), run(batch, options, weights, want_gradient=False)
-    torch.set_num_threads(before)
-    assert all(torch.equal(a, b) for a, b in zip(several, one, strict=True))
-    assert torch.equal(no_gradient[0], one[0]) and no_gradient[1].shape == no_gradient[2].shape == (0,)
+    both, no_gradient = run(batch, options, weights), run(batch, options, weights, want_gradient=False)
+    assert torch.equal(no_gradient[0], both[0]) and no_gradient[1].shape == no_gradient[2].shape == (0,)
     batch["cu_seqlens"] = batch["cu_seqlens"].long()
-    assert torch.equal(run(batch, options, weights)[0], one[0])
-
-
-def test_bad_arguments_are_one_clear_line() -> None:
-    batch = make_batch([2, 3], 0)
-    with pytest.raises(RuntimeError, match="cu_seqlens must rise from 0 to the number of tokens, 5"):
-        run({**batch, "cu_seqlens": torch.tensor([0, 3, 2, 5])}, {}, torch.ones(3))
-    with pytest.raises(RuntimeError, match="there are 3 advantages, expected 2 or 5"):
-        run({**batch, "advantages": torch.ones(3)}, {}, torch.ones(2))
-    with pytest.raises(RuntimeError, match="there are 4 weights, expected 2 or 5"):
-        run(batch, {}, torch.ones(4))
-    with pytest.raises(RuntimeError, match="beta needs ref_logps"):
-        run(batch, {"beta": 0.1}, torch.ones(2))
-
-
-finite = st.floats(-100, 100, allow_nan=False, width=32)
-
-
-@pytest.mark.parametrize("scale", SCALES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@settings(max_examples=60, deadline=None)
-@given(
-    rows=st.lists(st.tuples(finite, st.sampled_from([-(2**40), -1, 0, 3, 2**40])), max_size=24),
-    eps=st.sampled_from([1e-6, 0.5]),
-)
-def test_advantages_equal_the_definition(
-    scale: Any, dtype: torch.dtype, rows: list[tuple[float, int]], eps: float
-) -> None:
-    rewards = torch.tensor([r for r, _ in rows], dtype=dtype)
-    ids = torch.tensor([i for _, i in rows], dtype=torch.int64)
-    got = cpu.group_advantages(rewards, ids, scale, eps)
-    assert got.dtype == dtype
-    want = reference.group_advantages(rewards.double(), ids, scale_rewards=scale, eps=eps).to(dtype)
-    torch.testing.assert_close(got, want, rtol=1e-6 if dtype == torch.float32 else 1e-10, atol=1e-10)
-
-
-@pytest.mark.parametrize("scale", SCALES)
-def test_equal_rewards_give_exactly_zero_and_nan_stays_in_its_group(scale: Any) -> None:
-    rewards = torch.tensor([1e6 + 0.1] * 7 + [0.1, 0.4, 1.0], dtype=torch.float64)
-    ids = torch.tensor([5] * 7 + [2, 2, 9])
-    advantages = cpu.group_advantages(rewards, ids, scale, 1e-6)
-    assert not advantages[:7].any() and advantages[9] == 0 and advantages[7] < 0 < advantages[8]
-    rewards[2] = math.nan
-    advantages = cpu.group_advantages(rewards, ids, scale, 1e-6)
-    assert advantages[:7].isnan().all() and (scale == "batch" or not advantages[7:].isnan().any())
+    assert torch.equal(run(batch, options, weights)[0], both[0])

@@ -7,10 +7,16 @@ or float64; scalars of a row are in float64.
 Letters: t rows, V vocabulary, m rows with a gradient.
 """
 
+from typing import Any
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from thinktwice_kernels.triton_kernels.numerics import INFINITY, LOG2_E, number, soft_cap
+from thinktwice_kernels.launch import SHAPES, accumulation_dtype, launch, steps_and_splits
+from thinktwice_kernels.rows import Head
+from thinktwice_kernels.triton.numerics import INFINITY, LOG2_E, number, soft_cap
 
 # Replaces -inf where it would meet a 0 that it is multiplied by.
 _FAR_BELOW = tl.constexpr(-1e30)
@@ -335,3 +341,87 @@ def row_gradient(
             d_entropy_ptr is not None,
             BLOCK,
         )
+
+
+def row_statistics_in_triton(
+    logits: Tensor,  # [t, V]
+    targets: Tensor,  # [t] int64
+    head: Head,
+    want_entropy: bool,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """`rows.row_statistics`."""
+    rows, size = logits.shape
+    dtype = accumulation_dtype(logits)
+    logps, lse = (torch.empty(rows, dtype=dtype, device=logits.device) for _ in range(2))
+    entropy = torch.empty_like(lse) if want_entropy else None
+    shape, most = SHAPES["row_statistics"], SHAPES["combine_statistics"].block
+    lanes = shape.lanes(logits.itemsize)
+    steps, splits = steps_and_splits(rows, -(-size // (shape.vectors * lanes)), logits.device, most)
+    partials = torch.empty(rows, splits, 3, dtype=dtype, device=logits.device) if splits > 1 else None
+    shared = {
+        **_row_arguments(logits, targets, head),
+        "logps_ptr": logps,
+        "lse_ptr": lse,
+        "entropy_ptr": entropy,
+        "partials_ptr": partials,
+    }
+    own = {"steps": steps, "VECTORS": shape.vectors, "LANES": lanes}
+    launch(row_statistics, "row_statistics", (rows, splits), logits.device, shared | own)
+    if partials is not None:
+        own = {"splits": splits, "BLOCK": most}
+        launch(combine_statistics, "combine_statistics", (rows,), logits.device, shared | own)
+    return logps, lse, entropy
+
+
+def row_gradient_in_triton(
+    logits: Tensor,  # [t, V]
+    targets: Tensor,  # [t] int64
+    head: Head,
+    lse: Tensor,  # [t]
+    entropy: Tensor | None,  # [t]
+    d_logps: Tensor | None,  # [t]
+    d_entropy: Tensor | None,  # [t]
+    rows: Tensor | None,  # [m] int64
+    out: Tensor,  # [m, V], or `logits`
+) -> None:
+    """`rows.row_gradient`."""
+    count = logits.shape[0] if rows is None else rows.numel()
+    shape = SHAPES["row_gradient"]
+    block = shape.vectors * shape.lanes(logits.itemsize)
+    steps, splits = steps_and_splits(count, -(-logits.shape[1] // block), logits.device, logits.shape[1])
+    arguments = {
+        **_row_arguments(logits, targets, head),
+        "lse_ptr": lse.contiguous(),
+        "entropy_ptr": None if entropy is None or d_entropy is None else entropy.contiguous(),
+        "d_logps_ptr": None if d_logps is None else d_logps.contiguous(),
+        "d_entropy_ptr": None if d_entropy is None else d_entropy.contiguous(),
+        "rows_ptr": None if rows is None else rows.contiguous(),
+        "out_ptr": out,
+        "out_stride": _row_stride(out),
+        "steps": steps,
+        "IN_PLACE": out.data_ptr() == logits.data_ptr() and rows is not None,
+        "BLOCK": block,
+    }
+    launch(row_gradient, "row_gradient", (count, splits), logits.device, arguments)
+
+
+def _row_arguments(logits: Tensor, targets: Tensor, head: Head) -> dict[str, Any]:
+    dtype = accumulation_dtype(logits)
+    per_row = isinstance(head.temperature, Tensor)
+    return {
+        "logits_ptr": logits,
+        "stride": _row_stride(logits),
+        "targets_ptr": targets.contiguous(),
+        "bias_ptr": None if head.bias is None else head.bias.to(dtype).contiguous(),
+        "temperatures_ptr": head.temperature.contiguous() if isinstance(head.temperature, Tensor) else None,
+        "temperature": 1.0 if per_row else head.temperature,
+        "softcap": head.softcap or 0.0,
+        "size": logits.shape[1],
+        "TYPE": tl.float64 if dtype == torch.float64 else tl.float32,
+        "SOFTCAP": head.softcap is not None,
+    }
+
+
+def _row_stride(matrix: Tensor) -> int:
+    """The stride of a single row says nothing, but would count as another case to compile for."""
+    return matrix.stride(0) if matrix.shape[0] > 1 else matrix.shape[1]

@@ -3,8 +3,12 @@
 Letters: N elements.
 """
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
+from thinktwice_kernels.launch import SHAPES, accumulation_dtype, launch
 
 
 @triton.jit
@@ -38,3 +42,23 @@ def scale(
         there = positions < size
         values = tl.load(values_ptr + positions, mask=there, other=0.0).to(TYPE)
         tl.store(out_ptr + positions, _narrowed(values * by, OUT), mask=there)
+
+
+def scale_in_triton(
+    values: Tensor,  # of any shape, contiguous
+    by: Tensor,  # a number, without dimensions
+    out: Tensor,  # of the same shape, contiguous, any floating type; or `values` itself
+) -> None:
+    """The product in the accumulation type of the two, rounded to the type of `out`."""
+    shape = SHAPES["scale"]
+    lanes = shape.lanes(values.itemsize)
+    arguments = {
+        "values_ptr": values,
+        "by_ptr": by,
+        "out_ptr": out,
+        "size": values.numel(),
+        "TYPE": tl.float64 if accumulation_dtype(values, by) == torch.float64 else tl.float32,
+        "VECTORS": shape.vectors,
+        "LANES": lanes,
+    }
+    launch(scale, "scale", (-(-values.numel() // (shape.vectors * lanes)),), values.device, arguments)

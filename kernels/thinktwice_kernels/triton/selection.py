@@ -1,4 +1,4 @@
-"""Which tokens the fused loss computes, one after another with what it needs of each: `selection.select_tokens`.
+"""Which tokens the fused loss computes, one after another with what it needs of each: `linear_loss.select_tokens`.
 
 Two launches. The first counts the computed tokens of each sequence; the second gives each sequence a program, which
 finds from the counts where its tokens go and writes them there, in order.
@@ -6,10 +6,20 @@ finds from the counts where its tokens go and writes them there, in order.
 Letters: T tokens, S sequences, N computed tokens.
 """
 
+from dataclasses import replace
+from typing import Any
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from thinktwice_kernels.triton_kernels.sequence import _flags, _of_tokens
+from thinktwice_kernels.launch import SHAPES, launch
+from thinktwice_kernels.options import LossInputs, LossOptions, Selection
+from thinktwice_kernels.triton.tokens import in_loss_of, mask_bytes, of_tokens
+
+# What `select_tokens` gives for each computed token.
+_SELECTED = ("advantages", "weights", "old_logps", "ref_logps", "rollout_logps", "guide_mask")
 
 
 @triton.jit
@@ -70,8 +80,8 @@ def count_tokens(
     guided_count = tl.zeros((BLOCK,), tl.int32)
     for start in range(begin, end, BLOCK):
         tokens = start + tl.arange(0, BLOCK)
-        in_loss = _flags(loss_mask_ptr, tokens, tokens < end)
-        advantages = _of_tokens(advantages_ptr, tokens, in_loss, own_advantage, ADVANTAGE_PER_TOKEN)
+        in_loss = in_loss_of(loss_mask_ptr, tokens, tokens < end)
+        advantages = of_tokens(advantages_ptr, tokens, in_loss, own_advantage, ADVANTAGE_PER_TOKEN)
         in_loss_count += in_loss.to(tl.int32)
         signal_count += (advantages != 0).to(tl.int32)
         if COMPAT:
@@ -152,8 +162,8 @@ def compact_tokens(
             any_guided = tl.load(counts_ptr + 2 * sequences + sequence) > 0
         for start in range(begin, end, BLOCK):
             tokens = start + tl.arange(0, BLOCK)
-            computed = _flags(loss_mask_ptr, tokens, tokens < end)
-            advantages = _of_tokens(advantages_ptr, tokens, computed, own_advantage, ADVANTAGE_PER_TOKEN)
+            computed = in_loss_of(loss_mask_ptr, tokens, tokens < end)
+            advantages = of_tokens(advantages_ptr, tokens, computed, own_advantage, ADVANTAGE_PER_TOKEN)
             if SKIP:
                 computed = computed & (any_computed if WHOLE else advantages != 0)
             counted = computed.to(tl.int32)
@@ -169,3 +179,56 @@ def compact_tokens(
             else:
                 _move(guide_mask_ptr, guide_mask_out_ptr, tokens, places, computed)
             place += tl.sum(counted, 0)
+
+
+def select_tokens_in_triton(inputs: LossInputs, tokens: int, options: LossOptions) -> Selection:
+    """`linear_loss.select_tokens`."""
+    numbers, rows, moved = compacted(inputs, tokens, options)
+    borders = numbers[:-1].tolist() if options.needs_borders() else None
+    computed = tokens
+    if borders is not None:
+        computed = borders[-1]
+    elif options.skips_zero_advantages() or inputs.loss_mask is not None:
+        computed = int(numbers[-2])
+    compact: Any = {name: None if values is None else values[:computed] for name, values in moved.items()}
+    kept = replace(inputs, cu_seqlens=numbers[:-1], loss_mask=None, **compact)
+    return Selection(rows[:computed], computed == tokens, numbers[-1], kept, borders)
+
+
+def compacted(inputs: LossInputs, tokens: int, options: LossOptions) -> tuple[Tensor, Tensor, dict[str, Tensor | None]]:
+    """What `select_tokens` gives, before anyone knows the number N of computed tokens.
+
+    The offsets of their sequences, with the number of loss tokens behind these, [S+2] int64; the computed tokens and
+    what the loss needs of each, of which the first N of T are written.
+    """
+    assert inputs.advantages is not None
+    device, sequences = inputs.weights.device, inputs.cu_seqlens.numel() - 1
+    numbers = torch.empty(sequences + 2, dtype=torch.int64, device=device)
+    rows = torch.empty(tokens, dtype=torch.int64, device=device)
+    given = {name: getattr(inputs, name) for name in _SELECTED}
+    moved = {
+        name: None if x is None else torch.empty(tokens, dtype=x.dtype, device=device) for name, x in given.items()
+    }
+    shared = {
+        "cu_seqlens_ptr": inputs.cu_seqlens,
+        "advantages_ptr": inputs.advantages,
+        "loss_mask_ptr": mask_bytes(inputs.loss_mask),
+        "guide_mask_ptr": mask_bytes(inputs.guide_mask),
+        "counts_ptr": torch.empty(3, sequences, dtype=torch.int32, device=device),
+        "sequences": sequences,
+        "ADVANTAGE_PER_TOKEN": inputs.advantages.numel() != sequences,
+        "SKIP": options.skips_zero_advantages(),
+        "WHOLE": options.needs_whole_sequences(),
+        "COMPAT": inputs.guide_mask is not None and options.released_code_compat,
+        "BLOCK": SHAPES["select_tokens"].block,
+    }
+    own = {
+        **{f"{name}_ptr": values for name, values in given.items()},
+        **{f"{name}_out_ptr": values for name, values in moved.items()},
+        "guide_mask_out_ptr": mask_bytes(moved["guide_mask"]),
+        "numbers_ptr": numbers,
+        "rows_ptr": rows,
+    }
+    launch(count_tokens, "select_tokens", (sequences,), device, shared)
+    launch(compact_tokens, "select_tokens", (sequences + 1,), device, own | shared)
+    return numbers, rows, moved

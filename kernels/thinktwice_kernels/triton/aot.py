@@ -1,6 +1,6 @@
-"""Compiles every kernel ahead of time, without a GPU: ``python -m thinktwice_kernels.triton_kernels.aot``.
+"""Compiles every kernel ahead of time, without a GPU: ``python -m thinktwice_kernels.triton.aot``.
 
-The configurations are recorded from the backend's own launches over all types, optional tensors and options. Their
+The configurations are recorded from the ops' own launches over all types, optional tensors and options. Their
 product is large, so a covering set stands for it: every pair of values is there in at least one configuration. Of the
 loss, whose kernel takes long to compile, and of the ops of a decoder layer a shorter set can be had: every value is in
 at least one, of the loss in one for each type.
@@ -25,20 +25,25 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
-from thinktwice_kernels.backends import Head, LossInputs, triton_backend
 from thinktwice_kernels.gate import swiglu_gradient_in_triton, swiglu_in_triton
+from thinktwice_kernels.launch import Launch, accumulation_dtype, recording, row_tile
 from thinktwice_kernels.norm import norm_gradients_in_triton, norm_in_triton
 from thinktwice_kernels.options import (
     GuideFallback,
     ImportanceSamplingLevel,
     KlEstimator,
+    LossInputs,
     LossOptions,
     PolicyLoss,
     RolloutIs,
 )
-from thinktwice_kernels.packed import accumulation_dtype
-from thinktwice_kernels.triton_kernels.launch import Launch, recording, row_tile
-from thinktwice_kernels.triton_kernels.rotary import fits_registers, rotary_gradients_in_triton, rotary_in_triton
+from thinktwice_kernels.rows import Head
+from thinktwice_kernels.triton.advantages import group_advantages_in_triton
+from thinktwice_kernels.triton.loss import sequence_loss_in_triton
+from thinktwice_kernels.triton.rotary import fits_registers, rotary_gradients_in_triton, rotary_in_triton
+from thinktwice_kernels.triton.rows import row_gradient_in_triton, row_statistics_in_triton
+from thinktwice_kernels.triton.scale import scale_in_triton
+from thinktwice_kernels.triton.selection import compacted
 
 ARCHITECTURES = (80, 90, 100)
 _TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -148,9 +153,9 @@ def configurations(pairs: bool = True) -> dict[Configuration, Launch]:
             for values in covering(_SELECTION_AXES, lambda _: True, 2 if pairs else 1):
                 _launch_selection(dtype, **values)
         for types in _SCALE_TYPES:
-            triton_backend.scale(*(torch.zeros(4, dtype=dtype) for dtype in types))
+            scale_in_triton(*(torch.zeros(4, dtype=dtype) for dtype in types))
         for dtype in _LOSS_TYPES:
-            triton_backend.group_advantages(torch.zeros(4, dtype=dtype), torch.zeros(4).long(), "none", 1e-6)
+            group_advantages_in_triton(torch.zeros(4, dtype=dtype), torch.zeros(4).long(), "none", 1e-6)
         for values in covering(_NORM_AXES, _is_norm, together):
             _launch_norm(**values)
         for values in covering(_GATE_AXES, lambda _: True, together):
@@ -272,7 +277,7 @@ def _head(logits: Tensor, values: Mapping[str, Any]) -> Head:
 def _launch_statistics(logits: torch.dtype, aligned: bool, split: bool, entropy: bool, **head: Any) -> None:
     size = (65536 if split else 16) if aligned else (50257 if split else 7)
     tile = torch.empty(2, size, dtype=logits)
-    triton_backend.row_statistics(tile, torch.zeros(2).long(), _head(tile, head), entropy)
+    row_statistics_in_triton(tile, torch.zeros(2).long(), _head(tile, head), entropy)
 
 
 def _is_gradient(values: Mapping[str, Any]) -> bool:
@@ -291,7 +296,7 @@ def _launch_gradient(
 ) -> None:
     logits, targets = torch.empty(2, 16 if aligned else 7, dtype=types[0]), torch.zeros(2).long()
     numbers = torch.empty(2, dtype=accumulation_dtype(logits))
-    triton_backend.row_gradient(
+    row_gradient_in_triton(
         logits,
         targets,
         _head(logits, head),
@@ -320,7 +325,7 @@ def _launch_selection(
         **optional,
     )
     options = LossOptions(released_code_compat=guide_mask == "released_code_compat", **rest)
-    triton_backend.compacted(inputs, tokens, options)
+    compacted(inputs, tokens, options)
 
 
 def _loss_options(values: Mapping[str, Any]) -> LossOptions:
@@ -357,7 +362,7 @@ def _launch_loss(values: Mapping[str, Any]) -> None:
         group_ids=torch.zeros(sequences).long(),
         **optional,
     )
-    triton_backend.sequence_loss(inputs, _loss_options(values), values["entropy_coef and want_gradient"][1])
+    sequence_loss_in_triton(inputs, _loss_options(values), values["entropy_coef and want_gradient"][1])
 
 
 def _is_norm(values: Mapping[str, Any]) -> bool:

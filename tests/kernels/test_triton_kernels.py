@@ -21,12 +21,16 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 from tests.kernels.batches import LAYOUTS, gradients, make_batch
 from tests.kernels.cases import AGGREGATIONS, CASES
 from tests.kernels.interpreter import patch_language_once, round_bfloat16_to_nearest
-from thinktwice_kernels import reference, selection
-from thinktwice_kernels.backends import Head, LossInputs, Selection, triton_backend
-from thinktwice_kernels.options import LossOptions
-from thinktwice_kernels.packed import accumulation_dtype
-from thinktwice_kernels.totals import loss_weights, metrics_of, totals_of
-from thinktwice_kernels.triton_kernels import launch
+from thinktwice_kernels import launch, reference
+from thinktwice_kernels.launch import accumulation_dtype
+from thinktwice_kernels.metrics import metrics_of, totals_of
+from thinktwice_kernels.options import LossInputs, LossOptions, Selection, loss_weights, select_tokens_in_torch
+from thinktwice_kernels.rows import Head
+from thinktwice_kernels.triton.advantages import group_advantages_in_triton
+from thinktwice_kernels.triton.loss import sequence_loss_in_triton
+from thinktwice_kernels.triton.rows import row_gradient_in_triton, row_statistics_in_triton
+from thinktwice_kernels.triton.scale import scale_in_triton
+from thinktwice_kernels.triton.selection import select_tokens_in_triton
 
 patch_language_once()
 round_bfloat16_to_nearest()
@@ -106,12 +110,12 @@ def test_rows(
     kind = accumulation_dtype(logits)
     d_logps, d_entropy = torch.linspace(-1, 2, ROWS, dtype=kind), torch.linspace(1, -1, ROWS, dtype=kind)
     expected = expected_rows(logits, targets, head, d_logps, d_entropy)
-    logps, lse, entropy = triton_backend.row_statistics(logits, targets, head, True)
+    logps, lse, entropy = row_statistics_in_triton(logits, targets, head, True)
     out = torch.empty_like(logits, dtype=kind)
-    triton_backend.row_gradient(logits, targets, head, lse, entropy, d_logps, d_entropy, None, out)
+    row_gradient_in_triton(logits, targets, head, lse, entropy, d_logps, d_entropy, None, out)
     for found, value in zip((logps, lse, entropy, out), expected, strict=True):
         assert error(found, value) < TOLERANCE[dtype]
-    assert triton_backend.row_statistics(logits, targets, head, False)[2] is None
+    assert row_statistics_in_triton(logits, targets, head, False)[2] is None
 
 
 @pytest.mark.parametrize("given", [(True, False), (False, True)], ids=["logps", "entropy"])
@@ -119,10 +123,10 @@ def test_one_incoming_gradient(given: tuple[bool, bool]) -> None:
     logits, targets = logits_of(33, torch.float64), torch.arange(ROWS)
     both = torch.linspace(1, 2, ROWS).double() * given[0], torch.linspace(1, -2, ROWS).double() * given[1]
     *_, expected = expected_rows(logits, targets, Head(), *both)
-    _, lse, entropy = triton_backend.row_statistics(logits, targets, Head(), True)
+    _, lse, entropy = row_statistics_in_triton(logits, targets, Head(), True)
     d_logps, d_entropy = (x if there else None for x, there in zip(both, given, strict=True))
     out = torch.empty_like(logits)
-    triton_backend.row_gradient(logits, targets, Head(), lse, entropy, d_logps, d_entropy, None, out)
+    row_gradient_in_triton(logits, targets, Head(), lse, entropy, d_logps, d_entropy, None, out)
     assert error(out, expected) < 1e-12
 
 
@@ -135,13 +139,13 @@ def test_rows_that_have_a_gradient(where: str) -> None:
     d_logps = torch.tensor([1.0, 0, -2, 3, 0], dtype=dtype)
     d_entropy = torch.tensor([0.0, 0, 1, 2, 0], dtype=dtype)
     *_, expected = expected_rows(logits, targets, Head(), d_logps, d_entropy)
-    _, lse, entropy = triton_backend.row_statistics(logits, targets, Head(), True)
+    _, lse, entropy = row_statistics_in_triton(logits, targets, Head(), True)
     logits[1] = math.nan  # is not read
     lse[1] = math.nan
     before = logits.clone()
     rows = None if where.startswith("all") else torch.tensor([1, 2, 3])
     out = logits if where.endswith("place") else torch.empty(ROWS if rows is None else 3, 300).bfloat16()
-    triton_backend.row_gradient(logits, targets, Head(), lse, entropy, d_logps, d_entropy, rows, out)
+    row_gradient_in_triton(logits, targets, Head(), lse, entropy, d_logps, d_entropy, rows, out)
     found = out[rows] if where == "in place" else out
     assert error(found, expected if rows is None else expected[rows]) < (1e-12 if out is logits else 4e-3)
     assert found[0 if rows is not None else 1].tolist() == [0.0] * 300
@@ -159,7 +163,7 @@ def test_infinities_and_nan(processors: int, set_processors: Callable[[int], Non
     logits[3, ::2] = -math.inf
     logits[4] = -math.inf
     targets = torch.tensor([0, 0, 299, 2, 0, 3])
-    found = triton_backend.row_statistics(logits, targets, Head(), True)
+    found = row_statistics_in_triton(logits, targets, Head(), True)
     logps, lse, entropy = found
     assert entropy is not None
     for row in (0, 1):
@@ -167,7 +171,7 @@ def test_infinities_and_nan(processors: int, set_processors: Callable[[int], Non
     assert (logps[2], entropy[2]) == (0, 0)
     assert logps[3] == -math.inf and math.isnan(logps[4])
     out, ones = torch.empty_like(logits), torch.ones(6)
-    triton_backend.row_gradient(logits, targets, Head(), lse, entropy, ones, ones, None, out)
+    row_gradient_in_triton(logits, targets, Head(), lse, entropy, ones, ones, None, out)
     assert out[:2].isnan().all()
     assert torch.equal(out[2], torch.zeros(300))
     *_, expected = expected_rows(logits[[3, 5]], targets[[3, 5]], Head(), ones[:2], ones[:2])
@@ -182,18 +186,18 @@ def test_infinities_and_nan(processors: int, set_processors: Callable[[int], Non
 def test_a_target_out_of_range_is_nan(processors: int, set_processors: Callable[[int], None]) -> None:
     set_processors(processors)
     logits, targets = logits_of(300, torch.float32, rows=4), torch.tensor([-1, 300, 2**40, 3])
-    logps, lse, _ = triton_backend.row_statistics(logits, targets, Head(), False)
+    logps, lse, _ = row_statistics_in_triton(logits, targets, Head(), False)
     assert logps.isnan().tolist() == [True, True, True, False]
     assert not lse.isnan().any()
     out = torch.empty_like(logits)
-    triton_backend.row_gradient(logits, targets, Head(), lse, None, torch.tensor([1.0, 0, 1, 1]), None, None, out)
+    row_gradient_in_triton(logits, targets, Head(), lse, None, torch.tensor([1.0, 0, 1, 1]), None, None, out)
     assert out.isnan().any(1).tolist() == [True, False, True, False]
 
 
 def test_large_logits_keep_their_differences() -> None:
     logits = logits_of(300, torch.float32) + 5000
     expected = expected_rows(logits, torch.arange(ROWS), Head(temperature=0.7), torch.ones(ROWS), torch.zeros(ROWS))
-    logps, _, entropy = triton_backend.row_statistics(logits, torch.arange(ROWS), Head(temperature=0.7), True)
+    logps, _, entropy = row_statistics_in_triton(logits, torch.arange(ROWS), Head(temperature=0.7), True)
     assert error(logps, expected[0]) < 2e-6
     assert error(entropy, expected[2]) < 2e-6
 
@@ -202,9 +206,9 @@ def test_large_logits_keep_their_differences() -> None:
 def test_few_rows(rows: int) -> None:
     logits, targets = logits_of(7, torch.float32, rows=rows), torch.zeros(rows).long()
     ones = torch.ones(rows)
-    logps, lse, entropy = triton_backend.row_statistics(logits, targets, Head(), True)
+    logps, lse, entropy = row_statistics_in_triton(logits, targets, Head(), True)
     out = torch.empty_like(logits)
-    triton_backend.row_gradient(logits, targets, Head(), lse, entropy, ones, ones, None, out)
+    row_gradient_in_triton(logits, targets, Head(), lse, entropy, ones, ones, None, out)
     expected = expected_rows(logits, targets, Head(), ones, ones)
     assert torch.allclose(logps.double(), expected[0]) and torch.allclose(out.double(), expected[3], atol=1e-6)
     assert logps.shape == lse.shape == (rows,)
@@ -226,9 +230,7 @@ def check_loss(batch: dict[str, Any], options: dict[str, Any], rtol: float = 1e-
     normalizer = options.pop("normalizer", None)
     loss, metrics = reference.grpo_loss(**({"advantages": None} | batch), **options, normalizer=normalizer, **more)
     parsed = LossOptions(**options)
-    partials, *found_gradients = triton_backend.sequence_loss(
-        inputs_of(batch, parsed, normalizer, **more), parsed, True
-    )
+    partials, *found_gradients = sequence_loss_in_triton(inputs_of(batch, parsed, normalizer, **more), parsed, True)
     totals = totals_of(partials)
     found = metrics_of(totals, torch.float64, set())
     torch.testing.assert_close(totals[0], loss.detach().double(), rtol=rtol, atol=rtol, equal_nan=True)
@@ -283,16 +285,16 @@ def test_weights_of_tokens() -> None:
     options = LossOptions()
     inputs = inputs_of(batch, options)
     spread = LossInputs(**(vars(inputs) | {"weights": inputs.weights.repeat_interleave(torch.tensor([3, 4]))}))
-    once, again = (triton_backend.sequence_loss(x, options, True) for x in (inputs, spread))
+    once, again = (sequence_loss_in_triton(x, options, True) for x in (inputs, spread))
     assert torch.equal(once[0], again[0]) and torch.equal(once[1], again[1])
 
 
 def test_without_gradient() -> None:
     batch, options = make_batch([3], 5, entropy=True), LossOptions(entropy_coef=0.1)
     inputs = inputs_of(batch, options)
-    partials, d_logps, d_entropy = triton_backend.sequence_loss(inputs, options, False)
+    partials, d_logps, d_entropy = sequence_loss_in_triton(inputs, options, False)
     assert d_logps.shape == d_entropy.shape == (0,)
-    assert torch.equal(partials, triton_backend.sequence_loss(inputs, options, True)[0])
+    assert torch.equal(partials, sequence_loss_in_triton(inputs, options, True)[0])
 
 
 @pytest.mark.parametrize("lengths", [[], [0], [1], [0, 0]], ids=str)
@@ -314,11 +316,11 @@ EVERYTHING = ("old_logps", "ref_logps", "rollout_logps", "entropy")
 def test_skipped_tokens_may_hold_anything(case: str, bad: float) -> None:
     batch = make_batch([3, 6], 7, loss_mask=True, **dict.fromkeys(EVERYTHING, True))
     options = LossOptions(**CASES[case][0])
-    clean = triton_backend.sequence_loss(inputs_of(batch, options), options, True)
+    clean = sequence_loss_in_triton(inputs_of(batch, options), options, True)
     assert not batch["loss_mask"].all()
     for name in ("logps", *EVERYTHING):
         batch[name] = batch[name].detach().masked_fill(~batch["loss_mask"], bad)
-    spoilt = triton_backend.sequence_loss(inputs_of(batch, options), options, True)
+    spoilt = sequence_loss_in_triton(inputs_of(batch, options), options, True)
     assert all(torch.equal(x, y) for x, y in zip(clean, spoilt, strict=True))
     assert not any(x.isnan().any() for x in clean)
 
@@ -345,7 +347,7 @@ def test_nan_comes_out_as_nan(case: str, name: str) -> None:
     batch[name] = batch[name].detach().clone()
     batch[name][1] = math.nan
     parsed = LossOptions(**options)
-    totals = totals_of(triton_backend.sequence_loss(inputs_of(batch, parsed), parsed, True)[0])
+    totals = totals_of(sequence_loss_in_triton(inputs_of(batch, parsed), parsed, True)[0])
     assert math.isnan(totals[0])
     batch["logps"].requires_grad_()
     metrics = reference.grpo_loss(**batch, **options)[1]
@@ -357,8 +359,8 @@ def check_selection(batch: dict[str, Any], options: LossOptions) -> Selection:
     """`select_tokens` against plain torch, to the last bit."""
     inputs = inputs_of(batch, options)
     tokens = inputs.logps.numel()
-    found = triton_backend.select_tokens(inputs, tokens, options)
-    want = selection.select_tokens(inputs, tokens, options)
+    found = select_tokens_in_triton(inputs, tokens, options)
+    want = select_tokens_in_torch(inputs, tokens, options)
     assert (found.everything, found.in_loss, found.borders) == (want.everything, want.in_loss, want.borders)
     assert torch.equal(found.rows, want.rows)
     for name, expected in vars(want.inputs).items():
@@ -415,11 +417,11 @@ def test_scaling_rounds_as_torch_does(dtype: torch.dtype, out_dtype: torch.dtype
     want = (values.to(by.dtype) * by).to(out_dtype)
     beyond = torch.full((size + 9,), 7.0, dtype=out_dtype)
     out = beyond[:size]
-    triton_backend.scale(values[0], by, out)
+    scale_in_triton(values[0], by, out)
     torch.testing.assert_close(out, want[0], rtol=0, atol=0, equal_nan=True)
     assert (beyond[size:] == 7).all()
     if dtype == out_dtype:
-        triton_backend.scale(values, by, values)
+        scale_in_triton(values, by, values)
         torch.testing.assert_close(values, want, rtol=0, atol=0, equal_nan=True)
 
 
@@ -428,15 +430,15 @@ def test_scaling_rounds_as_torch_does(dtype: torch.dtype, out_dtype: torch.dtype
 def test_group_advantages(scale: Any, dtype: torch.dtype) -> None:
     rewards = torch.tensor([0.3, 1e6 + 0.1, 0.7, 0.1, 1e6 + 0.4, 0.7, 0.7, 0.7, -5.0, 0.7], dtype=dtype)
     ids = torch.tensor([5, 2**40, 5, 5, 2**40, -1, -1, -1, 8, -1])
-    found = triton_backend.group_advantages(rewards, ids, scale, 1e-6)
+    found = group_advantages_in_triton(rewards, ids, scale, 1e-6)
     expected = reference.group_advantages(rewards, ids, scale_rewards=scale)
     torch.testing.assert_close(found, expected, rtol=1e-10 if dtype == torch.float64 else 1e-6, atol=0)
     assert found[[5, 6, 7, 8, 9]].tolist() == [0.0] * 5  # all equal, and a group of one
     rewards[0] = math.nan
-    found = triton_backend.group_advantages(rewards, ids, scale, 1e-6)
+    found = group_advantages_in_triton(rewards, ids, scale, 1e-6)
     expected = reference.group_advantages(rewards, ids, scale_rewards=scale)
     assert torch.equal(found.isnan(), expected.isnan()) and found[[0, 2, 3]].isnan().all()
-    assert triton_backend.group_advantages(rewards[:0], ids[:0], scale, 1e-6).shape == (0,)
+    assert group_advantages_in_triton(rewards[:0], ids[:0], scale, 1e-6).shape == (0,)
 
 
 @pytest.mark.parametrize("scale", ["none", "group", "batch"])

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from thinktwice_kernels.triton_kernels.launch import launch_warps
+from thinktwice_kernels.launch import launch_warps
 
 _ROWS, _COLUMNS, _WARPS = 64, 32, 4
 

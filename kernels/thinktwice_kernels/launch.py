@@ -1,17 +1,67 @@
-"""How the kernels are launched: block sizes and warps, chosen by reasoning for an H200, and the launch itself."""
+"""What every op stands on: the type it computes in, the code that runs it, the launch of its kernels, one derivative.
 
-from collections.abc import Iterator
+Triton runs on CUDA, and on the CPU where TRITON_INTERPRET=1 is set; else the CPU runs C++ on rows of logits
+(csrc/loss/) and in the ops of a decoder layer (csrc/layers/), and plain torch on everything else. Kernels that are too
+long for their op's file lie in triton/, each with its launch.
+"""
+
+import importlib
+import os
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, wraps
+from pathlib import Path
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
+NAMESPACE = "thinktwice_kernels"  # of the ops in torch.library
+Gradients = tuple[Tensor | None, ...]
+_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton, too, looks once, when it is imported
+_REMEDY = "run `make`, or `pip install .` in the repository"
 # Where the interpreter or the ahead-of-time compiler stands in for a GPU.
 _PROCESSORS_WITHOUT_GPU = 132
+
+
+def accumulation_dtype(*tensors: Tensor) -> torch.dtype:
+    """The type to compute in: float64 if any of the tensors is, else float32."""
+    return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
+
+
+def fake_gradient(like: Tensor, wanted: bool, dtype: torch.dtype) -> Tensor:
+    """A fake gradient: of the shape of `like`, or [0] where it is not wanted."""
+    return like.new_empty(like.shape if wanted else (0,), dtype=dtype)
+
+
+def uses_triton(tensor: Tensor) -> bool:
+    """Whether Triton computes with tensors beside this one: on CUDA, or in its interpreter."""
+    return tensor.is_cuda or (_INTERPRETED and tensor.device.type == "cpu")
+
+
+def in_triton(name: str) -> Any:
+    """The module triton/<name>.py, imported when it first runs: it may itself stand on the file of the op."""
+    return importlib.import_module(f"thinktwice_kernels.triton.{name}")
+
+
+@lru_cache
+def in_cpp(library: str) -> Any:
+    """The ops of that name in the C++ extension (csrc/loss/ and csrc/layers/), which computes on the CPU.
+
+    Raises RuntimeError where it is not built, or for another torch.
+    """
+    found = sorted(Path(__file__).parent.glob("_csrc*.so"))
+    if not found:
+        raise RuntimeError(f"the C++ extension of thinktwice_kernels is not built: {_REMEDY}")
+    try:
+        torch.ops.load_library(str(found[0]))
+    except OSError as error:
+        reason = f"does not load with torch {torch.__version__} ({str(error).splitlines()[0]})"
+        raise RuntimeError(f"the C++ extension of thinktwice_kernels {reason}: {_REMEDY}") from error
+    return getattr(torch.ops, library)
 
 
 @dataclass(frozen=True)
@@ -30,9 +80,9 @@ class Shape:
         return self.num_warps * 32 * 16 // itemsize
 
 
-# 4.8 TB/s at a latency of about 700 ns needs 25 KiB in flight on each of 132 processors. With 256 threads of at most
-# 64 registers four programs share a processor, and each has 16 KiB under way: twice that, so that one may compute
-# while the others wait. More vectors a step would only take registers.
+# Chosen by reasoning for an H200: 4.8 TB/s at a latency of about 700 ns needs 25 KiB in flight on each of 132
+# processors. With 256 threads of at most 64 registers four programs share a processor, and each has 16 KiB under way:
+# twice that, so that one may compute while the others wait. More vectors a step would only take registers.
 SHAPES = {
     "row_statistics": Shape(num_warps=8, vectors=4),
     "row_gradient": Shape(num_warps=8, vectors=4),
@@ -74,7 +124,7 @@ def row_tile(size: int) -> Tile:
     return Tile(max(1, 4 * 32 * 16 // columns), columns)
 
 
-def row_arguments(name: str, x: torch.Tensor | None) -> dict[str, Any]:
+def row_arguments(name: str, x: Tensor | None) -> dict[str, Any]:
     """``{name}_ptr`` and ``{name}_stride``: rows [..., H] as a kernel takes them, in place where they lie evenly."""
     if x is None:
         return {f"{name}_ptr": None, f"{name}_stride": 0}
@@ -151,3 +201,38 @@ def processors(device: torch.device) -> int:
     if device.type != "cuda":
         return _PROCESSORS_WITHOUT_GPU
     return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+class _SecondOrder(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gradient: Tensor, *inputs: Tensor) -> Tensor:
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> None:
+        raise RuntimeError(
+            "the ops of thinktwice_kernels have no second derivative: drop create_graph=True, or use "
+            "thinktwice_kernels.reference"
+        )
+
+
+def first_order_only(backward: Callable[..., Gradients]) -> Callable[..., Gradients]:
+    """Make the second derivative an error, for ``backward(ctx, *gradients)`` with its inputs in ctx.saved_tensors.
+
+    It finds ctx.creates_graph set: whether what it gives may be looked at again.
+
+    torch's once_differentiable lets create_graph=True pass in silence when the incoming gradient is a constant, and
+    the second derivative then lacks this op's share.
+    """
+
+    @wraps(backward)
+    def wrapped(ctx: Any, *gradients: Tensor | None) -> Gradients:
+        ctx.creates_graph = torch.is_grad_enabled()
+        with torch.no_grad():
+            results = backward(ctx, *gradients)
+        if not torch.is_grad_enabled():
+            return results
+        sources = [tensor for tensor in (*ctx.saved_tensors, *gradients) if tensor is not None and tensor.requires_grad]
+        return tuple(None if result is None else _SecondOrder.apply(result, *sources) for result in results)
+
+    return wrapped

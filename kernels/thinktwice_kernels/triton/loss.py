@@ -1,27 +1,39 @@
-"""The loss of whole sequences with metrics and gradient: `reference.grpo_loss`, one program per sequence.
+"""The loss of whole sequences with metrics and gradient, as loss.py has it in torch, one program per sequence.
 
 All arithmetic is in float64, which costs nothing beside the memory that a token takes, and sums of a hundred thousand
 tokens keep their digits. Sums add up per lane and meet once, at the end, always in the same order.
 
+First what each token adds, and its derivative, over float64 blocks of tokens. Modes are constexpr: the position of the
+value among its choices. "Slope" is a derivative with respect to logp or, of a ratio objective, to the log-ratio.
+
 Letters: T tokens, S sequences.
 """
 
+import math
+from typing import Any, get_args
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from thinktwice_kernels.backends import PARTIALS
-from thinktwice_kernels.triton_kernels.advantages import advantage_of
-from thinktwice_kernels.triton_kernels.numerics import expm1_minus, number
-from thinktwice_kernels.triton_kernels.objective import (
-    _CISPO,
-    clipped,
-    kl_to_reference,
-    rollout_weight,
-    shaped,
-    surrogate,
-    too_unlikely_to_shape,
-)
+from thinktwice_kernels.launch import SHAPES, launch
+from thinktwice_kernels.metrics import PARTIALS
+from thinktwice_kernels.options import KlEstimator, LossInputs, LossOptions, PolicyLoss
+from thinktwice_kernels.triton.advantages import SCALES, advantage_of
+from thinktwice_kernels.triton.numerics import expm1, expm1_minus, number
+from thinktwice_kernels.triton.tokens import any_of, in_loss_of, mask_bytes, of_tokens, read
 
+_CLIP = tl.constexpr(get_args(PolicyLoss).index("clip"))
+_CISPO = tl.constexpr(get_args(PolicyLoss).index("cispo"))
+_SAPO = tl.constexpr(get_args(PolicyLoss).index("sapo"))
+_K1 = tl.constexpr(get_args(KlEstimator).index("k1"))
+_K2 = tl.constexpr(get_args(KlEstimator).index("k2"))
+# From here on SAPO's sigmoid is 1 and its slope 0; the ratio itself would go on to inf, and 0 * inf.
+_SAPO_LOG_RATIO_LIMIT = tl.constexpr(60.0)
+_SHAPING_SLOPE = tl.constexpr(2.5e-4)
+_SHAPING_LIMIT = tl.constexpr(1e-3)
+_SHAPING_LOW_PROBABILITY = tl.constexpr(0.01)
 _COLUMNS = tl.constexpr(len(PARTIALS))
 _LOSS = tl.constexpr(PARTIALS.index("loss"))
 _TOKENS = tl.constexpr(PARTIALS.index("tokens"))
@@ -39,27 +51,97 @@ _RATIO_MAX = tl.constexpr(PARTIALS.index("ratio_max"))
 
 
 @triton.jit
-def _flags(loss_mask_ptr, tokens, inside):
-    """Which of the tokens are in the loss."""
-    if loss_mask_ptr is None:
-        return inside
-    else:
-        return tl.load(loss_mask_ptr + tokens, mask=inside, other=0) != 0
+def clipped(ratio, advantages, epsilon_low, epsilon_high, POLICY: tl.constexpr):
+    """Where the ratio is below, or above, a bound that binds."""
+    low = (advantages < 0) & (ratio < 1.0 - epsilon_low) & (POLICY == _CLIP)
+    high = ((advantages > 0) | (POLICY == _CISPO)) & (ratio > 1.0 + epsilon_high) & (POLICY != _SAPO)
+    return low, high
 
 
 @triton.jit
-def _of_tokens(values_ptr, tokens, where, own, PER_TOKEN: tl.constexpr):
-    """Values of tokens, 0 where they may not be read; `own` is the sequence's, which all of its tokens share."""
-    if PER_TOKEN:
-        return tl.load(values_ptr + tokens, mask=where, other=0.0).to(tl.float64)
+def surrogate(
+    log_ratio,
+    ratio,  # its exponential
+    logps,
+    advantages,
+    epsilon_low,
+    epsilon_high,
+    ceiling,  # of the ratio where the advantage is negative; inf: none
+    temperature_pos,
+    temperature_neg,
+    POLICY: tl.constexpr,
+):
+    """Objective, slope, and whether a gradient flows."""
+    low, high = clipped(ratio, advantages, epsilon_low, epsilon_high, POLICY)
+    if POLICY == _CISPO:
+        weight = tl.where(high, 1.0 + epsilon_high, ratio)
+        slope = -weight * advantages
+        value = slope * logps
+        flows = tl.full(advantages.shape, True, tl.int1)
+    elif POLICY == _SAPO:
+        value, slope = _sapo(log_ratio, advantages, temperature_pos, temperature_neg)
+        flows = tl.full(advantages.shape, True, tl.int1)
     else:
-        return tl.where(where, own, 0.0)
+        capped = (advantages < 0) & (ratio > ceiling)
+        stopped = low | high | capped
+        bounded = tl.where(low, 1.0 - epsilon_low, tl.where(high, 1.0 + epsilon_high, ratio))
+        value = -advantages * tl.where(capped, ceiling, bounded)
+        slope = tl.where(stopped, 0.0, value)
+        flows = stopped == 0
+    return value, slope, flows
 
 
 @triton.jit
-def _read(values_ptr, tokens, where):
-    """In float64; 0 where they may not be read."""
-    return tl.load(values_ptr + tokens, mask=where, other=0.0).to(tl.float64)
+def _sapo(log_ratio, advantages, temperature_pos, temperature_neg):
+    tau = tl.where(advantages > 0, temperature_pos, temperature_neg)
+    beyond = log_ratio > _SAPO_LOG_RATIO_LIMIT
+    bounded = tl.where(beyond, _SAPO_LOG_RATIO_LIMIT, log_ratio)
+    gate = 1.0 / (1.0 + tl.exp(-tau * expm1(bounded)))
+    slope = tl.where(beyond, 0.0, gate * (1.0 - gate) * 4.0 * tl.exp(bounded))
+    return -advantages * gate * 4.0 / tau, -advantages * slope
+
+
+@triton.jit
+def too_unlikely_to_shape(logps, advantages):
+    """Where shaping leaves a guided token out."""
+    return (advantages < 0) & (tl.exp(logps) < number(_SHAPING_LOW_PROBABILITY, tl.float64))
+
+
+@triton.jit
+def shaped(logps, advantages, guided, COMPAT: tl.constexpr):
+    """Objective of the shaping, which is its slope too, and where it flows."""
+    used = guided & (too_unlikely_to_shape(logps, advantages) == 0) & (advantages != 0)
+    p = tl.exp(tl.where(used, logps, 0.0))
+    gamma = advantages * _SHAPING_SLOPE
+    limit = number(_SHAPING_LIMIT, tl.float64)
+    gamma = tl.where(gamma > limit, limit, gamma)
+    gamma = tl.where(gamma < -limit, -limit, gamma)
+    if COMPAT:
+        gamma = tl.zeros_like(gamma) - limit
+    return tl.where(used, -advantages * (p / (p + gamma)), 0.0), used
+
+
+@triton.jit
+def rollout_weight(log_weight, floor, cap, TRUNCATE: tl.constexpr):
+    """The constant that a ratio objective is multiplied by."""
+    weight = tl.exp(log_weight)
+    below, above = weight < floor, weight > cap
+    if TRUNCATE:
+        return tl.where(below, floor, tl.where(above, cap, weight))
+    else:
+        return tl.where(below | above, 0.0, weight)
+
+
+@triton.jit
+def kl_to_reference(logps, ref_logps, ESTIMATOR: tl.constexpr):
+    """The estimate and its slope."""
+    difference = ref_logps - logps
+    if ESTIMATOR == _K1:
+        return -difference, tl.zeros_like(difference) + 1.0
+    elif ESTIMATOR == _K2:
+        return difference * difference * 0.5, -difference
+    else:
+        return expm1_minus(difference), -expm1(difference)
 
 
 @triton.jit
@@ -81,12 +163,12 @@ def _load_tokens(
     COMPAT: tl.constexpr,
 ):
     """Flags (in loss, computed, guided among these, with ratio), then logp, old logp and advantage."""
-    in_loss = _flags(loss_mask_ptr, tokens, inside)
-    advantages = _of_tokens(advantages_ptr, tokens, in_loss, own_advantage, ADVANTAGE_PER_TOKEN)
+    in_loss = in_loss_of(loss_mask_ptr, tokens, inside)
+    advantages = of_tokens(advantages_ptr, tokens, in_loss, own_advantage, ADVANTAGE_PER_TOKEN)
     computed = in_loss
     if SKIP:
         computed = in_loss & (any_advantage if WHOLE else advantages != 0)
-    logps = _read(logps_ptr, tokens, computed)
+    logps = read(logps_ptr, tokens, computed)
     guided = computed & any_guided
     if guide_mask_ptr is not None and not COMPAT:
         guided = tl.load(guide_mask_ptr + tokens, mask=computed, other=0) != 0
@@ -95,14 +177,8 @@ def _load_tokens(
         with_ratio = with_ratio | (guided & too_unlikely_to_shape(logps, advantages))
     old_logps = tl.where(with_ratio, logps, 0.0)
     if old_logps_ptr is not None:
-        old_logps = _read(old_logps_ptr, tokens, with_ratio)
+        old_logps = read(old_logps_ptr, tokens, with_ratio)
     return in_loss, computed, guided, with_ratio, logps, old_logps, advantages
-
-
-@triton.jit
-def _any(flags):
-    """Whether a flag is set in any lane."""
-    return tl.max(flags.to(tl.int32), 0) > 0
 
 
 @triton.jit(
@@ -205,13 +281,13 @@ def sequence_loss(
         guide_found = tl.zeros((BLOCK,), tl.int1)
         for start in range(begin, end, BLOCK):
             tokens = start + lanes
-            in_loss = _flags(loss_mask_ptr, tokens, tokens < end)
-            advantages = _of_tokens(advantages_ptr, tokens, in_loss, own_advantage, ADVANTAGE_PER_TOKEN)
+            in_loss = in_loss_of(loss_mask_ptr, tokens, tokens < end)
+            advantages = of_tokens(advantages_ptr, tokens, in_loss, own_advantage, ADVANTAGE_PER_TOKEN)
             advantage_found = advantage_found | (advantages != 0)
             if COMPAT:
                 guide_found = guide_found | (tl.load(guide_mask_ptr + tokens, mask=in_loss, other=0) != 0)
-        any_advantage = _any(advantage_found)
-        any_guided = _any(guide_found)
+        any_advantage = any_of(advantage_found)
+        any_guided = any_of(guide_found)
 
     # Then the means and sums of log-ratios.
     log_ratio_mean = tl.full((), 0.0, tl.float64)
@@ -232,7 +308,7 @@ def sequence_loss(
             counts += with_ratio.to(tl.int32)
             if SEQUENCE_ROLLOUT:
                 ordinary = computed & (guided == 0)
-                rollout_logps = _read(rollout_logps_ptr, tokens, ordinary)
+                rollout_logps = read(rollout_logps_ptr, tokens, ordinary)
                 log_weights += tl.where(ordinary, old_logps - rollout_logps, 0.0)
         with_ratio_count = tl.maximum(tl.sum(counts, 0), 1).to(tl.float64)
         log_ratio_mean = tl.sum(log_ratios, 0) / with_ratio_count
@@ -283,7 +359,7 @@ def sequence_loss(
 
         rollout = tl.full((BLOCK,), 1.0, tl.float64)
         if rollout_logps_ptr is not None:
-            rollout_logps = _read(rollout_logps_ptr, tokens, ordinary)
+            rollout_logps = read(rollout_logps_ptr, tokens, ordinary)
             log_weight = tl.where(ordinary, old_logps - rollout_logps, 0.0)
             mismatch += tl.abs(log_weight)
             if ROLLOUT_IS:
@@ -305,20 +381,20 @@ def sequence_loss(
         flow_count += flows.to(tl.int32)
         shaped_count += shaped_flows.to(tl.int32)
 
-        weights = _of_tokens(weights_ptr, tokens, computed, own_weight, WEIGHT_PER_TOKEN)
+        weights = of_tokens(weights_ptr, tokens, computed, own_weight, WEIGHT_PER_TOKEN)
         if SPREAD:
             shared_slope += weights * slope
             slope = shaped_value
         else:
             slope += shaped_value
         if ref_logps_ptr is not None:
-            kl, kl_slope = kl_to_reference(logps, _read(ref_logps_ptr, tokens, computed), KL)
+            kl, kl_slope = kl_to_reference(logps, read(ref_logps_ptr, tokens, computed), KL)
             kl_ref += tl.where(ordinary, kl, 0.0)
             if USE_KL:
                 value += beta * kl
                 slope += beta * kl_slope
         if entropy_ptr is not None:
-            entropy = _read(entropy_ptr, tokens, computed)
+            entropy = read(entropy_ptr, tokens, computed)
             entropy_sum += entropy
             if USE_ENTROPY:
                 value -= entropy_coef * entropy
@@ -341,9 +417,9 @@ def sequence_loss(
             )  # fmt: skip
             slope, _ = shaped(logps, advantages, computed & (with_ratio == 0), COMPAT)
             if USE_KL:
-                _, kl_slope = kl_to_reference(logps, _read(ref_logps_ptr, tokens, computed), KL)
+                _, kl_slope = kl_to_reference(logps, read(ref_logps_ptr, tokens, computed), KL)
                 slope += beta * kl_slope
-            weights = _of_tokens(weights_ptr, tokens, computed, own_weight, WEIGHT_PER_TOKEN)
+            weights = of_tokens(weights_ptr, tokens, computed, own_weight, WEIGHT_PER_TOKEN)
             slope = tl.where(computed, weights * slope, 0.0) + tl.where(with_ratio, share, 0.0)
             tl.store(d_logps_ptr + tokens, slope, mask=inside)
 
@@ -355,7 +431,7 @@ def sequence_loss(
     flow_total += tl.sum(shaped_count, 0)
     if not SKIP:
         flow_total = computed_total
-    not_a_number = _any(ratio_max != ratio_max)
+    not_a_number = any_of(ratio_max != ratio_max)
 
     own_ptr = partials_ptr + sequence * _COLUMNS
     tl.store(own_ptr + _LOSS, tl.sum(loss, 0))
@@ -371,3 +447,76 @@ def sequence_loss(
     tl.store(own_ptr + _MISMATCH, tl.sum(mismatch, 0))
     tl.store(own_ptr + _ENTROPY, tl.sum(entropy_sum, 0))
     tl.store(own_ptr + _RATIO_MAX, tl.where(not_a_number, float("nan"), tl.max(ratio_max, 0)))
+
+
+def sequence_loss_in_triton(
+    inputs: LossInputs, options: LossOptions, want_gradient: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`loss.sequence_loss`."""
+    logps = inputs.logps
+    tokens, sequences = logps.numel(), inputs.cu_seqlens.numel() - 1
+    partials = torch.empty(sequences, len(PARTIALS), dtype=torch.float64, device=logps.device)
+    want_entropy = want_gradient and options.entropy_coef != 0
+    d_logps = torch.empty(tokens if want_gradient else 0, dtype=logps.dtype, device=logps.device)
+    d_entropy = torch.empty(tokens if want_entropy else 0, dtype=logps.dtype, device=logps.device)
+    arguments = {
+        **_token_arguments(inputs),
+        **_option_arguments(inputs, options),
+        "partials_ptr": partials,
+        "d_logps_ptr": d_logps if want_gradient else None,
+        "d_entropy_ptr": d_entropy if want_entropy else None,
+        "sequences": sequences,
+        "BLOCK": SHAPES["sequence_loss"].block,
+    }
+    launch(sequence_loss, "sequence_loss", (sequences,), logps.device, arguments)
+    return partials, d_logps, d_entropy
+
+
+def _token_arguments(inputs: LossInputs) -> dict[str, Any]:
+    fused = inputs.advantages is None
+    sequences = inputs.cu_seqlens.numel() - 1
+    return {
+        "cu_seqlens_ptr": inputs.cu_seqlens,
+        "logps_ptr": inputs.logps,
+        "advantages_ptr": inputs.advantages,
+        "rewards_ptr": inputs.rewards if fused else None,
+        "group_ids_ptr": inputs.group_ids if fused else None,
+        "weights_ptr": inputs.weights,
+        "old_logps_ptr": inputs.old_logps,
+        "ref_logps_ptr": inputs.ref_logps,
+        "rollout_logps_ptr": inputs.rollout_logps,
+        "entropy_ptr": inputs.entropy,
+        "loss_mask_ptr": mask_bytes(inputs.loss_mask),
+        "guide_mask_ptr": mask_bytes(inputs.guide_mask),
+        "ADVANTAGE_PER_TOKEN": inputs.advantages is not None and inputs.advantages.numel() != sequences,
+        "WEIGHT_PER_TOKEN": inputs.weights.numel() != sequences,
+    }
+
+
+def _option_arguments(inputs: LossInputs, options: LossOptions) -> dict[str, Any]:
+    """Numbers as numbers; modes, each a kernel of its own, by their position among the choices, where they matter."""
+    ceiling = options.dual_clip if options.dual_clip is not None else options.delta
+    guided = inputs.guide_mask is not None
+    return {
+        "epsilon_low": options.epsilon_low,
+        "epsilon_high": options.epsilon_high,
+        "ceiling": math.inf if ceiling is None else ceiling,
+        "temperature_pos": options.sapo_temperature_pos,
+        "temperature_neg": options.sapo_temperature_neg,
+        "rollout_floor": options.rollout_is_floor or 0.0,
+        "rollout_cap": options.rollout_is_cap,
+        "beta": options.beta,
+        "entropy_coef": options.entropy_coef,
+        "advantage_eps": inputs.advantage_eps,
+        "scale_rewards": SCALES.index(inputs.scale_rewards),
+        "POLICY": get_args(PolicyLoss).index(options.policy_loss),
+        "SEQUENCE_RATIO": options.importance_sampling_level == "sequence",
+        "ROLLOUT_IS": options.rollout_is != "none",
+        "SEQUENCE_ROLLOUT": options.rollout_is.startswith("sequence"),
+        "TRUNCATE": options.rollout_is.endswith("truncate"),
+        "FALLBACK": guided and options.guide_fallback == "clip",
+        "COMPAT": guided and options.released_code_compat,
+        "KL": get_args(KlEstimator).index(options.kl_estimator),
+        "USE_KL": options.beta != 0,
+        "USE_ENTROPY": options.entropy_coef != 0,
+    }

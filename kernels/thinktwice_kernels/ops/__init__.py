@@ -1,1 +1,0 @@
-"""The ops as torch.library knows them: ``torch.ops.thinktwice_kernels.*``."""

@@ -1,1 +1,0 @@
-"""The Triton kernels under `thinktwice_kernels.backends.triton_backend`."""
