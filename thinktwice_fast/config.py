@@ -1,7 +1,8 @@
 """Every option: its name, type, default and help text, in this one place.
 
 A dataclass per owner; the string under each field is its ``--help`` text. The defaults are the
-``tiny`` recipe, so that ``torchrun thinktwice_fast/train.py`` alone trains something.
+``tiny`` recipe, so that ``torchrun thinktwice_fast/train.py`` alone trains something. ``run/checks.py`` says
+what values and combinations are refused.
 """
 
 from dataclasses import dataclass, field

@@ -1,4 +1,8 @@
-"""What can be wrong with the options alone, found before anything is loaded."""
+"""What can be wrong with the options alone, found before anything is loaded.
+
+Bounds and combinations of the loss's own options stand in ``thinktwice_kernels/options.py``; what takes the model or
+the device to see is checked where these are loaded.
+"""
 
 import errno
 import math

@@ -168,7 +168,7 @@ class Updater:
             shares.append(loss.detach())
             collected.append(metrics)
         with few_threads(self.optimizer):
-            norm = self._clip()
+            norm = self._clip_gradient_norm()
             self._learning_rate = float(self.optimizer.param_groups[0]["lr"])
             total = sum(parallel.gather_flat([float(share) for share in shares]))
             if not (math.isfinite(total) and math.isfinite(norm)):
@@ -303,7 +303,7 @@ class Updater:
         product = exact_product if self._exact else linear
         return policy(row.input_ids, row.position_ids, row.attention, row.select, head, product)
 
-    def _clip(self) -> float:
+    def _clip_gradient_norm(self) -> float:
         parameters = [p for p in self.models.masters.parameters() if p.grad is not None]
         norm = torch.nn.utils.clip_grad_norm_(parameters, self._options.grad_clip or float("inf"))
         return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
