@@ -93,12 +93,14 @@ def main(work: Path, seconds: float, cpu: bool) -> int:
     python = os.environ.get("PYTHON_EXEC", sys.executable)
     command = [python, _TRAIN, "--config", str(race.config)]
     training = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)
+    planned = ""
+    status: int | None = None  # cut off
     try:
         planned = _plan([*command, "--output", str(work / "race-plan")])  # the folder of the run is taken by now
         notes.tell("what was planned", planned)
-        status: int | None = training.wait(max(1.0, deadline - time.monotonic()))
-    except (subprocess.TimeoutExpired, KeyboardInterrupt):  # what it has done by then is judged
-        status = None
+        status = training.wait(max(1.0, deadline - time.monotonic()))
+    except (subprocess.TimeoutExpired, KeyboardInterrupt):
+        pass  # what it has done by then is judged
     finally:
         if training.poll() is None:
             os.killpg(training.pid, signal.SIGKILL)

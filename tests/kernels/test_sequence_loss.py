@@ -25,7 +25,7 @@ Results = tuple[Tensor, Tensor, Tensor]
 
 
 def of_case(case: str) -> tuple[dict[str, Any], dict[str, bool]]:
-    """The options that the backend sees, and what make_batch is to make."""
+    """The options that the op sees, and what make_batch is to make."""
     given_options, tensors = CASES[case]
     return {k: v for k, v in given_options.items() if k != "normalizer"}, dict.fromkeys(tensors, True)
 

@@ -17,6 +17,7 @@ from tests.model.padded import PaddedAttention
 from tests.small_models import CHATML, FAMILIES, VOCABULARY, bpe_tokenizer, own_model, random_model, write_model
 from thinktwice_fast.config import ModelOptions
 from thinktwice_fast.errors import UserError
+from thinktwice_fast.model import loading
 from thinktwice_fast.model import weights as weights_module
 from thinktwice_fast.model.loading import load_model, model_folder, pick_device, pick_dtype, save_model
 from thinktwice_fast.model.policy import Policy, linear_head
@@ -118,6 +119,19 @@ def test_weights_that_are_not_all_there(folder: Path) -> None:
     del tensors["model.layers.1.mlp.up_proj.weight"]
     save_file(tensors, weights, metadata={"format": "pt"})
     refuse(folder, r"1 tensors are missing, among them model\.layers\.1\.mlp\.up_proj\.weight")
+
+
+def test_an_index_that_places_nothing(folder: Path) -> None:
+    (folder / "model.safetensors.index.json").write_text("{}")
+    refuse(folder, r"can't load it as a causal language model \(model.safetensors.index.json has no weight_map\)")
+
+
+def test_a_model_that_does_not_fit(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*arguments: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3 GiB.\nMore words.")
+
+    monkeypatch.setattr(loading, "read_transformer", full)
+    refuse(folder, r"does not fit cpu \(CUDA out of memory\. .*\): take a smaller model .* --dry-run")
 
 
 def test_weights_of_another_shape(folder: Path) -> None:

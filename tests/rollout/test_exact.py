@@ -9,7 +9,7 @@ from transformers import LlamaConfig
 
 from tests.rollout.drawing import LONGEST, draw, make, requests, tokens
 from tests.small_models import FAMILIES, VOCABULARY, own_model
-from thinktwice_fast.config import RolloutOptions
+from thinktwice_fast.config import RolloutOptions, UpdateOptions
 from thinktwice_fast.errors import UserError
 from thinktwice_fast.model.policy import Policy
 from thinktwice_fast.model.products import PackedProducts, exact_logprobs, exact_product
@@ -17,6 +17,7 @@ from thinktwice_fast.model.transformer import Transformer
 from thinktwice_fast.records import Rollout, Sampling
 from thinktwice_fast.rollout.engine import Engine
 from thinktwice_fast.update.batches import pack, pack_shared
+from thinktwice_fast.update.optimizer import build_optimizer
 from thinktwice_kernels import linear_logprobs
 
 LAYOUTS: list[Any] = [pack, pack_shared]
@@ -91,19 +92,25 @@ def test_it_draws_what_is_drawn_without_it() -> None:
 
 
 def test_changed_weights_are_packed_anew() -> None:
+    """Also where nothing marks them as changed: a fused optimizer leaves their version as it was."""
+
+    def step(model: torch.nn.Module) -> None:
+        optimizer, _ = build_optimizer(model, UpdateOptions(learning_rate=1e-2), 1)
+        generator = torch.Generator().manual_seed(0)
+        for weight in model.parameters():
+            weight.grad = torch.randn(weight.shape, generator=generator)
+        optimizer.step()
+
     engine = make(exact=True)
-    draw(engine, requests(1))
-    with torch.no_grad():
-        for weight in engine.model.parameters():
-            weight.mul_(1.1)
+    before = tokens(draw(engine, requests(2)))
+    step(engine.model)
     rollouts = list(draw(engine, requests(2)).values())
     noted = [logp for rollout in rollouts for logp in rollout.logps]
     assert trained(engine.model, rollouts, pack, 1.0) == noted
     fresh = own_model("qwen3")
-    with torch.no_grad():
-        for weight in fresh.parameters():
-            weight.mul_(1.1)
+    step(fresh)
     other = Engine(fresh, frozenset(), RolloutOptions(exact=True), LONGEST)
+    assert before != {r.sample_id: r.response for r in rollouts}
     assert tokens(draw(other, requests(2))) == {r.sample_id: r.response for r in rollouts}
 
 

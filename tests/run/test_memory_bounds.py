@@ -23,9 +23,10 @@ from thinktwice_fast import launch, parallel
 from thinktwice_fast.algorithms.pair_rollout import fill_joint
 from thinktwice_fast.algorithms.sampler import Sampler, SampleSpec
 from thinktwice_fast.config import Config
-from thinktwice_fast.model.attention import NAME
+from thinktwice_fast.model.attention import NAME, PrefixAttention
 from thinktwice_fast.model.flops import Flops
 from thinktwice_fast.model.paged import PagedKVCache, Plan
+from thinktwice_fast.model.shared_prefix import Gathered
 from thinktwice_fast.records import Group, Sampling
 from thinktwice_fast.rollout import engine as engine_module
 from thinktwice_fast.rollout.engine import BLOCK_SIZE, Engine, blocks_for, cache_blocks, shared_blocks
@@ -55,8 +56,8 @@ def planned(config: Config, prompts: Sequence[int], world: int) -> Phase:
     return phase
 
 
-def largest_rows(config: Config, prompts: Sequence[int], responses: Sequence[int], world: int) -> tuple[int, int]:
-    """The most tokens, and the most response tokens, of the micro-batches that an update makes of these lengths."""
+def largest_rows(config: Config, prompts: Sequence[int], responses: Sequence[int], world: int) -> tuple[int, int, int]:
+    """The most tokens, response tokens and seen keys of the micro-batches that an update makes of these lengths."""
     samples = len(responses) // len(prompts)
     examples = [
         Example((1 + index // samples,) * prompts[index // samples], [0] * tokens)
@@ -66,7 +67,10 @@ def largest_rows(config: Config, prompts: Sequence[int], responses: Sequence[int
     plan = plan_microbatches(examples, config.update.microbatch_tokens, world, FLOPS, shared_prefix=shared)
     parts = [[examples[index] for index in part] for loads in plan for part in loads if part]
     rows = [(pack_shared if shared else pack)(part, CPU) for part in parts]
-    return max(len(row.input_ids) for row in rows), max(len(row.targets) for row in rows)
+    attentions = [cast(PrefixAttention, row.attention) for row in rows]
+    segments = [(attention.lengths.tolist(), attention.prefix.tolist()) for attention in attentions]
+    keys = max(len(Gathered.from_segments(*both, CPU).keys) for both in segments)
+    return max(len(row.input_ids) for row in rows), max(len(row.targets) for row in rows), keys
 
 
 def row_config(problems: int, samples: int, budget: int, longest: int, *, shared: bool) -> Config:
@@ -87,8 +91,8 @@ def test_no_micro_batch_is_larger_than_planned(data: st.DataObject) -> None:
     world = data.draw(st.sampled_from([n for n in (1, 2, 3) if len(prompts) % n == 0]))
     config = row_config(len(prompts), samples, budget, longest, shared=shared)
     phase = planned(config, prompts, world)
-    tokens, targets = largest_rows(config, prompts, responses, world)
-    assert tokens <= phase.row_tokens and targets <= phase.row_targets
+    tokens, targets, keys = largest_rows(config, prompts, responses, world)
+    assert tokens <= phase.row_tokens and targets <= phase.row_targets and keys <= phase.row_keys
     assert phase.row_tokens <= max(budget, max(prompts) + longest - 1)
 
 
@@ -96,7 +100,7 @@ def test_no_micro_batch_is_larger_than_planned(data: st.DataObject) -> None:
 def test_short_responses_fill_a_row_better_than_long_ones(shared: bool) -> None:
     """So that rows of full-length responses are no bound."""
     config = row_config(2, 1, budget=16, longest=10, shared=shared)
-    long, short = (largest_rows(config, [1, 1], [tokens] * 2, 1) for tokens in (10, 8))
+    long, short = (largest_rows(config, [1, 1], [tokens] * 2, 1)[:2] for tokens in (10, 8))
     assert short > long == (10, 10)
     assert short[0] <= planned(config, [1, 1], 1).row_tokens
 
@@ -105,9 +109,8 @@ def test_an_example_may_take_what_its_prompt_leaves() -> None:
     config = row_config(4, 1, budget=10, longest=20, shared=True)
     config.algorithm, config.rollout.max_prompt_tokens = "sft", 30
     (phase,) = phases(config, FLOPS, {"sft": 5}, 1)
-    assert (
-        largest_rows(config, [1, 1, 1, 1], [49, 49, 1, 1], 1) <= (phase.row_tokens, phase.row_targets) == (49, 49 + 3)
-    )
+    tokens, targets, _ = largest_rows(config, [1, 1, 1, 1], [49, 49, 1, 1], 1)
+    assert (tokens, targets) <= (phase.row_tokens, phase.row_targets) == (49, 49 + 3)
 
 
 # Blocks of the KV cache
@@ -263,7 +266,7 @@ def test_a_shared_prompt_is_needed_once() -> None:
 # A GPU's memory
 
 SHAPE = AutoModelForCausalLM.from_config(family_config("qwen3"))
-LOAD = Load(sequences=64, needed_blocks=400_000, pass_tokens=4096, row_tokens=8192, row_targets=8000)
+LOAD = Load(sequences=64, needed_blocks=400_000, pass_tokens=4096, row_tokens=8192, row_targets=8000, row_keys=8192)
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.1])
@@ -309,13 +312,13 @@ def test_a_gpu_that_is_too_small_is_said_to_be() -> None:
 
 def test_the_head_counts_logits_and_their_gradients() -> None:
     def head(device: str, dtype: torch.dtype, targets: int) -> int:
-        load = Load(1, 1, 1, targets, targets)
+        load = Load(1, 1, 1, targets, targets, targets)
         parts = predict(Config(), SHAPE, torch.device(device), dtype, load, 1, 0, 10**12).parts
         (found,) = (part.update for part in parts if part.name == "loss head")
         return found - 4 * 512 * 64 - 2 * dtype.itemsize * targets * 64
 
     assert head("cuda", torch.bfloat16, 1000) == 6 * 1000 * 512
-    assert head("cuda", torch.float32, 1000) == 4 * 1000 * 512
+    assert head("cuda", torch.float32, 1000) == 2 * 4 * 1000 * 512  # and a tile of those rows that have a gradient
     assert head("cpu", torch.bfloat16, 1000) == 4 * 1000 * 512
     assert (4 << 30) - 6 * 512 < head("cuda", torch.bfloat16, 1 << 21) <= 4 << 30
 

@@ -274,7 +274,7 @@ def test_a_layer_keeps_what_the_formula_says(family: str, dtype: torch.dtype, ou
 
 def test_what_is_sharded_divides_and_what_is_copied_does_not() -> None:
     model = own_model("qwen3")
-    load, cpu = Load(8, 4, 64, 512, 256), torch.device("cpu")
+    load, cpu = Load(8, 4, 64, 512, 256, 512), torch.device("cpu")
 
     def parts(world: int, dtype: torch.dtype, **loss: float) -> dict[str, int]:
         config = Config()

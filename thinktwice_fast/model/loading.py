@@ -69,17 +69,23 @@ def load_model(options: ModelOptions, seed: int, device: torch.device) -> Loaded
 
     Raises:
         UserError: no such folder or hub name; a folder without tokenizer or chat template, or whose weights are
-            missing, broken or not all there; an architecture this trainer can't run.
+            missing, broken or not all there; an architecture this trainer can't run; a model too large for the GPU.
     """
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     folder = model_folder(options.path)
     config = _config(folder, options.path)
     tokenizer = load_tokenizer(options)
-    if options.random_init:
-        model = _random_model(config, options, seed, device)
-    else:
-        model = _saved_model(folder, config, options, device)
+    try:
+        if options.random_init:
+            model = _random_model(config, options, seed, device)
+        else:
+            model = _saved_model(folder, config, options, device)
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"--model.path {options.path}: the model does not fit {device} ({_first_line(error)}): take a "
+            "smaller model or a larger GPU; --dry-run says what a run takes"
+        ) from error
     model.eval()
     _check_vocabulary(config, tokenizer, options)
     if not isinstance(model, Transformer):

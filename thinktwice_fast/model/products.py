@@ -25,7 +25,12 @@ class PackedProducts:
     """Exact products that keep weights packed, for rollouts, which read each many times."""
 
     def __init__(self) -> None:
-        self._packed: dict[int, tuple[int, Tensor]] = {}  # by the weight's address: its version, and what it became
+        self._packed: dict[int, Tensor] = {}  # by the weight's address
+        self._stale: set[int] = set()
+
+    def refresh(self) -> None:
+        """Weights may have changed. They don't say so themselves: fused optimizers leave their version as it was."""
+        self._stale.update(self._packed)
 
     def __call__(
         self,
@@ -33,13 +38,13 @@ class PackedProducts:
         weight: Tensor,  # float32 [O, I]
         bias: Tensor | None,  # [O]
     ) -> Tensor:  # [N, O]
-        version, packed = self._packed.get(weight.data_ptr(), (-1, None))
-        if packed is None:
-            packed = _pack(weight)
-        elif version != weight._version:
-            ops.pack_weight(weight.detach(), packed, 0)
-        self._packed[weight.data_ptr()] = weight._version, packed
-        return cast(Tensor, _ExactProduct.apply(x, weight, bias, packed))
+        address = weight.data_ptr()
+        if address not in self._packed:
+            self._packed[address] = _pack(weight)
+        elif address in self._stale:
+            ops.pack_weight(weight.detach(), self._packed[address], 0)
+        self._stale.discard(address)
+        return cast(Tensor, _ExactProduct.apply(x, weight, bias, self._packed[address]))
 
 
 def exact_product(

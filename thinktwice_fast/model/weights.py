@@ -27,7 +27,10 @@ def weight_files(name: str) -> list[Path]:
     if not folder.is_dir():
         folder = Path(snapshot_download(name, allow_patterns=["model*.safetensors", _INDEX]))
     if (folder / _INDEX).is_file():
-        return [folder / file for file in sorted({*json.loads((folder / _INDEX).read_text())["weight_map"].values()})]
+        places = json.loads((folder / _INDEX).read_text()).get("weight_map")
+        if not places:
+            raise ValueError(f"{_INDEX} has no weight_map")
+        return [folder / file for file in sorted({*places.values()})]
     # Some hold the same weights once more, in a format of their maker's.
     return (
         [folder / "model.safetensors"]

@@ -35,9 +35,14 @@ class ModuleRunner(Runner):
     def __init__(self, model: Model, cache: PagedKVCache, *, exact: bool = False):
         self._policy = Policy(model)
         self._cache = cache
-        self._product = PackedProducts() if exact else linear
-        self._head = self._product if exact else linear_head
+        self._packed = PackedProducts() if exact else None
+        self._product = self._packed or linear
+        self._head = self._packed or linear_head
         self.exact = exact
+
+    def refresh(self) -> None:
+        if self._packed:
+            self._packed.refresh()
 
     @torch.inference_mode()
     def logits(self, tokens: list[int], plan: Plan, last: list[int]) -> torch.Tensor:

@@ -23,15 +23,18 @@ V vocabulary; S sequences that decode at once; T tokens and R response tokens of
                          with checkpointing of the L layers all but b T H each for one layer; transformers' modules keep
                          2 (4 + 2 b) H for norms, (4 + b) (Q + K) for QK-norm, and silu(gate) besides
     activations, rollout b t (2 H + 3 I) of t tokens in one pass, and 2 * 4 S V for logits
-    loss head            a tile of logits with their gradients (``linear_head.bytes_per_logit``) of as many of the R as
-                         its budget holds, 4 V H of the weight's gradient, 2 b R H of hidden states and theirs
+    loss head            a tile of logits with their gradients (``bytes_per_logit``) of as many of the R as its budget
+                         holds, two on a GPU where they are float32, 4 V H of the weight's gradient, 2 b R H of hidden
+                         states and theirs
     CUDA graphs          b S (2 H + 3 I) + 8 S V on a GPU: the memory of decoding steps, which they keep
     libraries            1 GiB on a GPU: CUDA's context with the kernels, the workspaces of its libraries
     allocator            4 m on the CPU: holes that the C library keeps where gradients lay among activations
                          (measured); on a GPU 3 % of it: gaps between tensors that no other fits into
 
-T and R are bounds that hold however long the responses are, see ``workload``. Keys and values that shared prefixes
-gather on a GPU are left out.
+    shared prompts' keys 2 b K a layer and key on a GPU, where attention takes a copy for each response
+
+T, R and those keys are bounds that hold however long the responses are, see ``workload``. Attention's parts in a
+decoding step on a GPU, of up to 256 MiB, are left out.
 """
 
 import ctypes
@@ -114,6 +117,7 @@ class Load:
     pass_tokens: int  # of one forward pass while sampling
     row_tokens: int  # T
     row_targets: int  # R
+    row_keys: int  # keys that its segments see
 
 
 @dataclass(frozen=True)
@@ -225,10 +229,15 @@ def _working(
     if config.model.activation_checkpointing:
         kept = layer + b * tokens * shape.hidden * shape.layers
     yield Part("activations", sampling, kept + b * tokens * (4 * shape.inner + shape.hidden))
+    if device.type == "cuda":
+        layers = 1 if config.model.activation_checkpointing else shape.layers
+        yield Part("keys of shared prompts", 0, 2 * b * load.row_keys * shape.keys * layers)
     logit = bytes_per_logit(torch.float32, dtype if device.type == "cuda" else torch.float32)
     rows = min(targets, rows_per_tile(shape.vocabulary, logit, device))
+    # A GPU compacts a tile that becomes its own gradient into another, where rows without gradient leave it.
+    tiles = 2 if device.type == "cuda" and logit == torch.float32.itemsize else 1
     gradient = 4 * shape.vocabulary * shape.hidden
-    yield Part("loss head", 0, logit * rows * shape.vocabulary + gradient + 2 * b * targets * shape.hidden)
+    yield Part("loss head", 0, tiles * logit * rows * shape.vocabulary + gradient + 2 * b * targets * shape.hidden)
     if device.type == "cpu":
         yield Part("allocator", 4 * shape.trained, 4 * shape.trained)
 

@@ -28,6 +28,7 @@ class Phase:
     rows: int  # micro-batches of one optimizer step, with every response that long
     row_tokens: int  # of a micro-batch, whatever the lengths are
     row_targets: int  # response tokens of a micro-batch, whatever the lengths are
+    row_keys: int  # keys that its segments see, at most
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,7 @@ def heaviest_load(
         min(options.max_batch_tokens, sequences * longest),
         max(phase.row_tokens for phase in planned),
         max(phase.row_targets for phase in planned),
+        max(phase.row_keys for phase in planned),
     )
 
 
@@ -130,8 +132,11 @@ def _row_count(config: Config, flops: Flops, world: int, prompts: list[int]) -> 
     return len(plan_microbatches(examples, budget, world, flops, shared_prefix=shared)[0])
 
 
-def _row_bounds(config: Config, prompts: list[int]) -> tuple[int, int]:
-    """Tokens and response tokens of a micro-batch at most: the budget, unless one sequence takes more, or all less.
+def _row_bounds(config: Config, prompts: list[int]) -> tuple[int, int, int]:
+    """Tokens, response tokens and keys of a micro-batch at most.
+
+    Tokens are the budget's, unless one sequence takes more, or all take less. A shared prompt's keys count again for
+    each of its responses, whose segments get a copy of them on a GPU.
 
     Args:
         prompts: tokens of each prompt of an optimizer step, at most.
@@ -145,5 +150,7 @@ def _row_bounds(config: Config, prompts: list[int]) -> tuple[int, int]:
     single = longest if sft else max(prompts) + response - 1
     everything = sum(prompts) * (1 if shared else samples) + sequences * (response - 1)
     tokens = min(everything, max(config.update.microbatch_tokens, single))
+    reads = samples + 1 if shared else samples  # of a prompt: by itself, and by each of its responses
+    keys = min(sum(prompts) * reads + sequences * (response - 1), tokens * (reads if shared else 1))
     # A prompt that is shared makes room for the first token of one response alone.
-    return tokens, min(sequences * response, tokens + (sequences - 1 if shared else 0))
+    return tokens, min(sequences * response, tokens + (sequences - 1 if shared else 0)), keys
