@@ -59,8 +59,9 @@ def sample_tokens(
     if not batch.ready:
         return NewTokens([], [], [])
     if len(batch.samples) > len(batch.ready):
-        rows = [row for row, sequence in enumerate(batch.ready) for _ in sequence.samples]
-        logits = logits[torch.tensor(rows, device=logits.device)]
+        own = int64([row for row, sequence in enumerate(batch.ready) for _ in sequence.samples])
+        (rows,) = upload([own], logits.device)
+        logits = logits[rows]
     sampled = _sampled(logits, batch)
     logps = _training_logps(logits, sampled.tokens, batch) if exact else sampled.raw_logps
     columns = (sampled.tokens, logps, sampled.entropies)
