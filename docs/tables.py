@@ -15,6 +15,7 @@ from typing import Any, Literal, get_args, get_origin
 
 import docstring_parser
 
+from thinktwice_fast.bounds import bounds_of
 from thinktwice_fast.cli.command import PROGRAM
 from thinktwice_fast.cli.main import COMMANDS, load_command
 from thinktwice_fast.config import Config
@@ -38,7 +39,7 @@ refinements of a joint pair have in common, sampling speed and the update, has k
 def options_table(config_class: type, positional: str | None = None) -> str:
     """Markdown of every option below ``config_class``: a table per nested dataclass, under its name and docstring.
 
-    Name as on the command line (``positional`` is given without one), type, default as YAML, docstring of the field.
+    Name as on the command line (``positional`` is given without one), type and bounds, default as YAML, its docstring.
     """
     return "\n\n".join(_option_sections(config_class, "", positional))
 
@@ -70,7 +71,7 @@ def _option_sections(owner: type, prefix: str, positional: str | None = None) ->
     rows = [
         (
             _code(("" if field.name == positional else f"--{prefix}") + field.name),
-            _type_text(hints[field.name]),
+            _range_text(field, hints[field.name]),
             _default_text(field),
             helps[field.name],
         )
@@ -83,6 +84,11 @@ def _option_sections(owner: type, prefix: str, positional: str | None = None) ->
     for name in nested:
         sections += _option_sections(hints[name], f"{prefix}{name}.")
     return sections
+
+
+def _range_text(field: "dataclasses.Field[Any]", hint: Any) -> str:
+    bounds = bounds_of(field)
+    return _type_text(hint) if bounds is None else f"{_type_text(hint)}, {bounds}"
 
 
 def _type_text(hint: Any) -> str:

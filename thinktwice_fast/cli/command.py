@@ -4,6 +4,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from thinktwice_fast.bounds import check_bounds
+
 PROGRAM = "thinktwice-fast"
 
 
@@ -30,7 +32,7 @@ class Command:
         """The options on a command line; ``--help`` prints and exits.
 
         Raises:
-            UserError: an unknown option, or a value of the wrong type.
+            UserError: an unknown option, or a value of the wrong type or out of its bounds.
         """
         # Imported here because it takes a while, and the list of commands needs none of it.
         from thinktwice_fast.run.parsing import field_helps, make_parser, parse
@@ -43,4 +45,6 @@ class Command:
         parser.add_class_arguments(self.options, nested_key=None, as_positional=False, skip=apart)
         for flag in flags:
             parser.add_argument(f"--{flag}", action="store_true", help=helps[flag])
-        return self.options(**parse(parser, arguments))
+        options = self.options(**parse(parser, arguments))
+        check_bounds(options)
+        return options

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from thinktwice_fast.bounds import bounded
 from thinktwice_fast.cli.command import PROGRAM, Command
 from thinktwice_fast.cli.options import MODEL_NAMES, ModelChoice
 from thinktwice_fast.errors import UserError, one_line
@@ -35,21 +36,21 @@ class SolveOptions(ModelChoice):
     """Text appended to every question, after a space (how to give the answer)."""
     refine_instruction: str = "default"
     """The user message after a solution; "default" = the one that training takes by default."""
-    passes: int = 1
+    passes: int = bounded(1, least=0, most=100)
     """Refinements of each solution, one after another."""
-    max_tokens: int = 2048
+    max_tokens: int = bounded(2048, least=1)
     """Longest solution or refinement, in tokens; less where the model's context leaves less."""
-    temperature: float = 0.0
+    temperature: float = bounded(0.0, least=0)
     """Softmax temperature; 0 = always the likeliest token."""
-    top_p: float = 1.0
+    top_p: float = bounded(1.0, above=0, most=1)
     """Nucleus: sample among the smallest set of tokens with this much probability; 1 = off."""
-    top_k: int = 0
+    top_k: int = bounded(0, least=0)
     """Sample among the k likeliest tokens; 0 = off."""
-    min_p: float = 0.0
+    min_p: float = bounded(0.0, least=0, most=1)
     """Drop tokens less likely than this times the likeliest; 0 = off."""
-    seed: int = 0
+    seed: int = bounded(0, least=0)
     """Seed of the sampling."""
-    max_sequences: int = 16
+    max_sequences: int = bounded(16, least=1)
     """Problems of a `file` that are worked on at once."""
     json: bool = False
     """Print one JSON object per problem instead of text."""
@@ -148,21 +149,6 @@ def _check(options: SolveOptions) -> None:
         raise UserError('give problems (thinktwice-fast solve "8-8+5+6-9") or a --file of them, one of both')
     if not all(problem.strip() for problem in problems):
         raise UserError("an empty problem: write something between the quotation marks")
-    bounds: dict[str, tuple[float, float]] = {
-        "passes": (0, 100),
-        "max_tokens": (1, 2**31 - 1),
-        "temperature": (0, 1e6),
-        "top_k": (0, 2**31 - 1),
-        "min_p": (0, 1),
-        "seed": (0, 2**31 - 1),
-        "max_sequences": (1, 2**31 - 1),
-    }
-    for name, (least, most) in bounds.items():
-        value = getattr(options, name)
-        if not least <= value <= most:
-            raise UserError(f"--{name} {value}: must be from {least:g} to {most:g}")
-    if not 0 < options.top_p <= 1:
-        raise UserError(f"--top_p {options.top_p}: must be above 0 and at most 1")
     unused = (
         dict.fromkeys(("top_p", "top_k", "min_p", "seed"), "with --temperature 0") if not options.temperature else {}
     )
