@@ -1,6 +1,7 @@
-"""The generated tables of options and metrics, and the command that writes or checks them."""
+"""The documents: generated tables of options and metrics, links that lead somewhere, options that exist."""
 
 import dataclasses
+import re
 import typing
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 import pytest
 
 from docs.tables import main, metrics_table, options_table
+from tests.command import ROOT
 from thinktwice_fast.bounds import bounded
 from thinktwice_fast.config import Config
 from thinktwice_fast.run.metrics import METRICS
@@ -107,3 +109,29 @@ def test_write_then_check(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert main([*there, "--check"]) == 1
     assert capsys.readouterr().err == "out of date: metrics.md: run python -m docs.tables\n"
     assert main(there) == 0 and (tmp_path / "metrics.md").read_text() == metrics
+
+
+WRITTEN = sorted({ROOT / "README.md", *(ROOT / "docs").glob("*.md")})
+
+
+@pytest.mark.parametrize("path", WRITTEN, ids=lambda path: path.name)
+def test_links_lead_to_files_and_headings(path: Path) -> None:
+    for target in re.findall(r"\]\(([^)\s]+)\)", path.read_text()):
+        if target.startswith("https://"):
+            continue
+        name, _, anchor = target.partition("#")
+        file = path.parent / name if name else path
+        assert file.exists(), target
+        assert not anchor or anchor in anchors(file), target
+
+
+def anchors(path: Path) -> set[str]:
+    """What a heading is linked to by: lower case, hyphens for spaces, no punctuation."""
+    headings = re.findall(r"^#+ (.*)$", path.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("name", ["README.md", "docs/guide.md"])
+def test_options_in_the_text_exist(name: str) -> None:
+    named = set(re.findall(r"--([a-z_]+\.[a-z_]+)\b", (ROOT / name).read_text()))
+    assert named and named <= set(option_names(Config))
