@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 CSRC := $(shell find csrc kernels/csrc -name '*.cpp' -o -name '*.h' -o -name '*.inc' -o -name '*.cu' -o -name '*.cuh')
+PACKAGING := $(foreach folder,. kernels,$(folder)/pyproject.toml $(folder)/setup.py) kernels/native_build.py
 RUN := $(BIN)/torchrun --standalone --nproc-per-node 1 thinktwice_fast/train.py
 
 .PHONY: setup train test lint types format headers learning bench bench-against warm-start tables performance clean
@@ -13,8 +14,8 @@ train: $(VENV)/built
 # What `train` and `test` do first: .venv with everything, and both extensions.
 setup: $(VENV)/built
 
-# mypy needs no extension and takes as long as building them: they run side by side. Then two files of tests at a time, the
-# long ones first (tests/conftest.py), each with one thread: threads of several processes would fight for the cores.
+# mypy needs no extension and takes as long as building them: they run side by side. Then two files of tests at a time,
+# the long ones first (tests/conftest.py), each with one thread: threads of several processes would fight for the cores.
 test:
 	$(MAKE) --no-print-directory --jobs=2 lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
@@ -81,6 +82,6 @@ $(VENV)/installed: requirements.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	touch $@
 
-$(VENV)/built: $(VENV)/installed pyproject.toml setup.py kernels/pyproject.toml kernels/setup.py kernels/native_build.py $(CSRC)
+$(VENV)/built: $(VENV)/installed $(PACKAGING) $(CSRC)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps -e ./kernels -e .
 	touch $@
