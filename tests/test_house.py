@@ -14,7 +14,7 @@ OPS = ROOT / "kernels" / "thinktwice_kernels"
 # `update` stand side by side and don't know each other.
 LAYERS = [
     {"errors", "launch"},
-    {"records"},
+    {"records", "bounds"},
     {"config", "parallel"},
     {"model"},
     {"tasks", "rollout", "update"},

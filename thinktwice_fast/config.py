@@ -1,12 +1,16 @@
-"""Every option: its name, type, default and help text, in this one place.
+"""Every option: its name, type, default, bounds and help text, in this one place.
 
 A dataclass per owner; the string under each field is its ``--help`` text. The defaults are the
 ``tiny`` recipe, so that ``torchrun thinktwice_fast/train.py`` alone trains something. ``run/checks.py`` says
-what values and combinations are refused.
+what combinations are refused.
 """
 
 from dataclasses import dataclass, field
 from typing import Literal
+
+from thinktwice_fast.bounds import bounded
+
+_MOST_SECONDS = 1_000_000  # beyond, timers overflow
 
 
 @dataclass
@@ -26,9 +30,9 @@ class ModelOptions:
     CUDA, float32 on the CPU."""
     activation_checkpointing: bool = False
     """Recompute each layer in the backward pass instead of keeping its activations."""
-    lora_rank: int = 0
+    lora_rank: int = bounded(0, least=0)
     """Rank of LoRA adapters (through peft), which are then trained in place of the model's weights; 0 = no LoRA."""
-    lora_alpha: float = 32.0
+    lora_alpha: float = bounded(32.0, above=0)
     """What they add to a layer is multiplied by this over their rank."""
     lora_targets: tuple[str, ...] = ()
     """Names of the linear layers that get adapters (q_proj, v_proj, ...); none = all but the head."""
@@ -54,7 +58,7 @@ class DataOptions:
     instruction: str = ""
     """Text appended to every question, after a space (how to reason, how to give the answer). verl-schema prompts
     usually hold one already."""
-    limit: int = 0
+    limit: int = bounded(0, least=0)
     """Use only the first so many problems; 0 = all."""
     shuffle: bool = True
     """Visit the problems in a new random order each epoch, drawn from `seed`."""
@@ -79,9 +83,9 @@ class ThinkTwiceOptions:
 class SftOptions:
     """Supervised fine-tuning on the source's own worked responses (`algorithm: sft`)."""
 
-    refine_fraction: float = 0.45
+    refine_fraction: float = bounded(0.45, least=0, most=1)
     """Share of examples that are refine examples (arithmetic sources only; 0 for files)."""
-    draft_error_rates: tuple[float, ...] = (0.0, 0.3, 0.6)
+    draft_error_rates: tuple[float, ...] = bounded((0.0, 0.3, 0.6), least=0, most=1)
     """Error rates per line (0 to 1) of the drafts in refine examples, one drawn per example."""
 
 
@@ -89,24 +93,24 @@ class SftOptions:
 class RolloutOptions:
     """Sampling during training."""
 
-    temperature: float = 1.0
-    """Softmax temperature of training samples."""
-    top_p: float = 1.0
+    temperature: float = bounded(1.0, above=0)
+    """Softmax temperature of training samples, which have to differ."""
+    top_p: float = bounded(1.0, above=0, most=1)
     """Nucleus: sample among the smallest set of tokens with this much probability; 1 = off."""
-    top_k: int = 0
+    top_k: int = bounded(0, least=0)
     """Sample among the k likeliest tokens; 0 = off."""
-    min_p: float = 0.0
+    min_p: float = bounded(0.0, least=0, most=1)
     """Drop tokens less likely than this times the likeliest; 0 = off."""
     stop_strings: tuple[str, ...] = ()
     """Texts that end a response, beside the model's own stop tokens; in evaluation too. Graders see what comes before.
     """
-    max_prompt_tokens: int = 192
+    max_prompt_tokens: int = bounded(192, least=1)
     """Longest prompt, in tokens; longer problems are dropped and counted."""
-    max_response_tokens: int = 64
+    max_response_tokens: int = bounded(64, least=1)
     """Longest response, in tokens; longer ones are cut off."""
-    max_sequences: int = 256
+    max_sequences: int = bounded(256, least=1)
     """Most sequences decoding at once, per process."""
-    max_batch_tokens: int = 8192
+    max_batch_tokens: int = bounded(8192, least=1)
     """Most tokens in one forward pass (decoding and prefill together), per process."""
     decoder: Literal["auto", "fused", "modules"] = "auto"
     """What runs the model: "fused" = the C++ decoder (Llama, Mistral, Qwen2, Qwen3, OLMo-2 and OLMo-3) on a CPU, and
@@ -115,7 +119,7 @@ class RolloutOptions:
     exact: bool = False
     """Make the log-probabilities of rollouts those of training, bit for bit (float32 on the CPU only): slower
     rollouts, and no pass for old log-probabilities."""
-    cache_tokens: int = 0
+    cache_tokens: int = bounded(0, least=0)
     """Size of the KV cache in tokens, per process; 0 = as many as all sequences take that are there together, prompts
     shared, or as the rest of the run leaves room for on the GPU if that is less."""
 
@@ -145,7 +149,7 @@ class LossOptions:
     """Upper bound of that weight."""
     rollout_is_floor: float | None = None
     """Lower bound of that weight; null = none."""
-    beta: float = 0.0
+    beta: float = bounded(0.0, least=0)
     """Weight of the KL term to the initial policy; 0 = no reference model."""
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"
     """Estimator of that KL term."""
@@ -164,26 +168,26 @@ class UpdateOptions:
     optimizer: Literal["adamw", "adamw8bit"] = "adamw"
     """AdamW with moments in float32 (8 bytes a parameter), or in 8 bits (2 bytes; by bitsandbytes, for weights that are
     not sharded)."""
-    learning_rate: float = 5e-5
+    learning_rate: float = bounded(5e-5, least=0)
     """Peak learning rate of AdamW."""
-    warmup_steps: int = 5
+    warmup_steps: int = bounded(5, least=0)
     """Optimizer steps of linear warm-up."""
     lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
     """Shape after the warm-up; "linear" and "cosine" reach 0 after `lr_decay_steps`."""
-    lr_decay_steps: int = 0
+    lr_decay_steps: int = bounded(0, least=0)
     """Optimizer steps, counted from the first, until "linear" or "cosine" reach 0; 0 = the run's length."""
-    adam_betas: tuple[float, float] = (0.9, 0.99)
+    adam_betas: tuple[float, float] = bounded((0.9, 0.99), least=0, below=1)
     """AdamW's decay rates of the first and second moment."""
-    weight_decay: float = 0.0
+    weight_decay: float = bounded(0.0, least=0)
     """AdamW's decoupled weight decay."""
-    grad_clip: float = 1.0
+    grad_clip: float = bounded(1.0, least=0)
     """Largest gradient norm; 0 = no clipping."""
-    minibatch_sequences: int = 0
+    minibatch_sequences: int = bounded(0, least=0)
     """Sequences (over all processes) per optimizer step; 0 = the whole phase in one. Whole groups; with
     `thinktwice.pairing: joint` whole pairs of groups."""
-    microbatch_tokens: int = 16384
+    microbatch_tokens: int = bounded(16384, least=1)
     """Most tokens in one forward and backward pass, per process; changes memory and speed, not the result."""
-    shard_processes: int = 0
+    shard_processes: int = bounded(0, least=0)
     """Shard weights, gradients and optimizer over each so many neighbouring processes (those of a node, say) and keep
     equal copies between the groups; 0 = over all processes."""
     shared_prefix: bool = True
@@ -210,17 +214,17 @@ class EvalOptions:
     """Column with the gold answer in the sets; default as for `data.answer_column`."""
     instruction: str | None = None
     """Text appended to every evaluation question; default: `data.instruction`."""
-    limit: int = 400
+    limit: int = bounded(400, least=0)
     """Use only the first so many problems of each set; 0 = all."""
-    every: int = 20
+    every: int = bounded(20, least=0)
     """Evaluate every so many steps; 0 = only before and after training."""
-    samples: int = 1
+    samples: int = bounded(1, least=1)
     """Solutions per problem; from 2 on pass@k is reported for k = 1, 2, 4, ..."""
-    temperature: float = 0.0
+    temperature: float = bounded(0.0, least=0)
     """Temperature of the solutions; 0 = greedy. Refinements are always greedy."""
-    top_p: float = 1.0
+    top_p: float = bounded(1.0, above=0, most=1)
     """Nucleus of the solutions."""
-    top_k: int = 0
+    top_k: int = bounded(0, least=0)
     """Top-k of the solutions; 0 = off."""
 
 
@@ -228,18 +232,18 @@ class EvalOptions:
 class RunOptions:
     """Length of the run and what it writes."""
 
-    steps: int = 200
+    steps: int = bounded(200, least=1)
     """Global steps; a solve step and a refine step count as one each (with `thinktwice.pairing: joint` both as one), an
     SFT batch as one."""
-    checkpoint_every: int = 20
+    checkpoint_every: int = bounded(20, least=0)
     """Write a checkpoint every so many steps (and at the end); 0 = only at the end."""
-    keep_checkpoints: int = 2
+    keep_checkpoints: int = bounded(2, least=1)
     """Newest checkpoints kept."""
     save: bool = True
     """Write checkpoints and the trained model. Off, as where only speed is of interest, the run can't be continued."""
-    transcripts_every: int = 20
+    transcripts_every: int = bounded(20, least=0)
     """Write a sample of transcripts of the first pair of steps, then every so many; 0 = none."""
-    distributed_timeout: float = 1800.0
+    distributed_timeout: float = bounded(1800.0, least=1, most=_MOST_SECONDS)
     """Seconds a process waits for the others before it gives up."""
 
 
@@ -252,20 +256,20 @@ class Config:
     resume: str | None = None
     """"auto" = continue from the newest checkpoint in `output` (start anew where there is none), or a checkpoint's
     folder."""
-    seed: int = 0
+    seed: int = bounded(0, least=0)
     """Seed of problem order, sampling, base selection and random weights; 0 to 2147483647."""
     algorithm: Literal["thinktwice", "sft"] = "thinktwice"
     """What to train by."""
-    problems_per_step: int = 32
+    problems_per_step: int = bounded(32, least=1)
     """Problems per step (P), over all processes; SFT: examples per step."""
-    samples_per_problem: int = 8
+    samples_per_problem: int = bounded(8, least=1)
     """Samples per problem (G): the group that an advantage is taken over."""
     reward: str = "math"
     """"math" (last \\boxed{}, math-verify), "choice" (multiple-choice letter), "exact" (stripped text), or
     my_file.py:function with TRL's reward signature."""
-    reward_timeout: float = 10.0
+    reward_timeout: float = bounded(10.0, above=0, most=_MOST_SECONDS)
     """Seconds a grader may take for one answer before it is stopped (math: graded 0; own function: an error)."""
-    reward_workers: int | None = None
+    reward_workers: int | None = bounded(None, least=1)
     """Grader processes for "math", per training process; default: one per two CPU cores, at most 8."""
     model: ModelOptions = field(default_factory=ModelOptions)
     data: DataOptions = field(default_factory=DataOptions)

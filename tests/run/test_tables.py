@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from thinktwice_fast.bounds import bounded
 from thinktwice_fast.config import Config
 from thinktwice_fast.run.metrics import METRICS
 from thinktwice_fast.run.tables import main, metrics_table, options_table
@@ -37,7 +38,7 @@ def test_every_option_has_one_row_of_four_filled_cells() -> None:
 class Inner:
     """The inner part."""
 
-    rate: float = 5e-5
+    rate: float = bounded(5e-5, least=0, below=1)
     """How fast; 0 | 1 are
     the ends."""
     betas: tuple[float, float] = (0.9, 0.99)
@@ -80,7 +81,7 @@ def test_options_as_they_are_typed_on_the_command_line() -> None:
             "",
             "| Option | Type | Default | Meaning |",
             "| --- | --- | --- | --- |",
-            "| `--inner.rate` | float | `5e-05` | How fast; 0 \\| 1 are the ends. |",
+            "| `--inner.rate` | float, from 0 to below 1 | `5e-05` | How fast; 0 \\| 1 are the ends. |",
             "| `--inner.betas` | [float, float] | `[0.9, 0.99]` | Two numbers. |",
             '| `--inner.sets` | {str: str} | `{"a": "b"}` | Named sources. |',
         ]

@@ -1,18 +1,17 @@
 """What can be wrong with the options alone, found before anything is loaded.
 
-Bounds and combinations of the loss's own options stand in ``thinktwice_kernels/options.py``; what takes the model or
-the device to see is checked where these are loaded.
+Bounds of single options stand with them in ``config.py``, those of the loss in ``thinktwice_kernels/options.py``, with
+its combinations; what takes the model or the device to see is checked where these are loaded.
 """
 
 import errno
-import math
 import os
-from collections.abc import Iterator
-from dataclasses import asdict, fields, is_dataclass
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
 from thinktwice_fast import launch
+from thinktwice_fast.bounds import check_bounds
 from thinktwice_fast.config import ARITHMETIC, LOSS_BOUNDS, Config, evaluation_sources, samples_per_step
 from thinktwice_fast.errors import UserError
 from thinktwice_fast.run.metrics import AVERAGE
@@ -24,45 +23,10 @@ RUN_FILES = ("metrics.jsonl", "checkpoints")  # there from the first record on
 # whether; the options that would then be ignored; the circumstance in words
 _Ignored = tuple[bool, tuple[str, ...], str]
 
-_MOST = 2**31 - 1
-_AT_MOST = {"reward_timeout": 1_000_000, "run.distributed_timeout": 1_000_000}  # seconds; beyond, timers overflow
-_AT_LEAST: dict[str, float] = {
-    "seed": 0,
-    "problems_per_step": 1,
-    "samples_per_problem": 1,
-    "model.lora_rank": 0,
-    "data.limit": 0,
-    "rollout.top_k": 0,
-    "rollout.max_prompt_tokens": 1,
-    "rollout.max_response_tokens": 1,
-    "rollout.max_sequences": 1,
-    "rollout.max_batch_tokens": 1,
-    "rollout.cache_tokens": 0,
-    "loss.beta": 0,
-    "update.learning_rate": 0,
-    "update.warmup_steps": 0,
-    "update.lr_decay_steps": 0,
-    "update.weight_decay": 0,
-    "update.grad_clip": 0,
-    "update.minibatch_sequences": 0,
-    "update.microbatch_tokens": 1,
-    "update.shard_processes": 0,
-    "eval.limit": 0,
-    "eval.every": 0,
-    "eval.samples": 1,
-    "eval.temperature": 0,
-    "eval.top_k": 0,
-    "run.steps": 1,
-    "run.checkpoint_every": 0,
-    "run.keep_checkpoints": 1,
-    "run.transcripts_every": 0,
-    "run.distributed_timeout": 1,
-}
-
 
 def check_config(config: Config, world_size: int) -> None:
     """Raise UserError for options that contradict each other, don't divide, or would be ignored."""
-    _check_numbers(config)
+    check_bounds(config)
     _check_meanings(config)
     _check_division(config, world_size)
     _check_ignored(config)
@@ -117,38 +81,12 @@ def _ask_permission(folder: Path) -> None:
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
 
-def _check_numbers(config: Config) -> None:
-    for name, number in _numbers(asdict(config)):
-        # Every comparison below is false for NaN; an integer beyond this does not fit the kernels' arguments.
-        if not math.isfinite(number):
-            raise UserError(f"--{name} {number}: give a finite number")
-        most = _AT_MOST.get(name, _MOST if isinstance(number, int) else math.inf)
-        if number > most:
-            raise UserError(f"--{name} {number}: must be at most {most}")
-    for name, least in _AT_LEAST.items():
-        if not _value(config, name) >= least:
-            raise UserError(f"--{name} {_value(config, name)}: must be at least {least}")
-    for name in ("rollout.top_p", "eval.top_p"):
-        if not 0 < _value(config, name) <= 1:
-            raise UserError(f"--{name} {_value(config, name)}: must be above 0 and at most 1")
-    for name in ("rollout.min_p", "sft.refine_fraction"):
-        if not 0 <= _value(config, name) <= 1:
-            raise UserError(f"--{name} {_value(config, name)}: must be from 0 to 1")
-    if not all(0 <= beta < 1 for beta in config.update.adam_betas):
-        raise UserError(f"--update.adam_betas {list(config.update.adam_betas)}: each must be from 0 to below 1")
-    rates = config.sft.draft_error_rates
-    if not rates or not all(0 <= rate <= 1 for rate in rates):
-        raise UserError(f"--sft.draft_error_rates {list(rates)}: give at least one rate, each from 0 to 1")
-    if not config.model.lora_alpha > 0:
-        raise UserError(f"--model.lora_alpha {config.model.lora_alpha}: must be above 0")
-    if not config.rollout.temperature > 0:
-        raise UserError("--rollout.temperature must be above 0: training needs samples that differ")
+def _check_meanings(config: Config) -> None:
+    """Values that are each in range but mean nothing, or nothing together."""
     if config.algorithm == "thinktwice" and config.samples_per_problem < 2:
         raise UserError("--samples_per_problem must be at least 2: an advantage compares the samples of a group")
-
-
-def _check_meanings(config: Config) -> None:
-    """Values that are each in range but mean nothing together."""
+    if not config.sft.draft_error_rates:
+        raise UserError("--sft.draft_error_rates []: give at least one rate")
     for name in evaluation_sources(config):
         if "/" in name or name == AVERAGE:
             raise UserError(f"--eval.sets: {name!r} can't name a set (no '/', and not {AVERAGE!r}): rename it")
@@ -307,16 +245,6 @@ def _check_cache(config: Config) -> None:
             f"--rollout.cache_tokens {options.cache_tokens}: one sequence may take {longest} "
             "(--rollout.max_prompt_tokens and --rollout.max_response_tokens): give at least that, or 0"
         )
-
-
-def _numbers(options: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
-    """Every number among the options, with its option's name."""
-    for name, value in options.items():
-        if isinstance(value, dict):
-            yield from _numbers(value, f"{prefix}{name}.")
-        else:
-            members = value if isinstance(value, (list, tuple)) else (value,)
-            yield from ((prefix + name, member) for member in members if isinstance(member, (int, float)))
 
 
 def _inner(config: Config, name: str) -> list[str]:

@@ -15,6 +15,7 @@ from typing import Any, Literal, get_args, get_origin
 
 import docstring_parser  # what jsonargparse reads the same help texts with
 
+from thinktwice_fast.bounds import bounds_of
 from thinktwice_fast.config import Config
 from thinktwice_fast.errors import UserError
 from thinktwice_fast.run.metrics import AVERAGE, METRICS
@@ -25,7 +26,7 @@ Row = tuple[str, ...]
 def options_table(config_class: type) -> str:
     """Markdown of every option below ``config_class``: a table per nested dataclass, under its docstring.
 
-    Name as on the command line, type, default as YAML, and the docstring of the field.
+    Name as on the command line, type and bounds, default as YAML, and the docstring of the field.
     """
     return "\n\n".join(_option_sections(config_class, ""))
 
@@ -56,7 +57,12 @@ def _option_sections(owner: type, prefix: str) -> list[str]:
     helps = {param.arg_name: " ".join((param.description or "").split()) for param in docs.params}
     nested = [field.name for field in dataclasses.fields(owner) if dataclasses.is_dataclass(hints[field.name])]
     rows = [
-        (_code(f"--{prefix}{field.name}"), _type_text(hints[field.name]), _default_text(field), helps[field.name])
+        (
+            _code(f"--{prefix}{field.name}"),
+            _range_text(field, hints[field.name]),
+            _default_text(field),
+            helps[field.name],
+        )
         for field in dataclasses.fields(owner)
         if field.name not in nested
     ]
@@ -64,6 +70,11 @@ def _option_sections(owner: type, prefix: str) -> list[str]:
     for name in nested:
         sections += _option_sections(hints[name], f"{prefix}{name}.")
     return sections
+
+
+def _range_text(field: "dataclasses.Field[Any]", hint: Any) -> str:
+    bounds = bounds_of(field)
+    return _type_text(hint) if bounds is None else f"{_type_text(hint)}, {bounds}"
 
 
 def _type_text(hint: Any) -> str:
