@@ -100,10 +100,10 @@ class Updater:
             NonFiniteLoss: on every process; the weights are those before the mini-batch that failed.
         """
         started = time.perf_counter()
-        minibatches, normalizers = self._graded(minibatches)
+        minibatches, normalizers, guided = self._graded(minibatches)
         with_signal = [[rollout for rollout in part if self._has_signal(rollout)] for part in minibatches]
         work = [self._microbatches(part) for part in with_signal]
-        phase = self._phase(work, guided=_guided(minibatches))
+        phase = self._phase(work, guided)
         if self._counts_kept:
             counts = [sum(phase.count(part) for part in parts if part) for parts in work]
             normalizers = [sum(column) for column in zip(*parallel.gather(counts), strict=True)]
@@ -251,14 +251,16 @@ class Updater:
     def _has_signal(self, rollout: Rollout) -> bool:
         return rollout.advantage != 0 or self._loss.beta != 0 or self._loss.entropy_coef != 0 or self._counts_kept
 
-    def _graded(self, minibatches: list[list[Rollout]]) -> tuple[list[list[Rollout]], list[int]]:
-        """The mini-batches that any process has tokens in, and what the loss of each is divided by. Collective."""
-        own = [(sum(len(rollout.response) for rollout in part), len(part)) for part in minibatches]
+    def _graded(self, minibatches: list[list[Rollout]]) -> tuple[list[list[Rollout]], list[int], bool]:
+        """The mini-batches that any process has tokens in, what the loss of each is divided by, and whether a teacher
+        wrote into any rollout. Collective."""
+        own = [(sum(len(r.response) for r in part), len(part), sum(any(r.guide) for r in part)) for part in minibatches]
         by_minibatch = zip(*parallel.gather(own), strict=True)
         totals = [tuple(sum(column) for column in zip(*counts, strict=True)) for counts in by_minibatch]
         kept = [(part, total) for part, total in zip(minibatches, totals, strict=True) if total[0]]
         divisor = 0 if self._loss.loss_agg_mode == "token-mean" else 1
-        return [part for part, _ in kept], [total[divisor] for _, total in kept]
+        guided = any(total[2] for total in totals)
+        return [part for part, _ in kept], [total[divisor] for _, total in kept], guided
 
     def _phase(self, work: list[list[list[Rollout]]], guided: bool) -> Phase:
         """Of the micro-batches of each mini-batch. Collective."""
@@ -357,11 +359,6 @@ def _hits(
     """How many targets are the likeliest token."""
     pieces = zip(hidden.split(_HIT_ROWS), targets.split(_HIT_ROWS), strict=True)
     return torch.stack([(linear_logits(h, weight, bias).argmax(-1) == t).sum() for h, t in pieces]).sum()
-
-
-def _guided(minibatches: list[list[Rollout]]) -> bool:
-    """Whether a teacher wrote into a rollout of any process. Collective."""
-    return any(parallel.gather(any(any(rollout.guide) for part in minibatches for rollout in part)))
 
 
 def _mismatch(
