@@ -167,8 +167,7 @@ class LossOptions:
 
 @dataclass
 class ThinkTuningOptions:
-    """A teacher's feedback in some of the rollouts; what the loss does with its tokens is named as in
-    `thinktwice_kernels.grpo_loss`."""
+    """A teacher's feedback in some of the rollouts; names of the loss as in `thinktwice_kernels.grpo_loss`."""
 
     shaping_coefficient: float = bounded(2.5e-4, least=0, most=1)
     """A guided token of probability p weighs p / (p + gamma), with gamma = this times the advantage."""

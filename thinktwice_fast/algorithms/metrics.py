@@ -27,7 +27,7 @@ class _Sample:
 def rollout_metrics(groups: Sequence[Group], times: SamplingTimes) -> dict[str, float]:
     """Figures of drawing these samples, all in one go. Collective."""
     everyone = parallel.gather(times)
-    tokens = sum(parallel.gather(sum(len(rollout.entropies) for group in groups for rollout in group.rollouts)))
+    tokens = sum(parallel.gather(sum(rollout.sampled for group in groups for rollout in group.rollouts)))
     slowest_rollout = max(other.rollout for other in everyone)
     return {
         "tokens_per_second": tokens / slowest_rollout,
@@ -45,7 +45,7 @@ def sample_metrics(groups: Sequence[Group]) -> dict[str, float]:
             group.slot,
             rollout.reward,
             len(rollout.response),
-            len(rollout.entropies),
+            rollout.sampled,
             len(group.prompt),
             rollout.finished,
             extract_boxed(rollout.text) is not None,
