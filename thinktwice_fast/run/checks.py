@@ -171,6 +171,7 @@ def _ignored_in_training(config: Config) -> list[_Ignored]:
                "thinktwice.refine_instruction"),
          "with --algorithm sft and no --eval.sets"),
         (not sft, ("sft", "data.target_column"), "without --algorithm sft"),
+        (config.algorithm in ("thinktwice", "sft"), ("thinktuning",), f"with --algorithm {config.algorithm}"),
         (sft and not arithmetic, ("sft.draft_error_rates",), "unless --data.source is arithmetic"),
         (sft and arithmetic, ("data.limit", "data.shuffle"), "with --algorithm sft and an arithmetic --data.source"),
         (arithmetic, file_only, "with an arithmetic --data.source"),
@@ -226,7 +227,8 @@ def _check_loss(config: Config) -> None:
             rollout_logps=one,
             ref_logps=one if config.loss.beta else None,
             entropy=one if config.loss.entropy_coef else None,
-            **loss_arguments(config.loss, config.rollout.max_response_tokens),
+            guide_mask=one,
+            **loss_arguments(config.loss, config.rollout.max_response_tokens, config.thinktuning, guided=True),
         )
     except ValueError as error:
         raise UserError(f"loss options: {error}") from error
