@@ -15,12 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bench import ROOT, extensions
 from bench.core.process import LineProcess
 from bench.core.report import table
 from bench.core.stats import median_ratio, quantile
 from bench.models import MEDIUM, SMALL, untrained_folder
 
-ROOT = Path(__file__).parent.parent
 WORK = ROOT / "build" / "against"
 MOST = 1.05
 _LOSS = """
@@ -91,8 +91,7 @@ def build(ref: str) -> Path:
     if not tree.exists():
         subprocess.run(["git", "worktree", "prune"], cwd=ROOT, check=True)
         subprocess.run(["git", "worktree", "add", "--detach", str(tree), name], cwd=ROOT, check=True)
-    if not list(tree.glob("kernels/thinktwice_kernels/_csrc*.so")):
-        subprocess.run([sys.executable, "setup.py", "build_ext", "--inplace"], cwd=tree, check=True)
+    extensions.build(tree)
     return tree
 
 

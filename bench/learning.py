@@ -9,7 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from bench.core.memory import ROOT
+from bench import ROOT
 from thinktwice_fast.run.metrics import read_metrics
 
 SOLVE_POINTS, REFINE_POINTS, SECONDS = 25, 15, 300  # at least, at least, at most

@@ -19,7 +19,7 @@ _OPTIONS = (
 
 def main(shape: str, work: Path) -> int:
     # Imported here because grader processes import this file again.
-    from bench.core.memory import ROOT
+    from bench import ROOT
     from bench.models import untrained_folder
     from bench.stages.notes import Line, Notes, result
     from thinktwice_fast import train

@@ -128,8 +128,9 @@ class RolloutOptions:
 class LossOptions:
     """The policy-gradient loss; names and meanings as in `thinktwice_kernels.grpo_loss`."""
 
-    scale_rewards: Literal["none", "group", "batch"] = "none"
-    """Divide the advantage (reward minus group mean) by nothing, the group's or the batch's standard deviation."""
+    scale_rewards: Literal["none", "group", "batch", "mean"] = "none"
+    """Divide the advantage (reward minus group mean) by nothing, the group's or the batch's standard deviation, or the
+    group's mean (MaxRL; rewards must not be negative)."""
     policy_loss: Literal["clip", "cispo", "sapo"] = "clip"
     """Objective: clipped PPO surrogate, CISPO, or SAPO's soft gate."""
     importance_sampling_level: Literal["token", "sequence"] = "token"
@@ -149,6 +150,9 @@ class LossOptions:
     """Upper bound of that weight."""
     rollout_is_floor: float | None = None
     """Lower bound of that weight; null = none."""
+    rollout_is_denominator: Literal["all", "kept"] = "all"
+    """Whether what "token-mask" or "sequence-mask" drops still counts where the loss is divided ("all"), or is out of
+    the loss altogether ("kept"; takes a pass over all samples first, to know)."""
     beta: float = bounded(0.0, least=0)
     """Weight of the KL term to the initial policy; 0 = no reference model."""
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"
@@ -159,6 +163,23 @@ class LossOptions:
         "token-mean"
     )
     """How token losses become one number, over the whole mini-batch across processes."""
+
+
+@dataclass
+class ThinkTuningOptions:
+    """A teacher's feedback in some of the rollouts; names of the loss as in `thinktwice_kernels.grpo_loss`."""
+
+    shaping_coefficient: float = bounded(2.5e-4, least=0, most=1)
+    """A guided token of probability p weighs p / (p + gamma), with gamma = this times the advantage."""
+    shaping_clamp: float = bounded(1e-3, least=0, most=1)
+    """Largest absolute value of gamma."""
+    shaping_min_probability: float = bounded(0.01, least=0, most=1)
+    """A guided token with a negative advantage is not shaped where it is less likely than this."""
+    guide_fallback: Literal["mask", "clip"] = "mask"
+    """What such a token gets instead: nothing, or the term of an ordinary one (the released code's)."""
+    released_code_compat: bool = False
+    """Do as the released code: gamma always minus `shaping_clamp`, weights 1.0001 and 0.9999 where p + gamma is below 0
+    and above 1, all tokens of a guided rollout guided, and no dual clip where no rollout is."""
 
 
 @dataclass
@@ -265,18 +286,20 @@ class Config:
     samples_per_problem: int = bounded(8, least=1)
     """Samples per problem (G): the group that an advantage is taken over."""
     reward: str = "math"
-    """"math" (last \\boxed{}, math-verify), "choice" (multiple-choice letter), "exact" (stripped text), or
-    my_file.py:function with TRL's reward signature."""
+    """"math" (last \\boxed{}, math-verify), "math_strict" (the same by the rules of ThinkTwice's released code),
+    "choice" (multiple-choice letter), "exact" (stripped text), or my_file.py:function with TRL's reward signature."""
     reward_timeout: float = bounded(10.0, above=0, most=_MOST_SECONDS)
     """Seconds a grader may take for one answer before it is stopped (math: graded 0; own function: an error)."""
     reward_workers: int | None = bounded(None, least=1)
-    """Grader processes for "math", per training process; default: one per two CPU cores, at most 8."""
+    """Grader processes, per training process. Default: for math one per two CPU cores, at most 8; for an own function
+    1, which keeps its module's state from call to call: give more where it needs none."""
     model: ModelOptions = field(default_factory=ModelOptions)
     data: DataOptions = field(default_factory=DataOptions)
     thinktwice: ThinkTwiceOptions = field(default_factory=ThinkTwiceOptions)
     sft: SftOptions = field(default_factory=SftOptions)
     rollout: RolloutOptions = field(default_factory=RolloutOptions)
     loss: LossOptions = field(default_factory=LossOptions)
+    thinktuning: ThinkTuningOptions = field(default_factory=ThinkTuningOptions)
     update: UpdateOptions = field(default_factory=UpdateOptions)
     eval: EvalOptions = field(default_factory=EvalOptions)
     run: RunOptions = field(default_factory=RunOptions)

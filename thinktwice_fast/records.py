@@ -57,6 +57,12 @@ class Rollout:
     advantage: float = 0.0
     ended: bool = False  # nothing more will be drawn: a stop token or string came, or max_tokens were drawn
     cached: int | None = None  # name of its cache, where that is kept for a request that extends it (`Request.keep`)
+    guide: list[bool] = field(default_factory=list)  # which response tokens a teacher wrote (logp 0); empty = none
+
+    @property
+    def sampled(self) -> int:
+        """Response tokens that the policy drew."""
+        return len(self.response) - sum(self.guide)
 
 
 @dataclass(frozen=True)

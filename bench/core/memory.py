@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 
+from bench import ROOT
 from bench.core.op import Case, Op, Size
 from bench.core.process import python
 
-ROOT = Path(__file__).parent.parent.parent
 _TIMEOUT = 300
 
 

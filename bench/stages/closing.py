@@ -11,9 +11,9 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
+from bench import ROOT
 from bench.core import report
 from bench.core.hardware import short_name
-from bench.core.memory import ROOT
 from bench.stages.notes import Line, Notes, result
 
 PARTS, MACHINE = "parts.tsv", "machine.json"

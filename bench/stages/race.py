@@ -21,8 +21,8 @@ from typing import Any
 
 import yaml
 
+from bench import ROOT
 from bench.core import hardware
-from bench.core.memory import ROOT
 from bench.core.process import python
 from bench.core.report import table
 from bench.models import LARGE, TOY, Workload, shape_config, untrained_folder

@@ -11,8 +11,8 @@ from typing import Any, Literal
 
 import torch
 
+from bench import ROOT
 from bench.core.contender import Contender, Outputs
-from bench.core.memory import ROOT
 from bench.core.process import LineProcess, python
 from bench.core.stats import median
 from bench.step.cases import StepBatch

@@ -16,6 +16,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 from bench.step import truth
 from bench.step.desk import BETAS, CLIP, LEARNING_RATE, Ask, Desk
+from thinktwice_fast.records import Problem
 from thinktwice_fast.tasks import graders
 from thinktwice_fast.tasks.prompts import ChatFormat
 
@@ -101,8 +102,8 @@ class Rewards:
 
 
 def _grade(text: str, gold: str) -> float:
-    reward, answer = graders.grade_math(text, gold)
-    return float(graders.verify_math(answer, gold)) if reward is None else reward
+    grade = graders.grade_math(text, Problem(0, (), gold))
+    return float(graders.verify_math(*grade)) if isinstance(grade, graders.Doubt) else grade
 
 
 class _Timed(GRPOTrainer):

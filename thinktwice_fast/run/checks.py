@@ -171,14 +171,14 @@ def _ignored_in_training(config: Config) -> list[_Ignored]:
                "thinktwice.refine_instruction"),
          "with --algorithm sft and no --eval.sets"),
         (not sft, ("sft", "data.target_column"), "without --algorithm sft"),
+        (config.algorithm in ("thinktwice", "sft"), ("thinktuning",), f"with --algorithm {config.algorithm}"),
         (sft and not arithmetic, ("sft.draft_error_rates",), "unless --data.source is arithmetic"),
         (sft and arithmetic, ("data.limit", "data.shuffle"), "with --algorithm sft and an arithmetic --data.source"),
         (arithmetic, file_only, "with an arithmetic --data.source"),
         (arithmetic and not config.data.limit, ("data.shuffle",), "with an endless --data.source (no --data.limit)"),
         (kind != "hub", ("data.subset", "data.split"), "unless --data.source is a hub dataset"),
         (config.model.lora_rank == 0, ("model.lora_alpha", "model.lora_targets"), "without --model.lora_rank"),
-        (config.reward in ("exact", "choice"), ("reward_timeout",), f"with --reward {config.reward}"),
-        (config.reward != "math", ("reward_workers",), "unless --reward is math"),
+        (config.reward in ("exact", "choice"), ("reward_timeout", "reward_workers"), f"with --reward {config.reward}"),
         (True, tuple(f"loss.{name}" for name in lacking), f"with --loss.policy_loss {config.loss.policy_loss}"),
         (config.loss.beta == 0, ("loss.kl_estimator",), "with --loss.beta 0"),
         (config.update.minibatch_sequences in (0, samples_per_step(config)), ("update.old_logps",),
@@ -227,7 +227,8 @@ def _check_loss(config: Config) -> None:
             rollout_logps=one,
             ref_logps=one if config.loss.beta else None,
             entropy=one if config.loss.entropy_coef else None,
-            **loss_arguments(config.loss, config.rollout.max_response_tokens),
+            guide_mask=one,
+            **loss_arguments(config.loss, config.rollout.max_response_tokens, config.thinktuning, guided=True),
         )
     except ValueError as error:
         raise UserError(f"loss options: {error}") from error
