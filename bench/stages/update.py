@@ -17,7 +17,7 @@ from bench.models import LARGE, TOY
 from bench.stages.kernels import profiled
 from bench.stages.notes import Line, Notes, result
 from bench.step.cases import flop_of
-from bench.update import UpdateBatch, Updated, UpdateWorkload, made_rollouts, update_batch, update_case
+from bench.update import UpdateBatch, Updated, made_rollouts, update_batch, update_case
 
 # A group of one row: the longest responses, and somewhat shorter ones.
 _ON_GPU = update_case(LARGE, 1, 8, 512, 1024, "bf16"), update_case(LARGE, 1, 8, 480, 900, "bf16")
@@ -43,7 +43,7 @@ def main(work: Path, cpu: bool) -> int:
         notes.tell(f"update row, {name}: {run.seconds:.2f} s under the profiler", run.table)
         notes.add(Line(f"update row, {name}", f"{run.seconds:.2f} s, {run.launches:,} launches"))
     seconds = seconds_of(partial(update, long), device)
-    notes.add(_share_of_peak(case.shape, long, seconds))
+    notes.add(_share_of_peak(long, seconds))
     differences = torch.stack([found[1], found[4]]) / found[0] - 1
     off = float(differences.abs().max())  # NaN where any is
     right = result("update row: loss and gradient norm", f"off by {off:.1e}", f"<= {_SAME:g}", off <= _SAME)
@@ -51,8 +51,9 @@ def main(work: Path, cpu: bool) -> int:
     return 0 if right.met else 1
 
 
-def _share_of_peak(workload: UpdateWorkload, batch: UpdateBatch, seconds: float) -> Line:
+def _share_of_peak(batch: UpdateBatch, seconds: float) -> Line:
     """Of the products that nothing can save, with each prompt once."""
+    workload = batch.workload
     lengths = f"{workload.prompt_tokens} + {workload.samples} x {workload.new_tokens} tokens"
     name = f"update row, {lengths}, without the profiler"
     peak = hardware.peak_flop()
