@@ -14,11 +14,12 @@ import pytest
 import yaml
 
 from tests.command import LIMIT, ROOT, TRAIN, environment
-from thinktwice_fast.config import Config, evaluation_sources
+from thinktwice_fast.config import Config
 from thinktwice_fast.errors import UserError
 from thinktwice_fast.run.build import recipe_notes, refine_instruction
 from thinktwice_fast.run.checks import check_config, check_output
 from thinktwice_fast.run.options import from_yaml, parse_config, to_yaml
+from thinktwice_fast.tasks.evaluation_sets import evaluation_sets
 from thinktwice_fast.update.objective import loss_arguments
 
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
@@ -201,6 +202,11 @@ def test_the_tiny_configuration_is_the_default() -> None:
         "--eval.instruction think",
         '--eval.sets {"a":"mine.jsonl","b":"arithmetic:tm5"} --eval.split train',
         '--eval.sets {"a":"mine.jsonl"} --eval.subset main',
+        "--eval.sets [amc] --eval.split train",
+        "--eval.sets [amc] --eval.question_column text",
+        '--eval.sets {"a":{"source":"openai/gsm8k","split":"test"}} --eval.split train',
+        "--eval.data_root data",
+        "--data.wrong_columns ['a','b']",
         "--eval.sets {} --eval.limit 10",
         "--eval.sets {} --eval.every 10",
         "--run.save false --resume auto",
@@ -225,6 +231,8 @@ def test_an_option_without_effect_is_an_error(arguments: str) -> None:
         "--update.old_logps rollout --update.minibatch_sequences 64",
         "--update.old_logps rollout --update.minibatch_sequences 256 --thinktwice.pairing joint",
         '--eval.sets {"a":"mine.jsonl"} --eval.question_column text',
+        '--eval.sets {"a":{"source":"openai/gsm8k","subset":"main"},"b":"amc"} --eval.split train',
+        "--reward exact --eval.sets [amc] --reward_timeout 3 --reward_workers 4",  # for the set's own grader
         '--eval.sets {"a":"openai/gsm8k","b":"arithmetic:tm5"} --eval.split train --eval.subset main',
         "--algorithm sft --data.source mine.jsonl --data.target_column solution --sft.refine_fraction 0",
         "--update.lr_schedule linear --update.lr_decay_steps 6",
@@ -249,13 +257,18 @@ def test_bounds_that_an_objective_lacks_do_not_reach_it() -> None:
 
 def test_evaluation_sets_follow_the_training_data() -> None:
     def sets(*arguments: str) -> dict[str, str]:
-        return evaluation_sources(parse_config([*arguments]))
+        return {name: entry.data.source for name, entry in evaluation_sets(parse_config([*arguments])).items()}
 
     assert sets() == {"held_out": "arithmetic:tm5"}
     assert sets("--data.source", "arithmetic:te5") == {"held_out": "arithmetic:te5"}
     assert sets("--data.source", "mine.jsonl") == {}
     assert sets("--eval.sets", "{}") == {}
     assert sets("--data.source", "mine.jsonl", "--eval.sets", '{"a": "b.csv"}') == {"a": "b.csv"}
+    assert sets("--eval.sets", "[amc, gsm8k]") == {"amc": "AI-MO/aimo-validation-amc", "gsm8k": "openai/gsm8k"}
+    assert sets("--eval.sets.mine", "b.csv", "--eval.sets.few", "{source: amc, limit: 3}") == {
+        "mine": "b.csv",
+        "few": "AI-MO/aimo-validation-amc",
+    }
 
 
 @pytest.mark.parametrize(
@@ -304,7 +317,8 @@ def test_evaluation_sets_follow_the_training_data() -> None:
         ("--loss.dual_clip 0.9", 1, "dual_clip is 0.9: choose a number above 1"),
         ("--update.shard_processes 3", 2, "does not divide 2 processes: take a divisor of 2, or 0"),
         ('--eval.sets {"average":"a.jsonl"}', 1, "rename it"),
-        ('--eval.sets {"a/b":"a.jsonl"}', 1, "rename it"),
+        ('--eval.sets {"a/b":"a.jsonl"}', 1, "can't name a set"),
+        ('--eval.sets {"a":{"source":"amc","limit":-1}}', 1, "--eval.sets.a.limit -1: must be at least 0"),
     ],
 )
 def test_values_that_can_not_work_are_refused(arguments: str, processes: int, says: str) -> None:

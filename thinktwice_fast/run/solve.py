@@ -29,7 +29,7 @@ from thinktwice_fast.rollout.prefix_cache import Counts
 from thinktwice_fast.run.memory import sampling_reserve
 from thinktwice_fast.tasks.answers import extract_boxed
 from thinktwice_fast.tasks.arithmetic import RECHECK, build_tokenizer, running_totals
-from thinktwice_fast.tasks.prompts import ChatFormat, RefinePrompt
+from thinktwice_fast.tasks.prompts import ChatFormat, RefinePrompt, instruction_text
 
 GREEDY = Sampling(temperature=0.0, max_tokens=2048)
 _TERMS = 5  # of the arithmetic that the shipped model knows
@@ -132,7 +132,8 @@ class Solver:
     Args:
         model: folder in transformers format, hub name, or "tiny" for the shipped model.
         chat_template: file with a Jinja chat template, for a tokenizer that has none.
-        refine_instruction: the user message after a solution; "default" = the task-agnostic one that training takes.
+        refine_instruction: the user message after a solution, or a .txt or .md file with it; "default" = the
+            task-agnostic one that training takes.
         device: "auto", "cpu" or "cuda".
         dtype: "auto" (bfloat16 on a GPU, float32 on the CPU), "float32" or "bfloat16".
         max_sequences: problems worked on at once.
@@ -160,7 +161,9 @@ class Solver:
         self._chat = ChatFormat(loaded.tokenizer)
         self._max_sequences = max_sequences
         self._arithmetic = loaded.tokenizer.get_vocab() == build_tokenizer().get_vocab()
-        self._instruction = RECHECK if self._arithmetic and refine_instruction == "default" else refine_instruction
+        self._instruction = (
+            RECHECK if self._arithmetic and refine_instruction == "default" else instruction_text(refine_instruction)
+        )
         self.counts = Counts()  # of the last call: how many refinements extended their solution's cache
 
     def solve(

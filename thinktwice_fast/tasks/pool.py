@@ -26,7 +26,7 @@ class Grader:
     """Grades groups of responses to one problem each.
 
     Args:
-        reward: "math", "choice", "exact" or "my_file.py:function" (see `user_reward`).
+        reward: "math", "choice", "yes_no", "exact" or "my_file.py:function" (see `user_reward`).
         timeout: seconds per answer. A math answer that takes longer gets 0 and is counted in `timeouts`; a user's
             function has this long times the number of samples of a call, and is an error beyond.
         workers: processes for `math`. A user's function runs in one, so that its module's state survives from call to
@@ -45,7 +45,7 @@ class Grader:
         self.timeout = timeout
         self.timeouts = 0  # math answers graded 0 because they took too long or too much memory
         self._user: tuple[str, str] | None = None
-        if reward not in ("math", "choice", "exact"):
+        if reward not in ("math", "choice", "yes_no", "exact"):
             path, function = user_reward.split_reward(reward)
             self._user = str(path), function
         self._workers = Workers(workers if self._user is None else 1, math=reward == "math")
@@ -56,10 +56,13 @@ class Grader:
         """Refuse a problem that this reward cannot grade, whatever the response; cheap, no process is asked.
 
         Raises:
-            UserError: `choice` and a gold answer that is no letter. The other rewards take any text.
+            UserError: a gold answer that is no letter, with `choice`, or neither yes nor no, with `yes_no`. The other
+                rewards take any text.
         """
         if self.reward == "choice":
             graders.gold_letter(problem)
+        elif self.reward == "yes_no":
+            graders.gold_yes_no(problem)
 
     def submit(self, problem: Problem, prompt: Sequence[Message], completions: Sequence[str]) -> Grading:
         """Start grading the responses to one prompt; returns at once.
@@ -78,6 +81,8 @@ class Grader:
             return _MathGrading(self, self._workers, problem, completions)
         if self.reward == "choice":
             return _Settled([graders.grade_choice(text, problem) for text in completions])
+        if self.reward == "yes_no":
+            return _Settled([graders.grade_yes_no(text, problem) for text in completions])
         return _Settled([graders.grade_exact(text, problem.answer) for text in completions])
 
     def close(self) -> None:
