@@ -194,11 +194,11 @@ def test_the_order_of_shuffled_options_is_the_seed_s_alone(monkeypatch: pytest.M
 @pytest.mark.parametrize(
     ("given", "says"),
     [
-        ({"sets": ("amie",)}, "no ready set 'amie'; there are aime, amc,"),
-        ({"sets": {"a": {"source": "amc", "limt": 3}}}, "--eval.sets.a: no option limt of a set; there are source,"),
+        ({"sets": ("amie",)}, "no ready set 'amie' (there are aime, amc,"),
+        ({"sets": {"a": {"source": "amc", "limt": 3}}}, "--eval.sets.a: no option limt of a set (there are source,"),
         ({"sets": {"a": {"limit": 3}}}, "--eval.sets.a: no source"),
-        ({"sets": {"a": {"source": "amc", "limit": "3"}}}, "--eval.sets.a.limit '3': give a whole number"),
-        ({"sets": {"a": {"source": "amc", "wrong_columns": "b"}}}, "--eval.sets.a.wrong_columns 'b': give a list"),
+        ({"sets": {"a": {"source": "amc", "limit": "3"}}}, "--eval.sets.a: limit '3': give a whole number"),
+        ({"sets": {"a": {"source": "amc", "wrong_columns": "b"}}}, "--eval.sets.a: wrong_columns 'b': give a list"),
         ({"sets": {"a.b": "amc"}}, "'a.b' can't name a set"),
         (
             {"sets": {"a": {"source": "mine.csv", "split": "test"}}},

@@ -218,7 +218,7 @@ def test_a_default_system_block_is_left_out(make, begin: str) -> None:
     assert refine(chat, base, "two", []) == refine(plain, base, "two", [])
     own = [{"role": "system", "content": "Be brief."}, *QUESTION]
     assert chat.prompt_ids(own) == plain.prompt_ids(own)
-    with pytest.raises(UserError, match=r"strip_default_system: .* leave out the option"):
+    with pytest.raises(UserError, match=r"strip_default_system: .* by itself: leave it out"):
         ChatFormat(make(begin + CHATML), strip_default_system=True)
 
 
@@ -282,7 +282,7 @@ def test_response_text(make) -> None:
 
 
 def test_tokenizer_without_a_chat_template(make) -> None:
-    with pytest.raises(UserError, match=r"no chat template; give a Jinja file with --model\.chat_template"):
+    with pytest.raises(UserError, match=r"no chat template: give a Jinja file with --model\.chat_template"):
         ChatFormat(make(None))
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from thinktwice_fast.config import ARITHMETIC, Config, DataOptions, EvalOptions
-from thinktwice_fast.errors import UserError, one_line
+from thinktwice_fast.errors import Option, UserError, one_line
 from thinktwice_fast.tasks.source import Source
 from thinktwice_fast.tasks.sources import load_source
 from thinktwice_fast.tasks.tables import FILE_LOADERS
@@ -73,13 +73,17 @@ def evaluation_sets(config: Config) -> dict[str, EvaluationSet]:
         for name in asked:
             if name not in ready:
                 raise UserError(
-                    f"--eval.sets: no ready set {name!r}; there are {', '.join(ready)}, and a source of your own needs "
-                    "a name: {name: source}"
+                    (Option("eval.sets"), f": no ready set {name!r} (there are {', '.join(ready)})"),
+                    "check the name",
+                    "give a source of your own a name, {name: source}",
                 )
         asked = {name: name for name in asked}
     for name in asked:
         if any(character in name for character in "/."):
-            raise UserError(f"--eval.sets: {name!r} can't name a set (no '/' or '.'; options of a set go into {{}})")
+            raise UserError(
+                (Option("eval.sets"), f": {name!r} can't name a set (no '/' or '.'; options of one go into {{}})"),
+                "rename it",
+            )
     return {name: _resolved(name, given, config, ready) for name, given in asked.items()}
 
 
@@ -89,7 +93,7 @@ def ready_sets(more: str | None = None) -> dict[str, Entry]:
     Raises:
         UserError: the file is missing or malformed, or an entry has an unknown option or one of the wrong type.
     """
-    own = {} if more is None else _read_entries(Path(more), f"--eval.ready_sets {more}")
+    own = {} if more is None else _read_entries(Path(more), Option("eval.ready_sets", more))
     return own | {name: entry for name, entry in _shipped().items() if name not in own}
 
 
@@ -99,27 +103,28 @@ def _shipped() -> dict[str, Entry]:
         return _read_entries(path, path.name)
 
 
-def _read_entries(path: Path, name: str) -> dict[str, Entry]:
+def _read_entries(path: Path, name: str | Option) -> dict[str, Entry]:
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"{name}: not readable as YAML ({one_line(error)}); check the file") from error
+        raise UserError((name, f": not readable as YAML ({one_line(error)})"), "check the file") from error
     if not isinstance(content, dict) or not all(isinstance(entry, dict) for entry in content.values()):
-        raise UserError(f"{name}: holds no ready sets; write them as in thinktwice_fast/assets/ready_sets.yaml")
+        raise UserError((name, ": holds no ready sets"), "write them as in thinktwice_fast/assets/ready_sets.yaml")
     for set_name, entry in content.items():
-        _check(entry, f"{name}: {set_name}", {**_KINDS, _FILE: _TEXT})
+        _check(entry, (name, f": {set_name}"), {**_KINDS, _FILE: _TEXT})
     return {str(set_name): entry for set_name, entry in content.items()}
 
 
-def _check(entry: Entry, where: str, kinds: Mapping[str, str], needs_source: bool = True) -> None:
+def _check(entry: Entry, where: tuple[str | Option, ...], kinds: Mapping[str, str]) -> None:
     unknown = [str(key) for key in entry if key not in kinds]
     if unknown:
-        raise UserError(f"{where}: no option {', '.join(unknown)} of a set; there are {', '.join(kinds)}")
+        what = f": no option {', '.join(unknown)} of a set (there are {', '.join(kinds)})"
+        raise UserError((*where, what), "check the name")
     for key, value in entry.items():
         if value is not None and not _fits(value, kinds[key]):
-            raise UserError(f"{where}.{key} {value!r}: give {kinds[key]}")
-    if needs_source and entry.get("source") is None:
-        raise UserError(f"{where}: no source; give a file, a hub data set or a ready set's name")
+            raise UserError((*where, f": {key} {value!r}"), f"give {kinds[key]}")
+    if entry.get("source") is None:
+        raise UserError((*where, ": no source"), "give a file, a hub data set or a ready set's name")
 
 
 def _fits(value: Any, kind: str) -> bool:
@@ -132,7 +137,7 @@ def _fits(value: Any, kind: str) -> bool:
 def _resolved(name: str, given: str | Entry, config: Config, ready: Mapping[str, Entry]) -> EvaluationSet:
     own: Entry = {"source": given} if isinstance(given, str) else given
     section = "eval" if isinstance(given, str) else f"eval.sets.{name}"
-    _check(own, f"--{section}", _KINDS)
+    _check(own, (Option(section),), _KINDS)
     entry = ready.get(own["source"])
     options = {} if entry is None else dict(entry)
     options |= {key: value for key, value in own.items() if value is not None and not (entry and key == "source")}
@@ -140,14 +145,17 @@ def _resolved(name: str, given: str | Entry, config: Config, ready: Mapping[str,
     if local is not None or _is_file(options["source"]):
         for option in ("subset", "split"):
             if own.get(option) is not None:
-                raise UserError(f"--{section}.{option} would be ignored with the file {local or options['source']}")
+                file = f" would be ignored with the file {local or options['source']}"
+                raise UserError((Option(f"{section}.{option}"), file), "leave it out")
     open_options = frozenset(_open_options(options, ready=entry is not None))
     for option in open_options:
         options[option] = getattr(config.eval, option)
     if options.get("instruction") is None:
         options["instruction"] = "" if options["source"].startswith(ARITHMETIC) else config.data.instruction
     if options["source"].startswith(ARITHMETIC) and not options["limit"]:
-        raise UserError(f"--{section}.limit 0 has no end with {options['source']}: give a number of problems")
+        raise UserError(
+            (Option(f"{section}.limit", 0), f" has no end with {options['source']}"), "give a number of problems"
+        )
     if local is not None:
         options |= {"source": str(local), "subset": None}
     reward, _ = options.pop("reward", None), options.pop(_FILE, None)
@@ -176,8 +184,12 @@ def _local_file(options: Entry, name: str, evaluation: EvalOptions) -> Path | No
         if (root / f"{stem}{ending}").is_file():
             return root / f"{stem}{ending}"
     raise UserError(
-        f"--eval.data_root {evaluation.data_root}: no {stem}.parquet in it (or {', '.join(FILE_LOADERS)}) for the set "
-        f"{name}; put it there, or leave the set out"
+        (
+            Option("eval.data_root", evaluation.data_root),
+            f": no {stem}.parquet in it (or {', '.join(FILE_LOADERS)}) for the set {name}",
+        ),
+        "put it there",
+        "leave the set out",
     )
 
 

@@ -3,7 +3,7 @@ r"""The built-in rewards `math`, `choice`, `yes_no` and `exact`: 1.0 for a right
 import logging
 import re
 
-from thinktwice_fast.errors import UserError
+from thinktwice_fast.errors import Option, UserError
 from thinktwice_fast.records import Problem
 from thinktwice_fast.tasks.answers import MATH_FONT, TEXT_COMMAND, extract_boxed, settle
 
@@ -36,8 +36,13 @@ def gold_letter(problem: Problem) -> str:
     gold = _BOXED_LETTER.fullmatch(problem.answer.strip())
     if gold is None:
         raise UserError(
-            f"row {problem.index} (from 0): the gold answer {problem.answer!r} is no letter A-Z, which --reward choice "
-            "compares with; use --reward exact, or name an answer column that holds letters"
+            (
+                f"row {problem.index} (from 0): the gold answer {problem.answer!r} is no letter A-Z, which ",
+                Option("reward", "choice"),
+                " compares with",
+            ),
+            ("use ", Option("reward", "exact")),
+            "name an answer column that holds letters",
         )
     return gold.group(1).upper()
 
@@ -72,8 +77,13 @@ def gold_yes_no(problem: Problem) -> str:
     gold = _YES_NO.get(problem.answer.strip().lower())
     if gold is None:
         raise UserError(
-            f"row {problem.index} (from 0): the gold answer {problem.answer!r} is neither yes nor no, which --reward "
-            "yes_no compares with; use --reward exact, or name an answer column that holds them"
+            (
+                f"row {problem.index} (from 0): the gold answer {problem.answer!r} is neither yes nor no, which ",
+                Option("reward", "yes_no"),
+                " compares with",
+            ),
+            ("use ", Option("reward", "exact")),
+            "name an answer column that holds them",
         )
     return gold
 

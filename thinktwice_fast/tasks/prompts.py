@@ -7,7 +7,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from thinktwice_fast.errors import UserError, one_line
+from thinktwice_fast.errors import Option, UserError, one_line
 from thinktwice_fast.records import Message
 
 if TYPE_CHECKING:
@@ -32,6 +32,7 @@ _INSTRUCTION_FILE = re.compile(r"\S+\.(?:txt|md)")
 
 # Stands in for an assistant message to find what a template puts around it. Plain letters, which no template escapes.
 _SENTINEL = "assistantXcontentXstandsXhere"
+_TEMPLATE = Option("model.chat_template")
 
 _RENDERING = frozenset(("conversation", "chat_template", "tokenize", "add_generation_prompt"))  # what is set here
 
@@ -92,11 +93,9 @@ def instruction_text(instruction: str) -> str:
     try:
         text = Path(instruction).expanduser().read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"refine instruction {instruction}: can't read it ({one_line(error)}); check the file"
-        ) from error
+        raise UserError(f"refine instruction {instruction}: can't read it ({one_line(error)})", "check it") from error
     if not text:
-        raise UserError(f"refine instruction {instruction}: the file is empty; write the instruction into it")
+        raise UserError(f"refine instruction {instruction}: the file is empty", "write the instruction into it")
     return text
 
 
@@ -125,12 +124,12 @@ class ChatFormat:
     ) -> None:
         if not tokenizer.chat_template:
             raise UserError(
-                f"the tokenizer of {tokenizer.name_or_path or 'the model'} has no chat template; give a Jinja file "
-                "with --model.chat_template"
+                f"the tokenizer of {tokenizer.name_or_path or 'the model'} has no chat template",
+                ("give a Jinja file with ", _TEMPLATE),
             )
         self._tokenizer = tokenizer
         for name in _RENDERING & template_args.keys():
-            raise UserError(f"--model.chat_template_args: {name} is not for you to set; leave it out")
+            raise UserError((Option("model.chat_template_args"), f": {name} is not for you to set"), "leave it out")
         self._arguments = dict(template_args)
         self._longest = longest_prompt
         self.thinks = _END_OF_THINK in str(tokenizer.chat_template)
@@ -142,7 +141,7 @@ class ChatFormat:
         self.notes: tuple[str, ...] = ()
         """For the user: what has no effect."""
         if unused:
-            self.notes = (f"the chat template has no use for {', '.join(unused)} (--model.chat_template_args)",)
+            self.notes = (f"the chat template has no use for {', '.join(unused)} among its variables",)
 
     def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
         """Token ids of a chat that awaits the assistant's next message.
@@ -221,7 +220,8 @@ class ChatFormat:
         if text.count(_SENTINEL) != 1:
             raise UserError(
                 f"the chat template shows an earlier assistant message {text.count(_SENTINEL)} times instead of once, "
-                "so no refine prompt can be made with it; give another with --model.chat_template"
+                "so no refine prompt can be made with it",
+                ("give another with ", _TEMPLATE),
             )
         before, _, after = text.partition(_SENTINEL)
         return before, after
@@ -235,8 +235,8 @@ class ChatFormat:
         system = alone.removesuffix(message).removeprefix(self._tokenizer.bos_token or "")
         if not system or not alone.endswith(message):
             raise UserError(
-                "--model.strip_default_system: the chat template writes no system block of its own that could be left "
-                "out; leave out the option"
+                (Option("model.strip_default_system"), ": the chat template writes no system block by itself"),
+                "leave it out",
             )
         return system
 
@@ -254,8 +254,8 @@ class ChatFormat:
         except TemplateError as error:
             roles = ", ".join(message["role"] for message in messages)
             raise UserError(
-                f"the chat template refuses messages of roles {roles} ({one_line(error)}); give another with "
-                "--model.chat_template"
+                f"the chat template refuses messages of roles {roles} ({one_line(error)})",
+                ("give another with ", _TEMPLATE),
             ) from error
         if any(message["role"] == "system" for message in messages):
             return text

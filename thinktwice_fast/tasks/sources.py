@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from thinktwice_fast.config import ARITHMETIC, DataOptions
-from thinktwice_fast.errors import UserError
+from thinktwice_fast.errors import Option, UserError
 from thinktwice_fast.records import Message, Problem
 from thinktwice_fast.tasks import choices, tables
 from thinktwice_fast.tasks.answers import final_answer
@@ -74,12 +74,11 @@ class TableSource(Source):
         self._target = self._named(table, options.target_column, "target")
         self._wrong = [self._column(table, name, (), "wrong") for name in options.wrong_columns]
         if self._seed and not self._wrong:
-            raise UserError(f"--{prefix}.choices_seed would be ignored without {prefix}.wrong_columns: leave it out")
+            seed, wrong = (Option(f"{prefix}.{name}") for name in ("choices_seed", "wrong_columns"))
+            raise UserError((seed, " would be ignored without ", wrong), "leave it out")
         if self._choices and self._wrong:
-            raise UserError(
-                f"{self._name}: {prefix}.choices_column and {prefix}.wrong_columns both say where the options are; "
-                "give one of them"
-            )
+            listed, wrong = (Option(f"{prefix}.{name}") for name in ("choices_column", "wrong_columns"))
+            raise UserError((listed, " and ", wrong, " both say where the options are"), "give one of them")
         if len(table) == 0:
             raise UserError(f"{self._name}: no rows (columns {', '.join(names)}); give a source with problems")
         self._table = table.select(range(min(options.limit or len(table), len(table))))
@@ -123,8 +122,8 @@ class TableSource(Source):
         missing = " or ".join(candidates)
         option = "wrong_columns" if what == "wrong" else f"{what}_column"
         raise UserError(
-            f"{self._name}: no column {missing} for the {what}; it has {', '.join(table.column_names) or 'none'}: "
-            f"name the right one with --{self._prefix}.{option}"
+            f"{self._name}: no column {missing} for the {what}; it has {', '.join(table.column_names) or 'none'}",
+            ("name the right one with ", Option(f"{self._prefix}.{option}")),
         )
 
     def _place(self, path: str, index: int) -> str:
@@ -210,7 +209,8 @@ def _arithmetic(options: DataOptions, held_out: bool, prefix: str) -> Arithmetic
     for name in _OF_TABLES:
         if getattr(options, name):
             raise UserError(
-                f"--{prefix}.{name} means nothing to {options.source}, which the program makes itself; leave it out"
+                (Option(f"{prefix}.{name}"), f" means nothing to {options.source}, which the program makes itself"),
+                "leave it out",
             )
     return ArithmeticSource(options.source.removeprefix(ARITHMETIC), held_out, options.limit)
 
