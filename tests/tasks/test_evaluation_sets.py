@@ -106,7 +106,7 @@ def test_ready_sets(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     table = datasets.Dataset.from_list([row])
     hub = lambda source, subset, split: {asked: table}[source, subset, split]  # noqa: E731
     monkeypatch.setattr(datasets, "load_dataset", hub)
-    config = Config()
+    config = Config(reward="exact")
     config.eval.question_column, config.eval.split, config.eval.instruction = "elsewhere", "gone", "Not this."
     (entry,) = resolved(config, sets=(name,)).values()
     from_hub = entry.load()[0]
@@ -177,6 +177,13 @@ def test_sets_of_different_forms_side_by_side(tmp_path: Path) -> None:
     assert sets["plain"].from_eval == {"subset", "split", "question_column", "answer_column", "instruction", "limit"}
     assert sets["own"].from_eval == {"subset", "answer_column"}
     assert len(sets["sums"].load()) == 2
+
+
+def test_a_run_s_own_maths_grader_grades_ready_sets() -> None:
+    for reward, graded_by in (("math", None), ("math_strict", None), ("exact", "math")):
+        assert resolved(Config(reward=reward), sets=("aime",))["aime"].reward == graded_by
+    asked = {"aime": {"source": "aime", "reward": "math"}}
+    assert resolved(Config(reward="math_strict"), sets=asked)["aime"].reward == "math"
 
 
 def test_the_order_of_shuffled_options_is_the_seed_s_alone(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,14 +24,9 @@ _KINDS = {
     "answer_column": _TEXT, "choices_column": _TEXT, "wrong_columns": _LIST, "choices_seed": _NUMBER,
     "instruction": _TEXT, "limit": _NUMBER, "reward": _TEXT,
 }  # fmt: skip
-FROM_EVAL = (
-    "subset",
-    "split",
-    "question_column",
-    "answer_column",
-    "instruction",
-    "limit",
-)  # where a set leaves it open
+FROM_EVAL = ("subset", "split", "question_column", "answer_column", "instruction", "limit")
+"""Options that a set which leaves them open takes from `eval`."""
+_MATHS = ("math", "math_strict")  # a ready set's "math" is the run's own one of these, where it has one
 _FILE = "file"  # of a ready set alone: its name in `eval.data_root`
 
 Entry = Mapping[str, Any]
@@ -139,28 +134,36 @@ def _resolved(name: str, given: str | Entry, config: Config, ready: Mapping[str,
     section = "eval" if isinstance(given, str) else f"eval.sets.{name}"
     _check(own, (Option(section),), _KINDS)
     entry = ready.get(own["source"])
-    options = {} if entry is None else dict(entry)
-    options |= {key: value for key, value in own.items() if value is not None and not (entry and key == "source")}
-    local = None if entry is None else _local_file(options, own["source"], config.eval)
-    if local is not None or _is_file(options["source"]):
-        for option in ("subset", "split"):
-            if own.get(option) is not None:
-                file = f" would be ignored with the file {local or options['source']}"
-                raise UserError((Option(f"{section}.{option}"), file), "leave it out")
-    open_options = frozenset(_open_options(options, ready=entry is not None))
-    for option in open_options:
-        options[option] = getattr(config.eval, option)
+    options = {key: value for key, value in own.items() if value is not None}
+    local = None
+    if entry is not None:
+        options = {**entry, **options, "source": entry["source"]}
+        local = _local_file(options, own["source"], config.eval)
+    _check_source(str(local or options["source"]), own, section)
+    from_eval = frozenset(_open_options(options, ready=entry is not None))
+    options |= {option: getattr(config.eval, option) for option in from_eval}
+    arithmetic = options["source"].startswith(ARITHMETIC)
     if options.get("instruction") is None:
-        options["instruction"] = "" if options["source"].startswith(ARITHMETIC) else config.data.instruction
-    if options["source"].startswith(ARITHMETIC) and not options["limit"]:
-        raise UserError(
-            (Option(f"{section}.limit", 0), f" has no end with {options['source']}"), "give a number of problems"
-        )
+        options["instruction"] = "" if arithmetic else config.data.instruction
+    if arithmetic and not options["limit"]:
+        what = (Option(f"{section}.limit", 0), f" has no end with {options['source']}")
+        raise UserError(what, "give a number of problems")
     if local is not None:
         options |= {"source": str(local), "subset": None}
-    reward, _ = options.pop("reward", None), options.pop(_FILE, None)
+    reward = options.pop("reward", None)
+    if reward == _MATHS[0] and own.get("reward") is None and config.reward in _MATHS:
+        reward = None
+    options.pop(_FILE, None)
     options["wrong_columns"] = tuple(options.get("wrong_columns") or ())
-    return EvaluationSet(DataOptions(**options), section, reward, entry is not None, local is not None, open_options)
+    return EvaluationSet(DataOptions(**options), section, reward, entry is not None, local is not None, from_eval)
+
+
+def _check_source(source: str, own: Entry, section: str) -> None:
+    for option in ("subset", "split"):
+        if _is_file(source) and own.get(option) is not None:
+            raise UserError(
+                (Option(f"{section}.{option}"), f" would be ignored with the file {source}"), "leave it out"
+            )
 
 
 def _open_options(options: Entry, ready: bool) -> list[str]:
