@@ -230,7 +230,7 @@ REWARD_CASES = [
     ),
     Case(
         "unknown reward",
-        ("unknown reward 'maths'", "use math, choice, yes_no, exact, or"),
+        ("unknown reward 'maths'", "use math, math_strict, choice, yes_no,"),
         options("--reward", "maths"),
     ),
     Case(

@@ -21,7 +21,7 @@ VALUES: dict[str, dict[str, Any]] = {
         "algorithm": "thinktwice",
         "problems_per_step": 32,
         "samples_per_problem": 8,
-        "reward": "math",
+        "reward": "math_strict",
         "data.source": "EleutherAI/hendrycks_math",
         "data.subset": ["algebra", "counting_and_probability", "geometry", "intermediate_algebra", "number_theory",
                         "prealgebra", "precalculus"],

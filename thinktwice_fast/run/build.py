@@ -1,6 +1,5 @@
 """Puts a run together: problems, model, engine, grader, optimizer, algorithm."""
 
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -93,11 +92,9 @@ def prepare(
     train = load_source(config.data)
     entries = evaluation_sets(config)
     sets = {name: entry.load() for name, entry in entries.items()}
-    workers = config.reward_workers
-    if workers is None:
-        workers = min(8, max(1, (os.cpu_count() or 1) // 2))
     others = [entry.reward for entry in entries.values() if entry.reward is not None]
-    grader = resources.enter_context(Graders(config.reward, others, config.reward_timeout, workers))
+    stop = parallel.look_for_failure
+    grader = resources.enter_context(Graders(config.reward, others, config.reward_timeout, config.reward_workers, stop))
     device = device or pick_device(config.model, launch.env_local_rank())
     dtype = pick_dtype(config.model, device)
     sharded = shards_weights(launch.env_world_size(), dtype, lora=bool(config.model.lora_rank))

@@ -16,6 +16,7 @@ from thinktwice_fast.config import ARITHMETIC, LOSS_BOUNDS, Config, samples_per_
 from thinktwice_fast.errors import UserError
 from thinktwice_fast.run.metrics import AVERAGE
 from thinktwice_fast.tasks.evaluation_sets import FROM_EVAL, evaluation_sets, source_kind
+from thinktwice_fast.tasks.graders import GRADERS
 from thinktwice_fast.tasks.tables import check_file
 from thinktwice_fast.update.objective import loss_arguments
 
@@ -181,8 +182,8 @@ def _ignored_in_training(config: Config) -> list[_Ignored]:
         (arithmetic and not config.data.limit, ("data.shuffle",), "with an endless --data.source (no --data.limit)"),
         (kind != "hub", ("data.subset", "data.split"), "unless --data.source is a hub dataset"),
         (config.model.lora_rank == 0, ("model.lora_alpha", "model.lora_targets"), "without --model.lora_rank"),
-        (rewards <= {"exact", "choice", "yes_no"}, ("reward_timeout",), f"with --reward {config.reward}"),
-        ("math" not in rewards, ("reward_workers",), "unless --reward is math, or that of an evaluation set"),
+        (all(reward in GRADERS and GRADERS[reward].verify is None for reward in rewards),
+         ("reward_timeout", "reward_workers"), f"with --reward {config.reward}"),
         (True, tuple(f"loss.{name}" for name in lacking), f"with --loss.policy_loss {config.loss.policy_loss}"),
         (config.loss.beta == 0, ("loss.kl_estimator",), "with --loss.beta 0"),
         (config.update.minibatch_sequences in (0, samples_per_step(config)), ("update.old_logps",),

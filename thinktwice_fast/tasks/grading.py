@@ -1,10 +1,14 @@
 """Graders side by side, where evaluation sets are graded otherwise than the training problems."""
 
-from collections.abc import Iterable, Sequence
+import os
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 
 from thinktwice_fast.records import Message, Problem
+from thinktwice_fast.tasks.graders import GRADERS
 from thinktwice_fast.tasks.pool import Grader, Grading
+
+_MOST_WORKERS = 8
 
 
 class Graders:
@@ -14,18 +18,27 @@ class Graders:
         reward: of problems that name none.
         others: rewards that problems may name.
         timeout: as of `Grader`.
-        workers: as of `Grader`, for each.
+        workers: as of `Grader`, for each; None = one per two CPU cores, at most 8, and 1 for a user's function.
+        stop: as of `Grader`.
 
     Raises:
         UserError: as `Grader`.
     """
 
-    def __init__(self, reward: str, others: Iterable[str], timeout: float, workers: int) -> None:
+    def __init__(
+        self,
+        reward: str,
+        others: Iterable[str],
+        timeout: float,
+        workers: int | None = None,
+        stop: Callable[[], None] = lambda: None,
+    ) -> None:
         self._reward = reward
+        self._graders: dict[str, Grader] = {}
         with ExitStack() as opened:
-            self._graders = {
-                name: opened.enter_context(Grader(name, timeout, workers)) for name in dict.fromkeys((reward, *others))
-            }
+            for name in dict.fromkeys((reward, *others)):
+                count = _usual_workers(name) if workers is None else workers
+                self._graders[name] = opened.enter_context(Grader(name, timeout, count, stop))
             self._open = opened.pop_all()
 
     @property
@@ -41,6 +54,11 @@ class Graders:
         """As `Grader.submit`."""
         return self._of(problem).submit(problem, prompt, completions)
 
+    def look(self) -> None:
+        """As `Grader.look`, of all."""
+        for grader in self._graders.values():
+            grader.look()
+
     def __enter__(self) -> "Graders":
         return self
 
@@ -49,3 +67,7 @@ class Graders:
 
     def _of(self, problem: Problem) -> Grader:
         return self._graders[problem.reward or self._reward]
+
+
+def _usual_workers(reward: str) -> int:
+    return min(_MOST_WORKERS, max(1, (os.cpu_count() or 1) // 2)) if reward in GRADERS else 1
