@@ -31,8 +31,8 @@ option, a value out of its range and an option that would be ignored are errors.
 its options below it, as in `configs/tiny.yaml`. `--help` says the same as these tables.
 """.strip()
 _METRICS = """
-Keys of the records in `metrics.jsonl`, and of TensorBoard. Solve and refine steps never share a key; what solutions and
-refinements of a joint pair have in common, sampling speed and the update, has keys of `pair`.
+Keys of the records in `metrics.jsonl`, and of every tracker (`--track`). Solve and refine steps never share a key; what
+solutions and refinements of a joint pair have in common, sampling speed and the update, has keys of `pair`.
 """.strip()
 
 

@@ -317,6 +317,9 @@ class Config:
     reward_workers: int | None = bounded(None, least=1)
     """Grader processes, per training process. Default: for math one per two CPU cores, at most 8; for an own function
     1, which keeps its module's state from call to call: give more where it needs none."""
+    track: str = "tensorboard"
+    """Trackers that get every metric, separated by commas: tensorboard, wandb, trackio (the last two also get the
+    transcripts); "none" = none. One that fails is left out, and the run goes on."""
     model: ModelOptions = field(default_factory=ModelOptions)
     data: DataOptions = field(default_factory=DataOptions)
     thinktwice: ThinkTwiceOptions = field(default_factory=ThinkTwiceOptions)

@@ -15,6 +15,7 @@ from thinktwice_fast.bounds import check_bounds
 from thinktwice_fast.config import ARITHMETIC, LOSS_BOUNDS, Config, samples_per_step
 from thinktwice_fast.errors import UserError
 from thinktwice_fast.run.metrics import AVERAGE
+from thinktwice_fast.run.tracking import tracker_names
 from thinktwice_fast.tasks.evaluation_sets import FROM_EVAL, evaluation_sets, source_kind
 from thinktwice_fast.tasks.graders import GRADERS
 from thinktwice_fast.tasks.tables import check_file
@@ -100,6 +101,7 @@ def _check_meanings(config: Config) -> None:
         )
     if "" in config.rollout.stop_strings:
         raise UserError("--rollout.stop_strings: an empty string would end every response at once: leave it out")
+    tracker_names(config.track)
     warmup, decay = config.update.warmup_steps, config.update.lr_decay_steps
     if config.update.lr_schedule != "constant" and 0 < decay <= warmup:
         raise UserError(

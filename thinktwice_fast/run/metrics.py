@@ -1,7 +1,7 @@
-"""Every metric, declared once with its definition, and the two files they go to.
+"""Every metric, declared once with its definition, and the file they go to.
 
 ``metrics.jsonl`` holds one JSON object per line: ``step``, ``phase``, then metrics under the names declared
-here. The same numbers go to TensorBoard. Solve and refine metrics never share a key: their averages would mix
+here. Trackers get the same (``tracking.py``). Solve and refine metrics never share a key: their averages would mix
 two different prompts.
 """
 
@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 from thinktwice_fast.errors import UserError
 
@@ -265,13 +265,14 @@ def reproducible(records: Iterable[Record]) -> list[Record]:
     """
     kept = []
     for record in records:
-        values = {name: value for name, value in _metrics_of(record).items() if not find_metric(name).timing}
+        values = {name: value for name, value in metrics_of(record).items() if not find_metric(name).timing}
         if values:
             kept.append({"step": record["step"], "phase": record["phase"], **values})
     return kept
 
 
-def _metrics_of(record: Record) -> Record:
+def metrics_of(record: Record) -> Record:
+    """A record without its step and phase."""
     return {name: value for name, value in record.items() if name not in ("step", "phase")}
 
 
@@ -343,24 +344,18 @@ def truncate_json_lines(path: Path, last_step: int | None) -> None:
 
 
 class MetricsWriter:
-    """Writes ``folder/metrics.jsonl`` and TensorBoard events under ``folder/tensorboard``. For rank 0 alone.
+    """Writes ``folder/metrics.jsonl``. For rank 0 alone.
 
     Args:
         folder: The run's folder; made where it is missing.
-        resume_step: Step of the checkpoint that the run continues from: later records are removed from the file, and
-            TensorBoard is told to forget them. None for a run from the start: the same for all records.
+        resume_step: Step of the checkpoint that the run continues from: later records are removed. None for a run from
+            the start: the same for all records.
     """
 
     def __init__(self, folder: Path, resume_step: int | None) -> None:
-        # Imported here because it takes seconds, and of all processes only this one needs it.
-        from torch.utils.tensorboard import SummaryWriter
-
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / "metrics.jsonl"
         truncate_json_lines(self.path, resume_step)
-        self.tensorboard_folder = folder / "tensorboard"
-        purge_step = 0 if resume_step is None else resume_step + 1
-        self._tensorboard = SummaryWriter(str(self.tensorboard_folder), purge_step=purge_step)
 
     def write(self, step: int, phase: str, values: Mapping[str, float | None]) -> Record:
         """Write one record and return it as written.
@@ -379,19 +374,4 @@ class MetricsWriter:
                 raise KeyError(f"metric {name!r} does not belong into a record of phase {phase!r}")
             record[name] = value if value is not None and math.isfinite(value) else None
         append_json_lines(self.path, [record])
-        for name, value in _metrics_of(record).items():
-            if value is not None:
-                self._tensorboard.add_scalar(name, value, step)
-        # The writer's own interval is two minutes, all of which a kill would lose.
-        self._tensorboard.flush()
         return record
-
-    def close(self) -> None:
-        """Close the TensorBoard file."""
-        self._tensorboard.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.close()

@@ -62,7 +62,12 @@ def parse_command(arguments: list[str]) -> tuple[Config, DryRun | None]:
 
 def to_yaml(config: Config) -> str:
     """Every option with its value, as a file that ``--config`` takes."""
-    return yaml.safe_dump(_plain(asdict(config)), sort_keys=False)
+    return yaml.safe_dump(to_plain(config), sort_keys=False)
+
+
+def to_plain(config: Config) -> dict[str, Any]:
+    """Every option with its value, in types that YAML and JSON have."""
+    return _plain(asdict(config))
 
 
 def from_yaml(path: Path) -> Config:
