@@ -320,6 +320,9 @@ class Config:
     track: str = "tensorboard"
     """Trackers that get every metric, separated by commas: tensorboard, wandb, trackio (the last two also get the
     transcripts); "none" = none. One that fails is left out, and the run goes on."""
+    profile: str | None = None
+    """Steps to profile, as FIRST:LAST or one step, at most 10; in a file in quotation marks. Traces and a table of the
+    slowest kernels go to `profile/` in `output`."""
     model: ModelOptions = field(default_factory=ModelOptions)
     data: DataOptions = field(default_factory=DataOptions)
     thinktwice: ThinkTwiceOptions = field(default_factory=ThinkTwiceOptions)

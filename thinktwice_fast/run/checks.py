@@ -35,6 +35,7 @@ def check_config(config: Config, world_size: int) -> None:
     _check_ignored(config)
     _check_loss(config)
     _check_cache(config)
+    _check_profile(config)
 
 
 def check_files(config: Config) -> None:
@@ -247,6 +248,18 @@ def _check_cache(config: Config) -> None:
         raise UserError(
             f"--rollout.cache_tokens {options.cache_tokens}: one sequence may take {longest} "
             "(--rollout.max_prompt_tokens and --rollout.max_response_tokens): give at least that, or 0"
+        )
+
+
+def _check_profile(config: Config) -> None:
+    if config.profile is None:
+        return
+    from thinktwice_fast.run.profiling import profiled_steps
+
+    if profiled_steps(config.profile)[-1] > config.run.steps:
+        raise UserError(
+            f"--profile {config.profile}: the run ends with step {config.run.steps}: give earlier steps, or more "
+            "--run.steps"
         )
 
 

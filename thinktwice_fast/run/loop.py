@@ -29,6 +29,7 @@ from thinktwice_fast.run.checkpoint import (
 from thinktwice_fast.run.evaluation import evaluate
 from thinktwice_fast.run.memory import peak_bytes
 from thinktwice_fast.run.output import Output
+from thinktwice_fast.run.profiling import StepProfiler, profiled_steps
 from thinktwice_fast.run.signals import StopSignals
 from thinktwice_fast.update.updater import NonFiniteLoss
 
@@ -77,6 +78,11 @@ class Trainer:
         self._output = resources.enter_context(Output(self._config, self._step, resumed))
         for note in parts.notes:
             self._output.message(note)
+        steps = profiled_steps(self._config.profile)
+        if steps and steps[0] <= self._step:
+            self._output.message(f"--profile {self._config.profile}: steps up to {self._step} are done already")
+        own = steps if parallel.rank() == 0 else range(0)
+        self._profiler = StepProfiler(own, self._folder, parts.loaded.model.device)
 
     def train(self) -> None:
         """All steps that are left, then the closing evaluation, model and report."""
@@ -98,7 +104,7 @@ class Trainer:
         self._close(self._save_model() if saves else {}, f"complete: {self._step} of {steps} steps")
 
     def _close(self, written: dict[str, Path], outcome: str) -> None:
-        self._output.close_report(written, outcome, self._parts.predicted_bytes)
+        self._output.close_report({"profile": self._profiler.folder, **written}, outcome, self._parts.predicted_bytes)
 
     def _resume(self) -> bool:
         wanted = self._config.resume
@@ -138,10 +144,12 @@ class Trainer:
             )
 
     def _advance(self) -> None:
-        started = time.perf_counter()
         number = self._step + 1
         try:
-            step = self._parts.algorithm.step(number)
+            with self._profiler.around(number):
+                started = time.perf_counter()
+                step = self._parts.algorithm.step(number)
+                seconds = time.perf_counter() - started
         except NonFiniteLoss as error:
             raise UserError(f"step {number}: {error}; {self._keep_evidence(number, error)}") from error
         except UserError as error:
@@ -149,7 +157,7 @@ class Trainer:
         self._step = number
         if self._config.algorithm != "sft":
             self._generations += samples_per_step(self._config)
-        self._log_step(step, time.perf_counter() - started)
+        self._log_step(step, seconds)
 
     def _log_step(self, step: Step, seconds: float) -> None:
         parts = (*step.halves, step)

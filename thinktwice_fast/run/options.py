@@ -99,6 +99,8 @@ def _check_sections(name: str) -> None:
     for option in sorted({"dry_run", "dry_run_gpu"} & content.keys()):
         flag = "--" + option.replace("_", "-")
         raise UserError(f"--config {name}: {option} is no option of a run: give {flag} on the command line")
+    if isinstance(content.get("profile"), int):  # YAML reads 3:5 as a number to the base of 60
+        raise UserError(f'--config {name}: profile: write the steps in quotation marks, as in "3:5"')
     sections = (field.name for field in fields(Config) if is_dataclass(field.default_factory))
     for section in sections:
         if not isinstance(content.get(section, {}), dict):
