@@ -18,7 +18,7 @@ from bench.rollout_cases import FOLDER, folder_of, model_of
 from bench.shapes import DEFAULT, LARGE, MEDIUM, SMALL, Case, Size
 from thinktwice_fast.config import Config, ModelOptions
 from thinktwice_fast.model.loading import load_tokenizer
-from thinktwice_fast.model.weights import write_transformer
+from thinktwice_fast.model.weights import save_config, write_weights
 from thinktwice_fast.tasks.arithmetic import ArithmeticSource
 from thinktwice_fast.tasks.prompts import ChatFormat
 
@@ -131,7 +131,10 @@ def _model_folder(name: str, dtype: torch.dtype, device: torch.device) -> Path:
     folder = folder_of(name, dtype)
     if not (folder / "config.json").exists():
         model = model_of(name, dtype, device)
-        write_transformer(model, dict(model.split(model.state_dict())), folder, dtype)
+        folder.mkdir(parents=True, exist_ok=True)
+        state = dict(model.split(model.state_dict().items()))
+        write_weights(folder, state, ((name, weight.cpu()) for name, weight in state.items()), dtype)
+        save_config(model, folder, dtype)
     if not (folder / "tokenizer_config.json").exists():
         load_tokenizer(ModelOptions()).save_pretrained(folder)
     return folder.resolve()

@@ -14,6 +14,7 @@ from thinktwice_fast import launch
 from thinktwice_fast.bounds import check_bounds
 from thinktwice_fast.config import ARITHMETIC, LOSS_BOUNDS, Config, evaluation_sources, samples_per_step
 from thinktwice_fast.errors import UserError
+from thinktwice_fast.run.best import rising_metrics
 from thinktwice_fast.run.metrics import AVERAGE
 from thinktwice_fast.tasks.tables import FILE_LOADERS, check_file
 from thinktwice_fast.update.objective import loss_arguments
@@ -103,12 +104,20 @@ def _check_meanings(config: Config) -> None:
             f"--update.lr_decay_steps {decay} ends before the warm-up does: give more than --update.warmup_steps "
             f"{warmup}, or 0 for the run's length"
         )
+    _check_best(config)
     from_table = config.algorithm == "sft" and not config.data.source.startswith(ARITHMETIC)
     if from_table and (config.data.target_column is None or config.sft.refine_fraction):
         raise UserError(
             f"--algorithm sft from {config.data.source}: set --data.target_column to the column of the responses to "
             "learn, and --sft.refine_fraction 0 (only arithmetic sources have drafts)"
         )
+
+
+def _check_best(config: Config) -> None:
+    sets, name = list(evaluation_sources(config)), config.run.keep_best
+    known = rising_metrics(sets, config.eval.samples if config.eval.temperature else 1)
+    if name is not None and sets and name not in known:
+        raise UserError(f"--run.keep_best {name}: give a metric that rises and is evaluated: {', '.join(known)}")
 
 
 def _check_division(config: Config, world: int) -> None:
@@ -187,7 +196,8 @@ def _ignored_in_training(config: Config) -> list[_Ignored]:
          "where rollouts' log-probabilities are the old ones (--rollout.exact true, --update.old_logps rollout)"),
         (config.rollout.exact, ("rollout.decoder", "update.old_logps"), "with --rollout.exact true"),
         (config.update.lr_schedule == "constant", ("update.lr_decay_steps",), "with --update.lr_schedule constant"),
-        (not config.run.save, ("resume", "run.checkpoint_every", "run.keep_checkpoints"), "with --run.save false"),
+        (not config.run.save, ("resume", "run.checkpoint_every", "run.keep_checkpoints", "run.keep_best"),
+         "with --run.save false"),
     ]  # fmt: skip
 
 
@@ -196,7 +206,11 @@ def _ignored_in_evaluation(config: Config) -> list[_Ignored]:
     hub_only, drawn_only = ("eval.subset", "eval.split"), ("eval.top_p", "eval.top_k", "eval.samples")
     table_only = (*hub_only, "eval.question_column", "eval.answer_column", "eval.instruction")
     return [
-        (not kinds, ("eval.every", "eval.limit", "eval.temperature", *table_only, *drawn_only), "without --eval.sets"),
+        (
+            not kinds,
+            ("eval.every", "eval.limit", "eval.temperature", *table_only, *drawn_only, "run.keep_best"),
+            "without --eval.sets",
+        ),
         (config.eval.temperature == 0, drawn_only, "with --eval.temperature 0"),
         (kinds <= {"arithmetic"}, table_only, "where every one of --eval.sets is arithmetic"),
         ("hub" not in kinds, hub_only, "where none of --eval.sets is a hub dataset"),
