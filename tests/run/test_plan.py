@@ -81,7 +81,13 @@ def dry_run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
 
 @pytest.mark.parametrize("budget", [256, 4096])
 def test_a_run_takes_the_memory_predicted(budget: int, model: Path, tmp_path: Path) -> None:
-    arguments = (*STEP, "--model.path", model, "--update.microbatch_tokens", str(budget), "--output", tmp_path / "run")
+    options = (
+        "--update.microbatch_tokens",
+        str(budget),
+        "--run.checkpoint_every",
+        "1",
+    )  # written during the second step
+    arguments = (*STEP, *options, "--model.path", model, "--output", tmp_path / "run")
     fresh = budget == 256  # a fork of what has imported more takes more, and says so in both
     planned = train(*arguments, "--dry-run", fresh=fresh)
     assert planned.returncode == 0, planned.stderr

@@ -117,7 +117,10 @@ def _check_best(config: Config) -> None:
     sets, name = list(evaluation_sources(config)), config.run.keep_best
     known = rising_metrics(sets, config.eval.samples if config.eval.temperature else 1)
     if name is not None and sets and name not in known:
-        raise UserError(f"--run.keep_best {name}: give a metric that rises and is evaluated: {', '.join(known)}")
+        raise UserError(
+            f"--run.keep_best {name}: not what this run evaluates and is better for when higher: give one of "
+            f"{', '.join(known)}"
+        )
 
 
 def _check_division(config: Config, world: int) -> None:
