@@ -46,7 +46,6 @@ LAYOUT = 3  # of a checkpoint
 _PREFIX = "step-"
 _PARTIAL = ".partial-"
 _WEIGHT_BYTES = 4  # of a parameter in float32
-_ASKED = ("initial_lr", "betas", "weight_decay")  # of an optimizer's parameter group, what the options say
 
 
 def checkpoint_folder(output: Path, step: int) -> Path:
@@ -164,23 +163,6 @@ def writing(path: Path) -> Iterator[Path]:
             f"can't write {path} ({str(error).splitlines()[0]}): earlier checkpoints are whole; free some space, then "
             "continue with --resume auto"
         ) from error
-
-
-@contextlib.contextmanager
-def renamed_when_whole(folder: Path) -> Iterator[Path]:
-    """A temporary folder that takes ``folder``'s name once everything in it has reached the disk.
-
-    Raises:
-        UserError: it can't be written; what there was under that name stays.
-    """
-    partial = partial_folder(folder)
-    try:
-        with writing(folder):
-            start_partial(partial)
-            yield partial
-            finish_partial(partial, folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def partial_folder(folder: Path) -> Path:

@@ -85,7 +85,7 @@ class Saver:
         shapes = {name: torch.empty(value.shape, device="meta") for name, value in own_state(masters).items()}
         self._outline = dict(saved_weights(self._model, shapes, self._adapters))
         self._thread: Thread | None = None
-        self._copy: _Copy | None = None
+        self._folder: Path | None = None  # that it writes; not the copy, which goes once it is written
         self._error: BaseException | None = None
         self.best: Best | None = None
 
@@ -123,7 +123,7 @@ class Saver:
             "optimizer_steps": updater.schedule.last_epoch,
             "optimizer": {"tensors": len(tensors), "values": values},
         }
-        self._copy = _Copy(
+        copy = _Copy(
             checkpoint_folder(self._output, step),
             {name: cpu_copy(value, self._mesh) for name, value in own_state(masters).items()},
             {name: cpu_copy(value, self._mesh) for name, value in tensors.items()},
@@ -132,9 +132,10 @@ class Saver:
             self.best.step if self.best is not None else None,
         )
         # A daemon, so that a process whose others have died can end.
-        self._thread = Thread(target=self._run, args=(self._copy,), name="checkpoint", daemon=True)
+        self._thread = Thread(target=self._run, args=(copy,), name="checkpoint", daemon=True)
         self._thread.start()
-        return self._copy.folder
+        self._folder = copy.folder
+        return copy.folder
 
     def wait(self) -> None:
         """Wait until what is being written is on the disk.
@@ -147,7 +148,7 @@ class Saver:
             return
         self._thread.join(self._limit)
         error = self._outcome()
-        self._thread = self._copy = self._error = None
+        self._thread = self._folder = self._error = None
         parallel.agree(error)
 
     def keep_best(self, best: Best | None) -> None:
@@ -170,17 +171,17 @@ class Saver:
         remove_older(self._output, self._keep, best.step)
 
     def _outcome(self) -> UserError | None:
-        assert self._thread is not None and self._copy is not None
+        assert self._thread is not None and self._folder is not None
         if self._thread.is_alive():
             return UserError(
-                f"{self._copy.folder} was not written within --run.distributed_timeout {self._limit:g}: earlier "
+                f"{self._folder} was not written within --run.distributed_timeout {self._limit:g}: earlier "
                 "checkpoints are whole; see to the disk, then continue with --resume auto"
             )
         error = cause(self._error) if isinstance(self._error, CheckpointException) else self._error
         if error is None:
             return None
         try:
-            with writing(self._copy.folder):
+            with writing(self._folder):
                 raise error
         except UserError as known:
             return known
