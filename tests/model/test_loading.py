@@ -258,7 +258,7 @@ def test_activation_checkpointing_computes_each_layer_again(folder: Path, checkp
     assert len(calls) == (2 if checkpointing else 1) * len(model.layers)
     plain = random_model("qwen3")
     plain(input_ids=ids[None], use_cache=False).logits.square().sum().backward()
-    found = dict(model.split({name: parameter.grad for name, parameter in model.named_parameters()}))
+    found = dict(model.split((name, parameter.grad) for name, parameter in model.named_parameters()))
     for name, parameter in plain.named_parameters():
         scale = float(parameter.grad.abs().max())
         torch.testing.assert_close(found[name], parameter.grad, rtol=1e-3, atol=1e-5 * scale)

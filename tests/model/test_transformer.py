@@ -51,7 +51,7 @@ def results(model: Any, logits: Tensor) -> list[Tensor]:
     """The logits, and every parameter's gradient of a loss on them, in the order of transformers' names."""
     cross_entropy(logits, torch.arange(len(logits)) * 7 % logits.shape[1]).backward()
     gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
-    named = dict(model.split(gradients)) if isinstance(model, Transformer) else gradients
+    named = dict(model.split(gradients.items())) if isinstance(model, Transformer) else gradients
     return [logits.detach(), *(named[name] for name in sorted(named))]
 
 

@@ -10,11 +10,12 @@ from unittest.mock import patch
 import torch
 
 from tests import checkpoints
-from tests.small_models import own_model
+from tests.small_models import foreign_model, own_model
 from tests.update.cases import config, rollouts, share
 from thinktwice_fast import parallel
 from thinktwice_fast.config import ModelOptions
 from thinktwice_fast.errors import UserError
+from thinktwice_fast.model.attention import NAME
 from thinktwice_fast.model.lora import add_adapters
 from thinktwice_fast.model.sharding import pair_models
 from thinktwice_fast.run import shards
@@ -22,15 +23,17 @@ from thinktwice_fast.run.checkpoint import checkpoint_folder, load_checkpoint
 from thinktwice_fast.update.optimizer import build_optimizer
 from thinktwice_fast.update.updater import Updater
 
-# Of rank 1, so that of several processes all but one have nothing of what adapters put in front.
-ADAPT = {"whole": None, "adapters": partial(add_adapters, options=ModelOptions(lora_rank=1), seed=0)}
+# Adapters of rank 1, so that of several processes all but one have nothing of what they put in front.
+KINDS = ("whole", "adapters", "transformers' modules")
 Tensors = dict[str, torch.Tensor]
 
 
 def made(kind: str) -> Updater:
     """Weights of a seed that tells the adapters' base and nothing else; AdamW."""
     options = config(update__learning_rate=1e-2)
-    models = pair_models(own_model("llama"), torch.bfloat16 if ADAPT[kind] else torch.float32, ADAPT[kind])
+    model: Any = foreign_model(NAME) if kind == KINDS[2] else own_model("llama")
+    adapt = partial(add_adapters, options=ModelOptions(lora_rank=1), seed=0) if kind == "adapters" else None
+    models = pair_models(model, torch.bfloat16 if adapt else torch.float32, adapt)
     models.sync()
     return Updater(models, None, *build_optimizer(models.masters, options.update, 10), options)
 
@@ -38,7 +41,7 @@ def made(kind: str) -> Updater:
 def saved(folder: Path) -> dict[str, Tensors]:
     """What each kind of model has been trained to and is saved as. Collective."""
     found = {}
-    for kind in ADAPT:
+    for kind in KINDS:
         updater = made(kind)
         updater.policy_update(share([rollouts(8)]))
         found[kind] = checkpoints.everything(updater)
@@ -49,7 +52,7 @@ def saved(folder: Path) -> dict[str, Tensors]:
 def loaded(folder: Path) -> dict[str, Tensors]:
     """What the checkpoints give. Collective."""
     found = {}
-    for kind in ADAPT:
+    for kind in KINDS:
         updater = made(kind)
         load_checkpoint(checkpoint_folder(folder / kind, 1), updater)
         found[kind] = checkpoints.everything(updater)

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from tests.checkpoints import everything, same, save, saver
 from tests.command import train
@@ -37,7 +38,7 @@ def draws() -> tuple[Any, ...]:
     return random.random(), float(np.random.rand()), float(torch.rand(()))
 
 
-@pytest.mark.parametrize("kind", resharding.ADAPT)
+@pytest.mark.parametrize("kind", resharding.KINDS)
 @pytest.mark.usefixtures("one_process")
 def test_later_steps_do_not_leak_into_what_is_being_written(kind: str, disk: Event, tmp_path: Path) -> None:
     updater = resharding.made(kind)
@@ -87,6 +88,9 @@ def test_two_processes_save_and_one_and_three_go_on(tmp_path: Path, request: pyt
     for kind, tensors in two["tensors"].items():
         assert any("/exp_avg" in name for name in tensors)
         assert same(one[kind], tensors) and same(three["tensors"][kind], tensors)
+        folder = tmp_path / kind / "checkpoints" / "step-000001" / "model"
+        loaded: Any = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+        assert not loaded[1]["missing_keys"] and not loaded[1]["unexpected_keys"]
     # A disk that is full for one of the two: one line for both, and what was there before is whole.
     says = r"can't write .*step-000002 \(\[Errno 28\] No space left on device\): earlier checkpoints are whole"
     assert len(two["errors"]) == 2 and all(re.match(rf"process \d: {says}", text) for text in two["errors"])
