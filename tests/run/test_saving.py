@@ -18,9 +18,11 @@ from tests.command import train
 from tests.run import resharding
 from tests.update.cases import rollouts
 from tests.update.worlds import one_process, run_in_two
+from thinktwice_fast.config import Config, ModelOptions
 from thinktwice_fast.errors import UserError
 from thinktwice_fast.run.best import rising_metrics
 from thinktwice_fast.run.checkpoint import checkpoints, load_checkpoint
+from thinktwice_fast.run.memory import Shape, checkpoint_bytes
 from thinktwice_fast.run.metrics import find_metric, read_metrics
 
 __all__ = ["one_process"]
@@ -32,6 +34,15 @@ def disk(monkeypatch: pytest.MonkeyPatch) -> Event:
     ready, sync = Event(), os.fsync
     monkeypatch.setattr(os, "fsync", lambda handle: ready.wait(60) and sync(handle))
     return ready
+
+
+@pytest.mark.usefixtures("one_process")
+def test_the_plan_counts_the_copy() -> None:
+    updater = resharding.made("whole")
+    updater.policy_update([rollouts(8)])
+    copied = sum(value.nbytes for value in everything(updater).values())
+    shape = Shape.of(updater.models.rollout, ModelOptions())
+    assert checkpoint_bytes(Config(), shape, torch.float32, 1) == pytest.approx(copied, rel=1e-3)
 
 
 def draws() -> tuple[Any, ...]:
