@@ -17,6 +17,7 @@ class _Sample:
     slot: int
     reward: float | None
     tokens: int
+    sampled: int  # of these, those that the policy drew
     prompt_tokens: int
     finished: bool
     boxed: bool
@@ -26,7 +27,7 @@ class _Sample:
 def rollout_metrics(groups: Sequence[Group], times: SamplingTimes) -> dict[str, float]:
     """Figures of drawing these samples, all in one go. Collective."""
     everyone = parallel.gather(times)
-    tokens = sum(parallel.gather(sum(len(rollout.response) for group in groups for rollout in group.rollouts)))
+    tokens = sum(parallel.gather(sum(rollout.sampled for group in groups for rollout in group.rollouts)))
     slowest_rollout = max(other.rollout for other in everyone)
     return {
         "tokens_per_second": tokens / slowest_rollout,
@@ -44,6 +45,7 @@ def sample_metrics(groups: Sequence[Group]) -> dict[str, float]:
             group.slot,
             rollout.reward,
             len(rollout.response),
+            rollout.sampled,
             len(group.prompt),
             rollout.finished,
             extract_boxed(rollout.text) is not None,
@@ -60,7 +62,7 @@ def sample_metrics(groups: Sequence[Group]) -> dict[str, float]:
         "prompt_tokens": sum(sample.prompt_tokens for sample in samples) / count,
         "truncation_rate": sum(not sample.finished for sample in samples) / count,
         "boxed_rate": sum(sample.boxed for sample in samples) / count,
-        "entropy": sum(sample.entropy for sample in samples) / tokens,
+        "entropy": sum(sample.entropy for sample in samples) / sum(sample.sampled for sample in samples),
         "rewards_missing": float(sum(sample.reward is None for sample in samples)),
     }
     rewards: dict[int, list[float]] = {}
