@@ -13,6 +13,7 @@ from tests.command import LIMIT, ROOT, TRAIN, quick_start, train
 from thinktwice_fast.run.metrics import read_metrics, reproducible
 
 KILLS = 10
+WRITING = (2, 4, 7)
 OPTIONS = (
     *("--problems_per_step", "4", "--samples_per_problem", "4", "--run.steps", "100"),
     *("--run.checkpoint_every", "1", "--run.transcripts_every", "5", "--eval.every", "7", "--eval.limit", "8"),
@@ -26,8 +27,9 @@ def test_ten_kills_change_nothing(tmp_path: Path) -> None:
     assert finished.returncode == 0, finished.stderr
     moments = random.Random(0)
     for number in range(KILLS):
-        # Two of them before training has started; the others up to a second into it.
-        start_and_kill(killed, None if number in (0, 5) else moments.uniform(0, 1), moments.uniform(0, 0.8))
+        # Two before training has started, three while a checkpoint is written, the others up to a second into training.
+        into_training = None if number in (0, 5) else moments.uniform(0, 1)
+        start_and_kill(killed, into_training, moments.uniform(0, 0.8), while_writing=number in WRITING)
     finished = train(*OPTIONS, "--output", killed)
     assert finished.returncode == 0, finished.stderr
 
@@ -38,11 +40,15 @@ def test_ten_kills_change_nothing(tmp_path: Path) -> None:
     assert all(torch.equal(expected[name], found[name]) for name in expected)
 
 
-def start_and_kill(output: Path, into_training: float | None, after_start: float) -> None:
-    """Start the run and kill it, ``into_training`` seconds after its first new record, or during start-up."""
+def start_and_kill(output: Path, into_training: float | None, after_start: float, *, while_writing: bool) -> None:
+    """Start the run and kill it, ``into_training`` seconds after its first new record, or during start-up.
+
+    Or within the first half second of ``while_writing`` a checkpoint, which then takes a whole one.
+    """
     python, own = quick_start()
+    script = ("-m", "tests.run.slow_writes") if while_writing else (str(TRAIN),)
     process = subprocess.Popen(
-        [python, str(TRAIN), *OPTIONS, "--output", str(output)],
+        [python, *script, *OPTIONS, "--output", str(output)],
         env=own,
         cwd=ROOT,
         stdout=subprocess.DEVNULL,
@@ -53,11 +59,25 @@ def start_and_kill(output: Path, into_training: float | None, after_start: float
             time.sleep(after_start)
         else:
             wait_for_a_record(process, output / "metrics.jsonl")
-            time.sleep(into_training)
+            if while_writing:
+                wait_for_a_write(process, output)
+            time.sleep(into_training / 2 if while_writing else into_training)
         assert process.poll() is None, "the run ended before it was killed: give it more steps"
     finally:
         process.send_signal(signal.SIGUSR1)  # a fork gets SIGKILL for it; to a run it is the same
         process.wait(LIMIT)
+    assert bool(partial_checkpoints(output)) or not while_writing
+
+
+def partial_checkpoints(output: Path) -> list[Path]:
+    return list((output / "checkpoints").glob(".partial-step-*"))
+
+
+def wait_for_a_write(process: subprocess.Popen[bytes], output: Path) -> None:
+    deadline = time.monotonic() + LIMIT
+    while not partial_checkpoints(output):
+        assert time.monotonic() < deadline and process.poll() is None, "no checkpoint was written"
+        time.sleep(0.01)
 
 
 def wait_for_a_record(process: subprocess.Popen[bytes], metrics: Path) -> None:

@@ -195,7 +195,7 @@ METRICS: tuple[Metric, ...] = (
         "computed anew, because they do not continue the base token for token or the cache had no room.",
     ),
     Metric("seconds_evaluation", "s", "One evaluation, all sets.", timing=True),
-    Metric("seconds_checkpoint", "s", "Writing one checkpoint.", timing=True),
+    Metric("seconds_checkpoint", "s", "Training stood still for a checkpoint.", timing=True),
     Metric("elapsed_seconds", "s", "Since the start of training, over all sessions of a resumed run.", timing=True),
     Metric(
         "peak_memory_bytes",
