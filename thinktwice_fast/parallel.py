@@ -56,6 +56,8 @@ def gather_flat(values: list[T]) -> list[T]:
 
 def agree(error: UserError | None) -> None:
     """Raise everywhere when any process has an error, so that none waits for one that stopped. Collective."""
-    for number, text in enumerate(gather(str(error) if error is not None else None)):
-        if text is not None:
-            raise UserError(text if world_size() == 1 else f"process {number}: {text}")
+    said = None if error is None else (error.what, *error.remedies)
+    for number, parts in enumerate(gather(said)):
+        if parts is not None:
+            found = UserError(*parts)
+            raise found if world_size() == 1 else found.within(f"process {number}")

@@ -176,10 +176,13 @@ def test_star_with_nothing_right_says_what_to_do() -> None:
             return 0.0
 
     world = star(Wrong())
-    world.algorithm.step(1)
-    with pytest.raises(UserError, match=r"no answer to the 8 problems of iteration 1 is right.*--star\.rationalize"):
-        world.algorithm.step(2)
-    assert world.algorithm.state()["done"] == 1 and not world.updater.learned
+    world.algorithm.step(1), world.algorithm.step(2)
+    with pytest.raises(UserError, match=r"^none of the answers sampled in iteration 1 is right.*--star\.rationalize"):
+        world.algorithm.step(3)
+    assert world.algorithm.state()["tuned"] == 0 and not world.updater.learned
+    more = star(problems_per_iteration=12)  # what the line says to do
+    more.algorithm.load_state(world.algorithm.state())
+    assert [more.algorithm.step(number).phase for number in (3, 4)] == ["solve", "sft"]
 
 
 def test_batches_visit_every_kept_answer_in_each_epoch() -> None:

@@ -54,7 +54,8 @@ class STaR:
         self._sampling_steps = config.star.problems_per_iteration // batch
         self._position = 0  # problems sampled
         self._iteration = 0  # from 0
-        self._done = 0  # steps of this iteration
+        self._sampled = 0  # sampling steps of this iteration that are done
+        self._tuned = 0  # fine-tuning steps
         self._kept: list[Kept] = []  # in this iteration, by all processes
 
     def step(self, number: int) -> Step:
@@ -63,11 +64,11 @@ class STaR:
         Raises:
             UserError: on every process, when an iteration has sampled and nothing is right.
         """
-        step = self._sample(number) if self._done < self._sampling_steps else self._finetune()
+        sampling = not self._tuned and self._sampled < self._sampling_steps
+        step = self._sample(number) if sampling else self._finetune()
         step.metrics["iteration"] = float(self._iteration + 1)
-        self._done += 1
-        if self._done == self._sampling_steps + finetune_steps(self._config.star, self._iteration):
-            self._iteration, self._done, self._kept = self._iteration + 1, 0, []
+        if self._tuned >= finetune_steps(self._config.star, self._iteration):
+            self._iteration, self._sampled, self._tuned, self._kept = self._iteration + 1, 0, 0, []
         return step
 
     def state(self) -> dict[str, Any]:
@@ -75,13 +76,15 @@ class STaR:
         return {
             "position": self._position,
             "iteration": self._iteration,
-            "done": self._done,
+            "sampled": self._sampled,
+            "tuned": self._tuned,
             "kept": [[list(prompt), responses] for prompt, responses in self._kept],
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Continue where ``state()`` was taken."""
-        self._position, self._iteration, self._done = state["position"], state["iteration"], state["done"]
+        self._position, self._iteration = state["position"], state["iteration"]
+        self._sampled, self._tuned = state["sampled"], state["tuned"]
         self._kept = [(tuple(prompt), responses) for prompt, responses in state["kept"]]
 
     def _sample(self, number: int) -> Step:
@@ -103,25 +106,27 @@ class STaR:
             "kept": float(sum(len(responses) for _, responses in kept)),
             "rationalized": float(rationalized),
         }
-        if not self._kept and not kept and self._done + 1 == self._sampling_steps:
-            raise UserError(
-                f"no answer to the {self._config.star.problems_per_iteration} problems of iteration "
-                f"{self._iteration + 1} is right, so that there is nothing to learn: raise --samples_per_problem or "
-                "--star.problems_per_iteration, or set --star.rationalize true"
-            )
         drawn = len(groups) + len(hinted)
         self._kept = [*self._kept, *kept]
         self._position += batch
+        self._sampled += 1
         return Step("solve", metrics, groups, generations=sum(parallel.gather(drawn)) * spec.samples)
 
     def _finetune(self) -> Step:
-        if self._done == self._sampling_steps:
+        if not self._kept:
+            raise UserError(
+                f"none of the answers sampled in iteration {self._iteration + 1} is right, so that there is nothing to "
+                "learn: raise --star.problems_per_iteration, or start anew with more --samples_per_problem, easier "
+                "problems, or --star.rationalize true"
+            )
+        if not self._tuned:
             self._updater.restart(self._start_weights())
         batch = self._config.problems_per_step
         examples = [Example(prompt, response) for prompt, responses in self._kept for response in responses]
-        first = (self._done - self._sampling_steps) * batch
-        chosen = shuffled_batch(len(examples), first, batch, f"star:{self._config.seed}:{self._iteration}")
+        order = f"star:{self._config.seed}:{self._iteration}"
+        chosen = shuffled_batch(len(examples), self._tuned * batch, batch, order)
         metrics = self._updater.supervised_update([examples[chosen[slot]] for slot in self._slots])
+        self._tuned += 1
         return Step("sft", metrics, [])
 
     def _hinted(self, slot: int, group: Group) -> Group:

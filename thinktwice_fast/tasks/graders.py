@@ -3,7 +3,7 @@ r"""The built-in rewards: `math`, `choice` and `exact`, each 1.0 for a right res
 import logging
 import re
 
-from thinktwice_fast.errors import UserError
+from thinktwice_fast.errors import Option, UserError
 from thinktwice_fast.records import Problem
 from thinktwice_fast.tasks.answers import MATH_FONT, TEXT_COMMAND, extract_boxed, settle
 
@@ -32,8 +32,13 @@ def gold_letter(problem: Problem) -> str:
     gold = _BOXED_LETTER.fullmatch(problem.answer.strip())
     if gold is None:
         raise UserError(
-            f"row {problem.index} (from 0): the gold answer {problem.answer!r} is no letter A-Z, which --reward choice "
-            "compares with; use --reward exact, or name an answer column that holds letters"
+            (
+                f"row {problem.index} (from 0): the gold answer {problem.answer!r} is no letter A-Z, which ",
+                Option("reward", "choice"),
+                " compares with",
+            ),
+            ("use ", Option("reward", "exact")),
+            "name an answer column that holds letters",
         )
     return gold.group(1).upper()
 
