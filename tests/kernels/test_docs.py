@@ -31,8 +31,9 @@ def run(title: str, folder: Path, *launcher: str) -> str:
     return done.stdout
 
 
-def test_there_are_six() -> None:
-    assert len(PROGRAMS) == DOCS.count("```python") == 6
+def test_there_are_seven() -> None:
+    """The first is run where nothing but the ops is installed, by ../test_distributions.py."""
+    assert len(PROGRAMS) == DOCS.count("```python") == 7
 
 
 @pytest.mark.parametrize(
