@@ -84,8 +84,8 @@ class DapoOptions:
     """Dynamic sampling and overlong shaping (`algorithm: dapo`)."""
 
     max_draws: int | Literal["off"] = bounded(10, least=1)
-    """Draws of `problems_per_step` problems in which a step has to find as many whose samples are not all rewarded
-    alike, before the run stops with an error; "off" = no bound. (In a YAML file write 'off' with quotes.)"""
+    """Draws, each of up to `problems_per_step` problems, in which a step has to find as many whose samples are not all
+    rewarded alike, before the run stops with an error; "off" = no bound. (In a YAML file write 'off' with quotes.)"""
     overlong_buffer_tokens: int | None = bounded(None, least=0)
     """Rewards fall over so many tokens before `rollout.max_response_tokens`, linearly; null = a fifth of these, as
     published (4096 of 20480); 0 = off."""

@@ -18,6 +18,8 @@ from thinktwice_fast.run.checks import check_config
 from thinktwice_fast.run.metrics import reproducible
 from thinktwice_fast.run.metrics_file import read_metrics
 from thinktwice_fast.run.options import from_yaml, parse_config, to_yaml
+from thinktwice_kernels import PRESETS
+from thinktwice_kernels import LossOptions as OpsOptions
 
 # What each published loss differs in from the options' defaults, which are ThinkTwice's.
 GRPO = {"scale_rewards": "group", "epsilon_high": 0.2, "dual_clip": None, "beta": 0.04,
@@ -52,6 +54,12 @@ def test_a_name_sets_the_defaults_to_what_was_published(name: str, tmp_path: Pat
     saved = tmp_path / "config.yaml"
     saved.write_text(to_yaml(config))
     assert from_yaml(saved) == config
+
+
+def test_the_options_defaults_are_thinktwices_preset() -> None:
+    defaults = {option.name: option.default for option in fields(OpsOptions)}
+    preset = defaults | PRESETS["thinktwice"]["grpo_loss"] | PRESETS["thinktwice"]["group_advantages"]
+    assert asdict(LossOptions()) == {name: preset[name] for name in asdict(LossOptions())}
 
 
 def test_the_command_line_goes_before_what_was_published() -> None:
