@@ -22,7 +22,8 @@ from thinktwice_fast.records import Message, Problem
 from thinktwice_fast.run import build
 from thinktwice_fast.run.checks import check_config
 from thinktwice_fast.tasks.arithmetic import RECHECK
-from thinktwice_fast.tasks.pool import Grader, Grading
+from thinktwice_fast.tasks.grading import Graders
+from thinktwice_fast.tasks.pool import Grading
 
 
 def train(ask: Ask, desk: Desk) -> None:
@@ -61,8 +62,8 @@ def config_of(ask: Ask) -> Config:
 
 def _built(config: Config, ask: Ask, resources: ExitStack) -> build.Run:
     """The run, but that no token ends a response, and that what the grader finds counts only where asked for."""
-    grader = MixedGrader if ask.reward == "mixed" else Grader
-    with mock.patch.multiple(build, load_model=_endless, Grader=grader):
+    graders = MixedGraders if ask.reward == "mixed" else Graders
+    with mock.patch.multiple(build, load_model=_endless, Graders=graders):
         return build.build_run(config, resources)
 
 
@@ -70,7 +71,7 @@ def _endless(options: ModelOptions, seed: int, device: torch.device) -> LoadedMo
     return replace(load_model(options, seed, device), stop_ids=frozenset())
 
 
-class MixedGrader(Grader):
+class MixedGraders(Graders):
     """Grades as ever, then calls every other sample right."""
 
     def submit(self, problem: Problem, prompt: Sequence[Message], completions: Sequence[str]) -> Grading:

@@ -6,7 +6,7 @@ what combinations are refused.
 """
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from thinktwice_fast.bounds import bounded
 
@@ -23,6 +23,10 @@ class ModelOptions:
     """Keep the config and tokenizer of `path` but start from random weights drawn from `seed`."""
     chat_template: str | None = None
     """File with a Jinja chat template, for a tokenizer that has none (or to replace its own)."""
+    chat_template_args: dict[str, Any] = field(default_factory=dict)
+    """Variables for the chat template (Qwen3: {enable_thinking: false})."""
+    strip_default_system: bool = False
+    """Leave out the system block that the chat template writes where a chat has none of its own (OLMo-3)."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute; "auto" takes a GPU when there is one."""
     compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -44,20 +48,32 @@ class DataOptions:
 
     source: str = "arithmetic:tm5"
     """A jsonl, parquet or csv file, a hub dataset name, or "arithmetic:tm5" / "arithmetic:te5" made by the program."""
-    subset: str | None = None
-    """Configuration name of a hub dataset (GSM8K: "main")."""
+    subset: tuple[str, ...] | str | None = None
+    """Configuration name of a hub dataset (GSM8K: "main"), or several, whose problems follow each other."""
     split: str = "train"
     """Split of a hub dataset."""
     question_column: str | None = None
-    """Column with the question text. Default: the verl schema's `prompt`, else `question`, else `problem`."""
+    """Column with the question text, or a field `column.field` in one. Default: the verl schema's `prompt`, else
+    `question`, else `problem`."""
+    context_column: str | None = None
+    """Column with text that is put before the question where there is any."""
     answer_column: str | None = None
-    """Column with the gold answer. Default: the verl schema's `reward_model.ground_truth`, else `answer`; of an
-    answer in GSM8K's form the part after the last "####" is taken."""
+    """Column with the gold answer, a field `column.field` or a place in a list `column.0`. Default: the verl schema's
+    `reward_model.ground_truth`, else `answer`, else `solution`. Of an answer in GSM8K's form the part after the last
+    "####" is taken, of a worked one the content of the last \\boxed{}; true and false are yes and no."""
+    choices_column: str | None = None
+    """Column with the options of a multiple-choice question, a list of texts or {label: [...], text: [...]}: they are
+    shown as A, B, C, ..., and the answer column names the right one."""
+    wrong_columns: tuple[str, ...] = ()
+    """Columns with a wrong option each, where the answer column holds the right option's text; shown in an order drawn
+    from `choices_seed`."""
+    choices_seed: int = bounded(0, least=0)
+    """Seed of the order of options from `wrong_columns`; the run's `seed` does not touch it."""
     target_column: str | None = None
     """Column with a full worked response, for `algorithm: sft`."""
     instruction: str = ""
-    """Text appended to every question, after a space (how to reason, how to give the answer). verl-schema prompts
-    usually hold one already."""
+    """Text appended to every question, after a space, or a blank line after options (how to reason, how to give the
+    answer); not to one that holds it already, or asks for a \\boxed{} as it does, such as most verl-schema prompts."""
     limit: int = bounded(0, least=0)
     """Use only the first so many problems; 0 = all."""
     shuffle: bool = True
@@ -75,8 +91,8 @@ class ThinkTwiceOptions:
     """Which of a problem's solutions becomes the base of its refine group: any one at random, or a wrong one
     where there is one."""
     refine_instruction: str = "default"
-    """The user message after the base solution; "default" = the paper-style task-agnostic instruction, or the word
-    "recheck" for the shipped model and arithmetic."""
+    """The user message after the base solution, or a .txt or .md file with it; "default" = the paper-style
+    task-agnostic instruction, or the word "recheck" for the shipped model and arithmetic."""
 
 
 @dataclass
@@ -161,8 +177,9 @@ class RolloutOptions:
 class LossOptions:
     """The policy-gradient loss; names and meanings as in `thinktwice_kernels.grpo_loss`."""
 
-    scale_rewards: Literal["none", "group", "batch"] = "none"
-    """Divide the advantage (reward minus group mean) by nothing, the group's or the batch's standard deviation."""
+    scale_rewards: Literal["none", "group", "batch", "mean"] = "none"
+    """Divide the advantage (reward minus group mean) by nothing, the group's or the batch's standard deviation, or the
+    group's mean (MaxRL; rewards must not be negative)."""
     policy_loss: Literal["clip", "cispo", "sapo"] = "clip"
     """Objective: clipped PPO surrogate, CISPO, or SAPO's soft gate."""
     importance_sampling_level: Literal["token", "sequence"] = "token"
@@ -182,6 +199,9 @@ class LossOptions:
     """Upper bound of that weight."""
     rollout_is_floor: float | None = None
     """Lower bound of that weight; null = none."""
+    rollout_is_denominator: Literal["all", "kept"] = "all"
+    """Whether what "token-mask" or "sequence-mask" drops still counts where the loss is divided ("all"), or is out of
+    the loss altogether ("kept"; takes a pass over all samples first, to know)."""
     beta: float = bounded(0.0, least=0)
     """Weight of the KL term to the initial policy; 0 = no reference model."""
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"
@@ -192,6 +212,23 @@ class LossOptions:
         "token-mean"
     )
     """How token losses become one number, over the whole mini-batch across processes."""
+
+
+@dataclass
+class ThinkTuningOptions:
+    """A teacher's feedback in some of the rollouts; names of the loss as in `thinktwice_kernels.grpo_loss`."""
+
+    shaping_coefficient: float = bounded(2.5e-4, least=0, most=1)
+    """A guided token of probability p weighs p / (p + gamma), with gamma = this times the advantage."""
+    shaping_clamp: float = bounded(1e-3, least=0, most=1)
+    """Largest absolute value of gamma."""
+    shaping_min_probability: float = bounded(0.01, least=0, most=1)
+    """A guided token with a negative advantage is not shaped where it is less likely than this."""
+    guide_fallback: Literal["mask", "clip"] = "mask"
+    """What such a token gets instead: nothing, or the term of an ordinary one (the released code's)."""
+    released_code_compat: bool = False
+    """Do as the released code: gamma always minus `shaping_clamp`, weights 1.0001 and 0.9999 where p + gamma is below 0
+    and above 1, all tokens of a guided rollout guided, and no dual clip where no rollout is."""
 
 
 @dataclass
@@ -234,11 +271,18 @@ class UpdateOptions:
 class EvalOptions:
     """Held-out evaluation: solve, then refine each solution once."""
 
-    sets: dict[str, str] | None = None
-    """Name and source of each evaluation set (as `data.source`; of arithmetic ones the held-out part). Default: the
-    held-out part of an arithmetic `data.source`, none for others; {} = none."""
-    subset: str | None = None
-    """Configuration name of hub datasets among the sets."""
+    sets: dict[str, str | dict[str, Any]] | tuple[str, ...] | None = None
+    """Name of each evaluation set with a ready set's name, a source (as `data.source`; of arithmetic ones the held-out
+    part) or {source: ..., options as of `data`, reward: ...}; or a list of ready sets. Default: the held-out part of an
+    arithmetic `data.source`, none for others; {} = none."""
+    ready_sets: str | None = None
+    """YAML file with more ready sets, written as in `thinktwice_fast/assets/ready_sets.yaml`; its names go first."""
+    data_root: str | None = None
+    """Folder to read ready sets from instead of the hub: aime.parquet or .jsonl, .json, .csv for `aime`, ..., with the
+    hub's columns or in the verl schema."""
+    subset: tuple[str, ...] | str | None = None
+    """Configuration name of hub datasets among the sets; this and the next four are for sets that are not ready and do
+    not say it themselves."""
     split: str = "test"
     """Split of hub datasets among the sets."""
     question_column: str | None = None
@@ -298,12 +342,14 @@ class Config:
     samples_per_problem: int = bounded(8, least=1)
     """Samples per problem (G): the group that an advantage is taken over."""
     reward: str = "math"
-    """"math" (last \\boxed{}, math-verify), "choice" (multiple-choice letter), "exact" (stripped text), or
-    my_file.py:function with TRL's reward signature."""
+    """"math" (last \\boxed{}, math-verify), "math_strict" (the same by the rules of ThinkTwice's released code),
+    "choice" (multiple-choice letter), "yes_no", "exact" (stripped text), or my_file.py:function with TRL's reward
+    signature. Evaluation sets may have one of their own."""
     reward_timeout: float = bounded(10.0, above=0, most=_MOST_SECONDS)
     """Seconds a grader may take for one answer before it is stopped (math: graded 0; own function: an error)."""
     reward_workers: int | None = bounded(None, least=1)
-    """Grader processes for "math", per training process; default: one per two CPU cores, at most 8."""
+    """Grader processes, per training process. Default: for math one per two CPU cores, at most 8; for an own function
+    1, which keeps its module's state from call to call: give more where it needs none."""
     model: ModelOptions = field(default_factory=ModelOptions)
     data: DataOptions = field(default_factory=DataOptions)
     thinktwice: ThinkTwiceOptions = field(default_factory=ThinkTwiceOptions)
@@ -312,6 +358,7 @@ class Config:
     sft: SftOptions = field(default_factory=SftOptions)
     rollout: RolloutOptions = field(default_factory=RolloutOptions)
     loss: LossOptions = field(default_factory=LossOptions)
+    thinktuning: ThinkTuningOptions = field(default_factory=ThinkTuningOptions)
     update: UpdateOptions = field(default_factory=UpdateOptions)
     eval: EvalOptions = field(default_factory=EvalOptions)
     run: RunOptions = field(default_factory=RunOptions)
@@ -338,10 +385,3 @@ def overlong_buffer(config: Config) -> int:
     """``dapo.overlong_buffer_tokens``, its default resolved."""
     tokens = config.dapo.overlong_buffer_tokens
     return config.rollout.max_response_tokens // 5 if tokens is None else tokens
-
-
-def evaluation_sources(config: Config) -> dict[str, str]:
-    """Name and source of each evaluation set, where `eval.sets` leaves it open those of `data.source`."""
-    if config.eval.sets is not None:
-        return config.eval.sets
-    return {"held_out": config.data.source} if config.data.source.startswith(ARITHMETIC) else {}

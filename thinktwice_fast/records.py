@@ -17,6 +17,7 @@ class Problem:
     answer: str  # the gold answer that the reward compares with
     target: str | None = None  # a full worked response, where the source has one (needed by SFT)
     columns: dict[str, Any] = field(default_factory=dict)  # every column of the row, for user rewards
+    reward: str | None = None  # how to grade it, of its evaluation set; None = as the run does
 
     @property
     def question(self) -> str:
@@ -57,6 +58,12 @@ class Rollout:
     advantage: float = 0.0
     ended: bool = False  # nothing more will be drawn: a stop token or string came, or max_tokens were drawn
     cached: int | None = None  # name of its cache, where that is kept for a request that extends it (`Request.keep`)
+    guide: list[bool] = field(default_factory=list)  # which response tokens a teacher wrote (logp 0); empty = none
+
+    @property
+    def sampled(self) -> int:
+        """Response tokens that the policy drew."""
+        return len(self.response) - sum(self.guide)
 
 
 @dataclass(frozen=True)

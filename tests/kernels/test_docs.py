@@ -43,6 +43,7 @@ def test_there_are_seven() -> None:
         ("In a TRL trainer", "'train_loss':"),
         ("In a trainer of verl's shape", "."),
         ("A decoder layer", "gradient of the keys' norm tensor("),
+        ("What rollout correction drops", "of 10 tokens, loss"),
         ("Guided tokens (ThinkTuning)", "tensor(["),
     ],
 )

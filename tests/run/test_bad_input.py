@@ -63,9 +63,9 @@ DATA_CASES = [
         fresh=True,
     ),
     Case(
-        "numbers as answers",
-        ("row 0", "column answer", "of type int, not text", "make it a string"),
-        source(*({"question": row["question"], "answer": int(row["answer"])} for row in ROWS)),
+        "lists as answers",
+        ("row 0", "column answer", "of type list, not text", "make it a string"),
+        source(*({"question": row["question"], "answer": [row["answer"]]} for row in ROWS)),
     ),
     Case(
         "one answer is a number",
@@ -228,7 +228,11 @@ REWARD_CASES = [
             *problems(folder, *({"question": row["question"], "answer": "B"} for row in ROWS)),
         ],
     ),
-    Case("unknown reward", ("unknown reward 'maths'", "use math, choice, exact, or"), options("--reward", "maths")),
+    Case(
+        "unknown reward",
+        ("unknown reward 'maths'", "use math, math_strict, choice, yes_no,"),
+        options("--reward", "maths"),
+    ),
     Case(
         "missing reward file",
         ("no file absent.py", "give its path"),

@@ -8,7 +8,8 @@ from thinktwice_fast import parallel
 from thinktwice_fast.errors import UserError
 from thinktwice_fast.records import Base, Group, Problem, Request, Rollout, Sampling
 from thinktwice_fast.rollout.engine import Engine, OnEnd
-from thinktwice_fast.tasks.pool import Grader, Grading
+from thinktwice_fast.tasks.grading import Graders
+from thinktwice_fast.tasks.pool import Grading
 from thinktwice_fast.tasks.prompts import ChatFormat
 
 Gradings = list[tuple[Group, Grading]]  # complete groups with their rewards on the way
@@ -66,7 +67,7 @@ class Sampler:
 
     engine: Engine
     chat: ChatFormat
-    grader: Grader
+    grader: Graders
     refine_instruction: str
     stop_ids: frozenset[int]
 
@@ -159,17 +160,17 @@ class Sampler:
             gradings: where it puts what is being graded.
 
         Raises:
-            UserError: on every process, when sampling or grading fails on any. Collective.
+            UserError: on every process and soon, when sampling or grading fails on any. Collective.
         """
         started = time.perf_counter()
         timeouts, preemptions = self.grader.timeouts, self.engine.counts.preemptions
-        error: UserError | None = None
+        error: UserError | parallel.OtherFailed | None = None
         try:
-            self.engine.run(requests, on_end, seed=spec.seed, version=spec.version)
+            self.engine.run(requests, on_end, seed=spec.seed, version=spec.version, meanwhile=self.grader.look)
             sampled = time.perf_counter()
             for group, grading in gradings:
                 set_rewards(group, grading)
-        except UserError as caught:
+        except (UserError, parallel.OtherFailed) as caught:
             error, sampled = caught, time.perf_counter()
         finally:
             self.engine.release_prefixes()
