@@ -23,7 +23,8 @@ from thinktwice_fast.errors import UserError
 from thinktwice_fast.run.best import rising_metrics
 from thinktwice_fast.run.checkpoint import checkpoints, load_checkpoint
 from thinktwice_fast.run.memory import Shape, checkpoint_bytes
-from thinktwice_fast.run.metrics import find_metric, read_metrics
+from thinktwice_fast.run.metrics import find_metric
+from thinktwice_fast.run.metrics_file import read_metrics
 
 __all__ = ["one_process"]
 

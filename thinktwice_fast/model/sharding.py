@@ -9,7 +9,7 @@ the copy has the two merged.
 """
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -140,15 +140,37 @@ def cpu_mesh(policy: Policy) -> DeviceMesh | None:
     return None
 
 
+def own_shard(tensor: torch.Tensor) -> torch.Tensor:
+    """Of a sharded tensor this process's shard."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
 def cpu_copy(tensor: torch.Tensor, mesh: DeviceMesh | None) -> torch.Tensor:
     """A copy on the CPU; of a sharded tensor of this process's shard, sharded alike over ``mesh``."""
     if not isinstance(tensor, DTensor):
         return tensor.detach().to("cpu", copy=True)
     assert mesh is not None, "as `cpu_mesh` gives it"
-    local = tensor.to_local().detach().to("cpu", copy=True)
+    local = own_shard(tensor).detach().to("cpu", copy=True)
     return DTensor.from_local(
         local, mesh, tensor.placements, run_check=False, shape=tensor.shape, stride=tensor.stride()
     )
+
+
+def trained_shards(policy: Policy) -> list[torch.Tensor]:
+    """Copies on the CPU of what this process has of each trained weight."""
+    return [
+        own_shard(parameter).detach().to("cpu", copy=True)
+        for parameter in policy.parameters()
+        if parameter.requires_grad
+    ]
+
+
+@torch.no_grad()
+def set_trained_shards(policy: Policy, shards: Sequence[torch.Tensor]) -> None:
+    """Set the trained weights to what ``trained_shards`` gave; every process its own."""
+    trained = (parameter for parameter in policy.parameters() if parameter.requires_grad)
+    for parameter, shard in zip(trained, shards, strict=True):
+        own_shard(parameter).copy_(shard)
 
 
 def _one_set(model: Model, dtype: torch.dtype) -> ModelPair:

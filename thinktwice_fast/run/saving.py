@@ -17,12 +17,11 @@ from typing import Any, Self
 import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.tensor import DTensor
 
 from thinktwice_fast import parallel
 from thinktwice_fast.errors import UserError
 from thinktwice_fast.model.loading import model_files, write_model
-from thinktwice_fast.model.sharding import cpu_copy, cpu_mesh, own_state, saved_weights
+from thinktwice_fast.model.sharding import cpu_copy, cpu_mesh, own_shard, own_state, saved_weights
 from thinktwice_fast.run.best import Best
 from thinktwice_fast.run.checkpoint import (
     ADAPTER,
@@ -202,7 +201,7 @@ class Saver:
         texts = {f"{RANDOM}/{parallel.rank():05d}.json": copy.random}
 
         def finish() -> None:
-            weights: Mapping[str, torch.Tensor] = {name: _local(value) for name, value in copy.weights.items()}
+            weights: Mapping[str, torch.Tensor] = {name: own_shard(value) for name, value in copy.weights.items()}
             if not alone:
                 chunks = shard_chunks(partial / _WEIGHTS)
                 weights = ReadTensors({name: chunks[name] for name in copy.weights})
@@ -220,7 +219,3 @@ class Saver:
         finally:
             if parallel.rank() == 0:
                 shutil.rmtree(partial, ignore_errors=True)
-
-
-def _local(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
