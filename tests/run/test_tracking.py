@@ -17,7 +17,8 @@ from thinktwice_fast import parallel
 from thinktwice_fast.config import Config
 from thinktwice_fast.errors import UserError
 from thinktwice_fast.records import Base, Group, Problem, Rollout
-from thinktwice_fast.run.metrics import metrics_of, read_metrics
+from thinktwice_fast.run.metrics import metrics_of
+from thinktwice_fast.run.metrics_file import read_metrics
 from thinktwice_fast.run.output import Output
 from thinktwice_fast.run.tracking import tracker_names
 

@@ -1,21 +1,13 @@
-"""Every metric, declared once with its definition, and the file they go to.
+"""Every metric, declared once with its definition; ``metrics_file.py`` writes them.
 
-``metrics.jsonl`` holds one JSON object per line: ``step``, ``phase``, then metrics under the names declared
-here. Trackers get the same (``tracking.py``). Solve and refine metrics never share a key: their averages would mix
-two different prompts.
+Solve and refine metrics never share a key: their averages would mix two different prompts.
 """
 
-import json
-import math
-import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 from typing import Any
-
-from thinktwice_fast.errors import UserError
 
 Record = dict[str, Any]  # one line of metrics.jsonl: "step" (int), "phase" (str), then name: number or None
 
@@ -66,6 +58,22 @@ METRICS: tuple[Metric, ...] = (
     ),
     Metric("{phase}/grading_timeouts", "samples", "Samples whose grader was stopped at `reward_timeout`.", POLICY),
     Metric("{phase}/preemptions", "sequences", "Times a sequence had to leave a full KV cache and start over.", POLICY),
+    Metric(
+        "solve/draws",
+        "draws",
+        "DAPO: times that problems were sampled until the batch was full. Rewards, lengths and the like are those of "
+        "every sample drawn, figures of the loss those of the samples trained on.",
+    ),
+    Metric("solve/samples_discarded", "samples", "DAPO: samples drawn that were not trained on."),
+    Metric(
+        "solve/overlong_penalty",
+        "reward",
+        "DAPO: what `dapo.overlong_buffer_tokens` took off the rewards that advantages are made of, mean over the "
+        "samples trained on; `solve/reward` is what it was.",
+    ),
+    Metric("solve/kept", "samples", "STaR: answers of the step that are kept to be learned."),
+    Metric("solve/rationalized", "samples", "STaR: those of them that had the gold answer as a hint."),
+    Metric("{phase}/iteration", "", "STaR: which iteration the step belongs to, from 1.", ("solve", "sft")),
     Metric("{phase}/prompt_tokens", "tokens", "Mean prompt length, every sample counted.", SAMPLED),
     Metric("{phase}/response_tokens", "tokens", "Mean response length, stop token included.", SAMPLED),
     Metric("{phase}/response_tokens_max", "tokens", "Longest response, stop token included.", SAMPLED),
@@ -195,7 +203,7 @@ METRICS: tuple[Metric, ...] = (
         "computed anew, because they do not continue the base token for token or the cache had no room.",
     ),
     Metric("seconds_evaluation", "s", "One evaluation, all sets.", timing=True),
-    Metric("seconds_checkpoint", "s", "Writing one checkpoint.", timing=True),
+    Metric("seconds_checkpoint", "s", "Training stood still for a checkpoint.", timing=True),
     Metric("elapsed_seconds", "s", "Since the start of training, over all sessions of a resumed run.", timing=True),
     Metric(
         "peak_memory_bytes",
@@ -206,8 +214,8 @@ METRICS: tuple[Metric, ...] = (
     Metric(
         "generations",
         "samples",
-        "Training samples drawn since the start, solve and refine together: what methods are compared at, since half "
-        "of ThinkTwice's steps refine.",
+        "Training samples drawn since the start, refinements and discarded ones among them: what methods are compared "
+        "at, since half of ThinkTwice's steps refine and DAPO's draw until a batch is full.",
     ),
     Metric("eval/{set}/solve_accuracy", "share", "Solutions that are right, of all solutions."),
     Metric(
@@ -272,106 +280,5 @@ def reproducible(records: Iterable[Record]) -> list[Record]:
 
 
 def metrics_of(record: Record) -> Record:
-    """A record without its step and phase."""
+    """The metrics of a record, by name."""
     return {name: value for name, value in record.items() if name not in ("step", "phase")}
-
-
-def append_json_lines(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
-    """Append one line per record, handed to the operating system before returning.
-
-    Raises:
-        UserError: the file cannot be written (no space left, say).
-        ValueError: a value is NaN or infinite, which JSON cannot hold.
-    """
-    try:
-        with path.open("ab") as file:
-            for record in records:
-                line = json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n"
-                # A lone surrogate (legal in a JSON data set) has no UTF-8 form; its backslash form is a JSON escape.
-                file.write(line.encode("utf-8", "backslashreplace"))
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}; mend that, then continue with --resume auto") from None
-
-
-def read_json_lines(path: Path) -> Iterator[Record]:
-    """The records of a JSON lines file, in order, without a last line that a kill cut in half.
-
-    Raises:
-        UserError: the file is missing, or a line that others follow is not a record with a ``step``.
-    """
-    try:
-        file = path.open("rb")
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}; give the path of a run's JSON lines file") from None
-    with file:
-        for number, line in enumerate(file, start=1):
-            try:
-                record = json.loads(line)
-                record["step"]
-            except (ValueError, TypeError, KeyError):
-                # Lines are appended whole, so only the end of the file can be torn.
-                if not line.endswith(b"\n"):
-                    return
-                raise UserError(f"{path}, line {number} is not a record of a run; delete that line") from None
-            yield record
-
-
-def read_metrics(path: Path) -> list[Record]:
-    """Every record of a ``metrics.jsonl``; raises UserError as `read_json_lines` does."""
-    return list(read_json_lines(path))
-
-
-def truncate_json_lines(path: Path, last_step: int | None) -> None:
-    """Keep only the records with ``step`` <= ``last_step``, or none where it is None.
-
-    What a killed run wrote after its last checkpoint will be written again. The file is replaced in one rename:
-    a kill leaves the old or the new one. A missing file stays missing.
-
-    Raises:
-        UserError: as `read_json_lines` and `append_json_lines`.
-    """
-    if not path.exists():
-        return
-    if last_step is None:
-        path.unlink()
-        return
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.unlink(missing_ok=True)
-    append_json_lines(temporary, (record for record in read_json_lines(path) if record["step"] <= last_step))
-    with temporary.open("rb") as file:
-        os.fsync(file.fileno())
-    temporary.replace(path)
-
-
-class MetricsWriter:
-    """Writes ``folder/metrics.jsonl``. For rank 0 alone.
-
-    Args:
-        folder: The run's folder; made where it is missing.
-        resume_step: Step of the checkpoint that the run continues from: later records are removed. None for a run from
-            the start: the same for all records.
-    """
-
-    def __init__(self, folder: Path, resume_step: int | None) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        self.path = folder / "metrics.jsonl"
-        truncate_json_lines(self.path, resume_step)
-
-    def write(self, step: int, phase: str, values: Mapping[str, float | None]) -> Record:
-        """Write one record and return it as written.
-
-        NaN and infinities become null: JSON has neither, and a broken metric must not stop a run.
-
-        Raises:
-            KeyError: an undeclared name, or one that belongs to another phase.
-            UserError: the file cannot be written.
-        """
-        assert phase in PHASES, phase
-        record: Record = {"step": step, "phase": phase}
-        for name, value in values.items():
-            find_metric(name)
-            if "/" in name and name.partition("/")[0] not in (POLICY if phase == "pair" else (phase,)):
-                raise KeyError(f"metric {name!r} does not belong into a record of phase {phase!r}")
-            record[name] = value if value is not None and math.isfinite(value) else None
-        append_json_lines(self.path, [record])
-        return record
