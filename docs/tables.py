@@ -124,7 +124,11 @@ def _table(head: Row, rows: Sequence[Row]) -> str:
 def documents() -> dict[str, str]:
     """The generated files, by name."""
     commands = {name: load_command(name) for name in COMMANDS}
-    sections = [f"## {PROGRAM} {name}\n\n{options_table(c.options, c.positional)}" for name, c in commands.items()]
+    sections = [
+        f"## {PROGRAM} {name}\n\n"
+        + ("Those of `train.py`." if c.options is Config else options_table(c.options, c.positional))
+        for name, c in commands.items()
+    ]
     training = f"## train.py\n\n{options_table(Config)}"
     return {
         "options.md": "\n\n".join(("# Every option", _MADE, _OPTIONS, training, *sections)) + "\n",
