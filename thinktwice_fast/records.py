@@ -53,6 +53,7 @@ class Rollout:
     finished: bool = False  # ended by a stop token or string; False = cut off at max_tokens, or not ended yet
     stop_string: str | None = None  # the one that ended it
     text: str = ""  # the response decoded, without stop token or string; for graders and transcripts
+    guide_mask: list[int] = field(default_factory=list)  # of each response token, 1 = a teacher's; empty = none is
     reward: float | None = None  # None: the reward function left this sample out
     advantage: float = 0.0
     ended: bool = False  # nothing more will be drawn: a stop token or string came, or max_tokens were drawn
@@ -67,8 +68,9 @@ class Request:
     prompt: tuple[int, ...]  # token ids
     sample_ids: tuple[int, ...]  # one per sample: with the seed and the position they key its random numbers
     sampling: Sampling
-    keep: bool = False  # keep each rollout's cache when it ends, while there is room, to be extended once
+    keep: bool = False  # keep each rollout's cache when it ends, while there is room, to be extended
     extends: Rollout | None = None  # a kept rollout whose prompt and response this prompt continues
+    shares: bool = False  # ... and leaves its cache to others that extend it too
 
 
 @dataclass(frozen=True)

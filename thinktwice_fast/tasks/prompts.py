@@ -85,6 +85,7 @@ class ChatFormat:
                 "with --model.chat_template"
             )
         self._tokenizer = tokenizer
+        self.special_ids = frozenset(tokenizer.all_special_ids)  # of tokens that no text should become
 
     def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
         """Token ids of a chat that awaits the assistant's next message.
