@@ -71,12 +71,12 @@ def load_prompt(path: str) -> TeacherPrompt:
         raise UserError(f"--thinktuning.shots {path}: can't read it as YAML: {one_line(error)}") from error
     try:
         shots = tuple(Shot(**_texts(shot, Shot)) for shot in content["shots"])
-        prompt = TeacherPrompt(**_texts({**content, "shots": ""}, TeacherPrompt) | {"shots": shots})
+        texts = _texts({**content, "shots": ""}, TeacherPrompt)
     except (TypeError, KeyError, ValueError) as error:
         raise UserError(f"--thinktuning.shots {path}: {one_line(error)}: write it as {shipped}") from error
     if not shots or not all(shot.behaviour.replace("_", "a").isalpha() for shot in shots):
         raise UserError(f"--thinktuning.shots {path}: give at least one shot, its behaviour in letters and underscores")
-    return prompt
+    return TeacherPrompt(texts["system"], texts["answer_format"], shots)
 
 
 def teacher_ids(chat: ChatFormat, messages: Sequence[Message], limit: int) -> tuple[int, ...]:
