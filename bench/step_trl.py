@@ -17,6 +17,7 @@ from trl import GRPOConfig, GRPOTrainer
 from bench import step_truth
 from bench.step_process import BETAS, CLIP, LEARNING_RATE, Ask
 from bench.step_worker import Desk
+from thinktwice_fast.records import Problem
 from thinktwice_fast.tasks import graders
 from thinktwice_fast.tasks.prompts import ChatFormat
 
@@ -100,8 +101,8 @@ class Rewards:
 
 
 def _grade(text: str, gold: str) -> float:
-    reward, answer = graders.grade_math(text, gold)
-    return float(graders.verify_math(answer, gold)) if reward is None else reward
+    grade = graders.grade_math(text, Problem(0, (), gold))
+    return float(graders.verify_math(*grade)) if isinstance(grade, graders.Doubt) else grade
 
 
 class _Timed(GRPOTrainer):

@@ -24,7 +24,7 @@ from typing import Any
 MODULES = (
     *("thinktwice_fast.run.loop", "thinktwice_fast.run.options", "thinktwice_fast.run.plan", "torch.utils.tensorboard"),
     *(f"transformers.models.{name}.modeling_{name}" for name in ("llama", "olmo3", "qwen2", "qwen3")),
-    *("math_verify", "matplotlib.backends.backend_agg", "pebble", "peft", "torch.distributed.run"),
+    *("math_verify", "matplotlib.backends.backend_agg", "peft", "torch.distributed.run"),
 )
 _LARGEST = 1 << 20  # bytes of a request
 

@@ -306,12 +306,13 @@ class Config:
     samples_per_problem: int = bounded(8, least=1)
     """Samples per problem (G): the group that an advantage is taken over."""
     reward: str = "math"
-    """"math" (last \\boxed{}, math-verify), "choice" (multiple-choice letter), "exact" (stripped text), or
-    my_file.py:function with TRL's reward signature."""
+    """"math" (last \\boxed{}, math-verify), "math_strict" (the same by the rules of ThinkTwice's released code),
+    "choice" (multiple-choice letter), "exact" (stripped text), or my_file.py:function with TRL's reward signature."""
     reward_timeout: float = bounded(10.0, above=0, most=_MOST_SECONDS)
     """Seconds a grader may take for one answer before it is stopped (math: graded 0; own function: an error)."""
     reward_workers: int | None = bounded(None, least=1)
-    """Grader processes for "math", per training process; default: one per two CPU cores, at most 8."""
+    """Grader processes, per training process. Default: for math one per two CPU cores, at most 8; for an own function
+    1, which keeps its module's state from call to call: give more where it needs none."""
     model: ModelOptions = field(default_factory=ModelOptions)
     data: DataOptions = field(default_factory=DataOptions)
     thinktwice: ThinkTwiceOptions = field(default_factory=ThinkTwiceOptions)

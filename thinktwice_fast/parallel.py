@@ -1,15 +1,31 @@
 """The processes of a run: starting them up, and the few things they tell each other as Python objects."""
 
 import os
+import time
 from datetime import timedelta
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
 from thinktwice_fast.errors import UserError
 
 T = TypeVar("T")
+
+_LOOK_SECONDS = 0.5  # how often a process looks whether another has failed
+_FAILED = "failed"
+
+
+class OtherFailed(Exception):
+    """Another process has failed and waits in `agree`, where it tells why."""
+
+
+class _Board:
+    """What processes tell each other while they do different things."""
+
+    store: dist.Store | None = None
+    next_look = 0.0
 
 
 def start(device: torch.device, timeout: float) -> None:
@@ -25,7 +41,10 @@ def start(device: torch.device, timeout: float) -> None:
         backend = "cpu:gloo,cuda:nccl"
     limit = timedelta(seconds=timeout)
     if "RANK" in os.environ:
-        dist.init_process_group(backend, timeout=limit)
+        store, number, size = next(rendezvous("env://", timeout=limit))
+        _Board.store = dist.PrefixStore("board", store)
+        group = dist.PrefixStore("group", store)
+        dist.init_process_group(backend, store=group, rank=number, world_size=size, timeout=limit)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=limit)
 
@@ -54,8 +73,27 @@ def gather_flat(values: list[T]) -> list[T]:
     return [value for part in gather(values) for value in part]
 
 
-def agree(error: UserError | None) -> None:
-    """Raise everywhere when any process has an error, so that none waits for one that stopped. Collective."""
-    for number, text in enumerate(gather(str(error) if error is not None else None)):
+def look_for_failure() -> None:
+    """Have a process that works for long by itself stop when another has failed; asks at most every half second.
+
+    Raises:
+        OtherFailed: to be handed to `agree`.
+    """
+    if _Board.store is None or time.monotonic() < _Board.next_look:
+        return
+    _Board.next_look = time.monotonic() + _LOOK_SECONDS
+    if _Board.store.check([_FAILED]):
+        raise OtherFailed
+
+
+def agree(error: UserError | OtherFailed | None) -> None:
+    """Raise everywhere when any process has an error, so that none waits for one that stopped. Collective.
+
+    Those that call `look_for_failure` until they come here come soon.
+    """
+    own = str(error) if isinstance(error, UserError) else None
+    if own is not None and _Board.store is not None:
+        _Board.store.set(_FAILED, own)
+    for number, text in enumerate(gather(own)):
         if text is not None:
             raise UserError(text if world_size() == 1 else f"process {number}: {text}")

@@ -228,7 +228,11 @@ REWARD_CASES = [
             *problems(folder, *({"question": row["question"], "answer": "B"} for row in ROWS)),
         ],
     ),
-    Case("unknown reward", ("unknown reward 'maths'", "use math, choice, exact, or"), options("--reward", "maths")),
+    Case(
+        "unknown reward",
+        ("unknown reward 'maths'", "use math, math_strict, choice, exact, or"),
+        options("--reward", "maths"),
+    ),
     Case(
         "missing reward file",
         ("no file absent.py", "give its path"),

@@ -156,6 +156,9 @@ class SlowGrading(Grading):
 class SlowGrader:
     timeouts = 0
 
+    def look(self) -> None:
+        pass
+
     def submit(self, asked: Any, prompt: Any, completions: Sequence[str]) -> Grading:
         return SlowGrading([float(len(text) % 2) for text in completions])
 

@@ -192,7 +192,6 @@ def test_the_tiny_configuration_is_the_default() -> None:
         "--algorithm sft --eval.sets {} --rollout.cache_tokens 4096",
         "--reward exact --reward_workers 4",
         "--reward choice --reward_workers 4",
-        "--reward mine.py:reward --reward_workers 4",
         "--reward exact --reward_timeout 3",
         "--eval.split train",
         "--eval.subset main",

@@ -39,7 +39,7 @@ def test_problems_are_in_range_and_their_targets_right(variant: str, held_out: b
         *lines, box = solution.split("\n")
         assert all(eval(line.replace("=", "==")) for line in lines)
         assert box == f"\\boxed{{{problem.answer}}}"
-        assert grade_math(solution, problem.answer)[0] == 1.0
+        assert grade_math(solution, problem) == 1.0
 
 
 def test_worked_example_of_every_format() -> None:

@@ -8,8 +8,6 @@ from thinktwice_fast.tasks.graders import (
     grade_choice,
     grade_exact,
     grade_math,
-    prepare_math_verify,
-    verify_math,
 )
 
 
@@ -59,38 +57,18 @@ def test_choice_needs_a_letter_as_gold_answer() -> None:
 
 
 def test_exact_strips() -> None:
-    assert grade_exact(" yes\n", "yes ") == 1.0
-    assert grade_exact("Yes", "yes") == 0.0
+    assert grade_exact(" yes\n", problem("yes ")) == 1.0
+    assert grade_exact("Yes", problem("yes")) == 0.0
 
 
 def test_math_settles_numbers_and_leaves_the_rest() -> None:
-    assert grade_math(r"thus \boxed{1/2}", "0.5") == (1.0, "1/2")
-    assert grade_math(r"thus \boxed{3}", "0.5") == (0.0, "3")
-    assert grade_math("0.5", "0.5") == (0.0, "")
-    assert grade_math(r"\boxed{0.5", "0.5") == (0.0, "")
-    assert grade_math(r"\boxed{\sqrt8}", r"2\sqrt2") == (None, r"\sqrt8")
+    assert grade_math(r"thus \boxed{1/2}", problem("0.5")) == 1.0
+    assert grade_math(r"thus \boxed{3}", problem("0.5")) == 0.0
+    assert grade_math("0.5", problem("0.5")) == 0.0
+    assert grade_math(r"\boxed{0.5", problem("0.5")) == 0.0
+    assert grade_math(r"\boxed{\sqrt8}", problem(r"2\sqrt2")) == (r"\sqrt8", r"2\sqrt2")
 
 
 def test_gold_answer_out_of_a_solution() -> None:
     assert gold_answer(r"We add: \boxed{5}") == "5"
     assert gold_answer("5") == "5"
-
-
-@pytest.mark.parametrize(
-    ("answer", "gold", "equal"),
-    [
-        ("\\sqrt8", "2\\sqrt2", True),
-        ("x=5", "5", True),
-        ("5 \\text{ cm}", "5", True),
-        ("(x+1)^2", "x^2+2x+1", True),
-        ("\\frac{\\sqrt3}{3}", "1/\\sqrt3", True),
-        ("\\{2, 1\\}", "\\{1, 2\\}", True),
-        ("\\sqrt7", "2\\sqrt2", False),
-        ("\\frac{", "2", False),
-        ("\\\\{{}$", "\\pi", False),
-        ("5", "np.arcsin(10/13)", False),
-    ],
-)
-def test_math_verify(answer: str, gold: str, equal: bool) -> None:
-    prepare_math_verify()
-    assert verify_math(answer, gold) is equal

@@ -150,17 +150,17 @@ class Sampler:
             gradings: where it puts what is being graded.
 
         Raises:
-            UserError: on every process, when sampling or grading fails on any. Collective.
+            UserError: on every process and soon, when sampling or grading fails on any. Collective.
         """
         started = time.perf_counter()
         timeouts, preemptions = self.grader.timeouts, self.engine.counts.preemptions
-        error: UserError | None = None
+        error: UserError | parallel.OtherFailed | None = None
         try:
-            self.engine.run(requests, on_end, seed=spec.seed, version=spec.version)
+            self.engine.run(requests, on_end, seed=spec.seed, version=spec.version, meanwhile=self.grader.look)
             sampled = time.perf_counter()
             for group, grading in gradings:
                 set_rewards(group, grading)
-        except UserError as caught:
+        except (UserError, parallel.OtherFailed) as caught:
             error, sampled = caught, time.perf_counter()
         finally:
             self.engine.release_prefixes()

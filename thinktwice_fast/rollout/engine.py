@@ -89,6 +89,7 @@ class Engine:
         *,
         seed: int,
         version: int = 0,
+        meanwhile: Callable[[], None] = lambda: None,
     ) -> list[Rollout]:
         """Draw all samples of the requests, and of those that come after them.
 
@@ -100,6 +101,7 @@ class Engine:
             on_end: called with each rollout as it ends; gives more requests.
             seed: of the random numbers, together with each sample id.
             version: of the weights, stamped on the cache blocks written; kept caches of another are not extended.
+            meanwhile: called again and again; what it raises ends the run.
 
         Returns:
             The rollouts in the order in which they ended.
@@ -108,8 +110,12 @@ class Engine:
             UserError: a sequence could outgrow the cache or ``max_tokens``; logits are not finite.
             ValueError: stop strings, and the engine has no ``decode``.
         """
-        grown = self.stream(requests, on_end, seed=seed, version=version, most=STEPS_AT_ONCE)
-        return [rollout for rollout in grown if rollout.ended]
+        ended = []
+        for rollout in self.stream(requests, on_end, seed=seed, version=version, most=STEPS_AT_ONCE):
+            meanwhile()
+            if rollout.ended:
+                ended.append(rollout)
+        return ended
 
     def stream(
         self,

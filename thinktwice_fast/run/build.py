@@ -32,6 +32,7 @@ from thinktwice_fast.rollout.engine import Engine
 from thinktwice_fast.run.memory import device_bytes, held_bytes, keep_freed_memory, predict
 from thinktwice_fast.run.workload import Evaluated, heaviest_load, phases
 from thinktwice_fast.tasks.arithmetic import RECHECK, warm_start_example
+from thinktwice_fast.tasks.graders import GRADERS
 from thinktwice_fast.tasks.pool import Grader
 from thinktwice_fast.tasks.prompts import ChatFormat
 from thinktwice_fast.tasks.sources import Source, load_source
@@ -100,8 +101,9 @@ def prepare(
     }
     workers = config.reward_workers
     if workers is None:
-        workers = min(8, max(1, (os.cpu_count() or 1) // 2))
-    grader = resources.enter_context(Grader(config.reward, config.reward_timeout, workers))
+        workers = min(8, max(1, (os.cpu_count() or 1) // 2)) if config.reward in GRADERS else 1
+    stop = parallel.look_for_failure
+    grader = resources.enter_context(Grader(config.reward, config.reward_timeout, workers, stop))
     device = device or pick_device(config.model, launch.env_local_rank())
     dtype = pick_dtype(config.model, device)
     sharded = shards_weights(launch.env_world_size(), dtype, lora=bool(config.model.lora_rank))

@@ -1,10 +1,13 @@
-r"""The built-in rewards: `math`, `choice` and `exact`, each 1.0 for a right response and 0.0 for a wrong one."""
+r"""The built-in rewards, by name in `GRADERS`: each 1.0 for a right response and 0.0 for a wrong one."""
 
 import logging
 import re
+from collections.abc import Callable
+from typing import NamedTuple
 
 from thinktwice_fast.errors import UserError
 from thinktwice_fast.records import Problem
+from thinktwice_fast.tasks import strict
 from thinktwice_fast.tasks.answers import MATH_FONT, TEXT_COMMAND, extract_boxed, settle
 
 _BOXED_LETTER = re.compile(r"\(?\s*([A-Za-z])(?:\s*[).:].*)?", re.DOTALL)
@@ -13,9 +16,24 @@ _OPTION_LETTER = re.compile(r"(?i:\boption|\bchoice)(?i:\s+is|\s*:)*[\s*:]*\(?([
 _LETTER_LINE = re.compile(r"[\s*]*\(?([A-Z])\)?[.:]?[\s*]*")
 
 
-def grade_exact(completion: str, gold: str) -> float:
+class Doubt(NamedTuple):
+    """An answer that only a computer-algebra system can judge."""
+
+    answer: str
+    gold: str
+
+
+class BuiltIn(NamedTuple):
+    """A way to grade: at once, where that can be done, and otherwise in a process that can be killed."""
+
+    grade: Callable[[str, Problem], float | Doubt]  # a response; without libraries, in microseconds
+    verify: Callable[[str, str], bool] | None = None  # whether a doubtful answer equals its gold one; may never end
+    check: Callable[[Problem], object] = lambda problem: None  # raises UserError for a problem that it cannot grade
+
+
+def grade_exact(completion: str, problem: Problem) -> float:
     """1.0 where the response equals the gold answer, both without surrounding white space."""
-    return float(completion.strip() == gold.strip())
+    return float(completion.strip() == problem.answer.strip())
 
 
 def grade_choice(completion: str, problem: Problem) -> float:
@@ -57,18 +75,24 @@ def choice_letter(completion: str) -> str | None:
     return stated[-1] if stated else None
 
 
-def grade_math(completion: str, gold: str) -> tuple[float | None, str]:
-    r"""Reward of a response by its last ``\boxed{}``, as far as that is possible without math-verify.
-
-    Returns:
-        The reward, or None where `verify_math` has to decide; and the boxed answer (empty without one). No box, or an
-        unclosed one: 0.0.
-    """
+def grade_math(completion: str, problem: Problem) -> float | Doubt:
+    r"""Reward of a response by its last ``\boxed{}``: 0.0 without one, or with an unclosed one."""
     answer = extract_boxed(completion)
     if answer is None:
-        return 0.0, ""
-    settled = settle(answer, gold_answer(gold))
-    return (None if settled is None else float(settled)), answer
+        return 0.0
+    gold = gold_answer(problem.answer)
+    settled = settle(answer, gold)
+    return Doubt(answer, gold) if settled is None else float(settled)
+
+
+def grade_math_strict(completion: str, problem: Problem) -> float | Doubt:
+    """As `grade_math`, by the rules of `strict`."""
+    answer = strict.boxed(completion)
+    gold = strict.boxed(problem.answer) if "\\boxed" in problem.answer else problem.answer
+    if answer is None or gold is None:
+        return 0.0
+    settled = strict.settle(answer, gold)
+    return Doubt(answer, gold) if settled is None else float(settled)
 
 
 def gold_answer(gold: str) -> str:
@@ -77,14 +101,15 @@ def gold_answer(gold: str) -> str:
     return gold if boxed is None else boxed
 
 
-def prepare_math_verify() -> None:
-    """Import math-verify, so that its seconds of start-up do not count as grading time."""
+def prepare() -> None:
+    """Import what `BuiltIn.verify` needs, so that the seconds that takes do not count as grading time."""
     import math_verify  # noqa: F401
 
-    # It warns that its own time limits are off. They rest on signals, which cannot interrupt a long operation on
-    # integers; the process that runs this is killed from outside instead.
-    logging.getLogger("math_verify").setLevel(logging.CRITICAL)
-    logging.getLogger("latex2sympy2_extended").setLevel(logging.CRITICAL)
+    strict.prepare()
+    # math-verify warns that its own time limits are off. They rest on signals, which cannot interrupt a long operation
+    # on integers; the process that runs this is killed from outside instead.
+    for library in ("math_verify", "latex2sympy2_extended", "pylatexenc"):
+        logging.getLogger(library).setLevel(logging.CRITICAL)
 
 
 def verify_math(answer: str, gold: str) -> bool:
@@ -100,3 +125,12 @@ def verify_math(answer: str, gold: str) -> bool:
         return bool(verify(golds, answers, timeout_seconds=None))
     except Exception:  # sympy raises anything on malformed input, which a model may well write
         return False
+
+
+GRADERS = {
+    "math": BuiltIn(grade_math, verify_math),
+    "math_strict": BuiltIn(grade_math_strict, strict.equal),
+    "choice": BuiltIn(grade_choice, check=gold_letter),
+    "exact": BuiltIn(grade_exact),
+}
+"""The built-in rewards by the name that `--reward` takes."""

@@ -1,56 +1,78 @@
 """Grading beside sampling: groups of responses are handed in as they finish and their rewards collected later."""
 
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future, wait
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Protocol
 
 from thinktwice_fast.errors import UserError
 from thinktwice_fast.records import Message, Problem
 from thinktwice_fast.tasks import graders, user_reward
-from thinktwice_fast.tasks.workers import Task, WorkerDied, Workers
+from thinktwice_fast.tasks.user_reward import Failure
+from thinktwice_fast.tasks.workers import Worker, WorkerDied, WorkerNotStarted, Workers
 
-_IMPORT_SECONDS = 300.0  # for a user's file, which may load a model
+_LOOK_SECONDS = 0.2  # how often who waits for rewards looks whether something has failed
+_ATTEMPTS = 2  # a worker may die of something else than its call (a signal, the kernel's memory killer)
+
+Rewards = list[float | None]
+
+
+@dataclass(frozen=True)
+class _Lost(Failure):
+    """A call that cost its process."""
+
+    hung: bool = False  # past its time limit
 
 
 class Grading(Protocol):
     """Rewards on their way."""
 
     def done(self) -> bool:
-        """Whether `result` gives them without waiting (but for samples that have to be graded once more)."""
+        """Whether `result` has something to give or to raise without waiting."""
         ...
 
-    def result(self) -> list[float | None]:
-        """Reward of each sample, in order; None leaves a sample out. Waits as long as the time limits allow."""
+    def result(self) -> Rewards:
+        """Reward of each sample, in order; None leaves a sample out. Waits as long as the time limits allow.
+
+        Raises:
+            UserError: as `Grader.look`, and as soon.
+        """
 
 
 class Grader:
     """Grades groups of responses to one problem each.
 
     Args:
-        reward: "math", "choice", "exact" or "my_file.py:function" (see `user_reward`).
+        reward: a name in `graders.GRADERS`, or "my_file.py:function" (see `user_reward`).
         timeout: seconds per answer. A math answer that takes longer gets 0 and is counted in `timeouts`; a user's
             function has this long times the number of samples of a call, and is an error beyond.
-        workers: processes for `math`. A user's function runs in one, so that its module's state survives from call to
-            call. They start when first needed: never, where every answer is a plain number.
+        workers: processes. A user's function that keeps state from call to call needs to run in one. They start when
+            first needed: never, where every answer is a plain number.
+        stop: called by `look`; raises where there is another reason to stop.
 
     Raises:
         UserError: unknown reward, a file or function that is missing or cannot be imported, a bad number.
     """
 
-    def __init__(self, reward: str, timeout: float, workers: int) -> None:
+    def __init__(self, reward: str, timeout: float, workers: int, stop: Callable[[], None] = lambda: None) -> None:
         if timeout <= 0:
             raise UserError(f"reward_timeout is {timeout}; it takes seconds above 0")
         if workers < 1:
-            raise UserError(f"reward_workers is {workers}; math needs at least 1 grader process")
+            raise UserError(f"reward_workers is {workers}; a grader needs at least 1 process")
         self.reward = reward
         self.timeout = timeout
         self.timeouts = 0  # math answers graded 0 because they took too long or too much memory
+        self._stop = stop
+        self._failure: UserError | None = None
         self._user: tuple[str, str] | None = None
-        if reward not in ("math", "choice", "exact"):
-            path, function = user_reward.split_reward(reward)
-            self._user = str(path), function
-        self._workers = Workers(workers if self._user is None else 1, math=reward == "math")
-        if self._user is not None:
-            self._check_user_function()
+        if reward in graders.GRADERS:
+            self.workers = Workers(workers, graders.prepare, bounded=True)
+            return
+        path, function = user_reward.split_reward(reward)
+        self._user = str(path), function
+        self.workers = Workers(workers, user_reward.load_function, *self._user, bounded=False)
+        self._check_user_function(*self._user)
 
     def check(self, problem: Problem) -> None:
         """Refuse a problem that this reward cannot grade, whatever the response; cheap, no process is asked.
@@ -58,8 +80,8 @@ class Grader:
         Raises:
             UserError: `choice` and a gold answer that is no letter. The other rewards take any text.
         """
-        if self.reward == "choice":
-            graders.gold_letter(problem)
+        if self._user is None:
+            graders.GRADERS[self.reward].check(problem)
 
     def submit(self, problem: Problem, prompt: Sequence[Message], completions: Sequence[str]) -> Grading:
         """Start grading the responses to one prompt; returns at once.
@@ -70,19 +92,41 @@ class Grader:
             completions: the responses' texts, without their stop tokens.
 
         Raises:
-            UserError: see `check`. Errors of a user's function come with the result.
+            UserError: see `check` and `look`.
         """
+        self.look()
         if self._user is not None:
-            return _UserGrading(self, self._workers, self._user, problem, prompt, completions)
-        if self.reward == "math":
-            return _MathGrading(self, self._workers, problem, completions)
-        if self.reward == "choice":
-            return _Settled([graders.grade_choice(text, problem) for text in completions])
-        return _Settled([graders.grade_exact(text, problem.answer) for text in completions])
+            return _UserGrading(self, self._user, problem, prompt, completions)
+        return _BuiltInGrading(self, graders.GRADERS[self.reward], problem, completions)
+
+    def look(self) -> None:
+        """Raise what has failed since grading began, in whichever call; cheap, to be called while others work.
+
+        Raises:
+            UserError: a user's function raised, returned something else than rewards, took too long, or ended its
+                process; or no process can be started. Nothing is graded after that.
+        """
+        if self._failure is not None:
+            raise self._failure
+        self._stop()
+
+    def wait(self, futures: Iterable["Future[Any]"]) -> None:
+        """Until they are done; raises as `look`."""
+        waiting = set(futures)
+        while waiting:
+            waiting = wait(waiting, _LOOK_SECONDS).not_done
+            self.look()
+            assert not self.workers.closed, "the grader is closed"
+
+    def fail(self, what: str) -> None:
+        """From a worker's thread: have everybody who waits or looks raise this, and stop the other processes."""
+        if not self.workers.closed:
+            self._failure = UserError(f"reward {self.reward} {what}")
+            self.workers.stop()
 
     def close(self) -> None:
         """Stop the grader processes. Results not collected yet are lost."""
-        self._workers.close()
+        self.workers.close()
 
     def __enter__(self) -> "Grader":
         return self
@@ -90,118 +134,117 @@ class Grader:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _check_user_function(self) -> None:
-        failure = self.load_user_function()
+    def _check_user_function(self, path: str, function: str) -> None:
+        def load(worker: Worker) -> Failure | None:
+            try:
+                return worker.call(self.timeout, user_reward.load_function, path, function)
+            except WorkerNotStarted as error:
+                return Failure(f"cannot be imported: {error}")
+
+        failure = self.workers.submit(load).result()
         if failure is not None:
             self.close()
             raise UserError(f"reward {self.reward} {failure.what}")
 
-    def load_user_function(self) -> user_reward.Failure | None:
-        """Import the user's file in the worker, so that this does not count as time of a call."""
-        assert self._user is not None
-        try:
-            return self._workers.submit(_IMPORT_SECONDS, user_reward.load_function, *self._user).result()
-        except TimeoutError:
-            return user_reward.Failure(f"takes over {_IMPORT_SECONDS:.0f} s to import; do less at import")
-        except WorkerDied as error:
-            return user_reward.Failure(f"cannot be imported: its process ends ({error})")
 
-
-class _Settled:
-    def __init__(self, rewards: Sequence[float | None]) -> None:
-        self._rewards = list(rewards)
-
-    def done(self) -> bool:
-        return True
-
-    def result(self) -> list[float | None]:
-        return self._rewards
-
-
-class _MathGrading:
-    def __init__(self, grader: Grader, workers: Workers, problem: Problem, completions: Sequence[str]) -> None:
+class _BuiltInGrading:
+    def __init__(self, grader: Grader, built_in: graders.BuiltIn, problem: Problem, completions: Sequence[str]) -> None:
         self._grader = grader
-        self._rewards: list[float | None] = []
-        self._answers: list[str] = []
-        self._tasks: dict[str, Task] = {}  # one per different answer
-        gold = graders.gold_answer(problem.answer)
-        for text in completions:
-            reward, answer = graders.grade_math(text, gold)
-            self._rewards.append(reward)
-            self._answers.append(answer)
-            if reward is None and answer not in self._tasks:
-                self._tasks[answer] = workers.submit(grader.timeout, graders.verify_math, answer, gold)
+        self._verify = built_in.verify
+        self._grades = [built_in.grade(text, problem) for text in completions]
+        self._verdicts: dict[graders.Doubt, Future[bool | None]] = {}  # one per different answer
+        for grade in self._grades:
+            if isinstance(grade, graders.Doubt) and grade not in self._verdicts:
+                self._verdicts[grade] = grader.workers.submit(partial(self._verdict, grade))
 
     def done(self) -> bool:
-        return all(task.done() for task in self._tasks.values())
+        return all(verdict.done() for verdict in self._verdicts.values())
 
-    def result(self) -> list[float | None]:
-        verdicts = {answer: self._verdict(task) for answer, task in self._tasks.items()}
-        self._tasks = {}
-        for sample, answer in enumerate(self._answers):
-            if self._rewards[sample] is None:
-                self._rewards[sample] = verdicts[answer]
-        return self._rewards
+    def result(self) -> Rewards:
+        if self._verdicts:
+            self._grader.wait(self._verdicts.values())
+            verdicts = {doubt: verdict.result() for doubt, verdict in self._verdicts.items()}
+            self._verdicts = {}
+            self._grader.timeouts += list(verdicts.values()).count(None)
+            self._grades = [
+                float(verdicts[grade] or False) if isinstance(grade, graders.Doubt) else grade for grade in self._grades
+            ]
+        return [grade for grade in self._grades if not isinstance(grade, graders.Doubt)]
 
-    def _verdict(self, task: Task) -> float:
-        try:
-            return float(task.result())
-        except (TimeoutError, WorkerDied, MemoryError):
-            self._grader.timeouts += 1
-            return 0.0
+    def _verdict(self, doubt: graders.Doubt, worker: Worker) -> bool | None:
+        """None: it takes too long or too much memory."""
+        assert self._verify is not None
+        for _ in range(_ATTEMPTS):
+            try:
+                return worker.call(self._grader.timeout, self._verify, *doubt)
+            except TimeoutError:
+                break
+            except WorkerDied:
+                pass
+            except WorkerNotStarted as error:
+                self._grader.fail(f"cannot be computed: {error}")
+                break
+        return None
 
 
 class _UserGrading:
     def __init__(
         self,
         grader: Grader,
-        workers: Workers,
         function: tuple[str, str],
         problem: Problem,
         prompt: Sequence[Message],
         completions: Sequence[str],
     ) -> None:
         self._grader = grader
-        self._workers = workers
         self._function = function
         self._problem = problem
         self._prompt = prompt
         self._completions = completions
-        self._task = self._call(completions)
+        self._rewards = grader.workers.submit(self._grade)
 
     def done(self) -> bool:
-        return self._task.done()
+        return self._rewards.done()
 
-    def result(self) -> list[float | None]:
-        outcome = self._outcome(self._task, len(self._completions))
-        if not isinstance(outcome, user_reward.Failure):
+    def result(self) -> Rewards:
+        self._grader.wait([self._rewards])
+        return self._rewards.result()
+
+    def _grade(self, worker: Worker) -> Rewards:
+        outcome = self._outcome(worker)
+        if not isinstance(outcome, Failure):
             return outcome
-        if outcome.sample is not None:
-            raise self._error(outcome.what, f"sample {outcome.sample}")
-        for sample, text in enumerate(self._completions):
-            alone = self._outcome(self._call([text]), 1)
-            if isinstance(alone, user_reward.Failure):
-                raise self._error(alone.what, f"sample {sample}")
-        raise self._error(outcome.what, f"samples 0 to {len(self._completions) - 1} together")
-
-    def _call(self, completions: Sequence[str]) -> Task:
-        keywords = user_reward.keyword_arguments(self._problem, self._prompt, completions)
-        seconds = self._grader.timeout * len(completions)
-        return self._workers.submit(seconds, user_reward.call_function, *self._function, keywords)
-
-    def _outcome(self, task: Task, samples: int) -> list[float | None] | user_reward.Failure:
-        try:
-            return task.result()
-        except TimeoutError:
-            # The next call finds a fresh process; importing the file must not count as its time.
-            self._grader.load_user_function()
-            limit = self._grader.timeout * samples
-            return user_reward.Failure(f"took longer than {limit:g} s (reward_timeout times {samples} samples)")
-        except WorkerDied as error:
-            return user_reward.Failure(f"ended its process ({error})")
-
-    def _error(self, what: str, samples: str) -> UserError:
-        return UserError(
-            f"reward {self._grader.reward} {what}, on problem {self._problem.index}, {samples} (counted from 0); mend "
-            "the function, or let it return None for a sample to leave out"
+        samples = f"sample {outcome.sample}"
+        if outcome.sample is None:
+            samples = f"samples 0 to {len(self._completions) - 1} together"
+        self._grader.fail(
+            f"{outcome.what}, on problem {self._problem.index}, {samples} (counted from 0); mend the function, or let "
+            "it return None for a sample to leave out"
         )
+        return []
+
+    def _outcome(self, worker: Worker) -> Rewards | Failure:
+        """Where the call costs its process, each sample is tried alone, which again takes the call's time at most."""
+        whole = self._call(worker, self._completions)
+        if not isinstance(whole, _Lost):
+            return whole
+        if whole.hung and len(self._completions) == 1:
+            return replace(whole, sample=0)
+        for sample, text in enumerate(self._completions):
+            alone = self._call(worker, [text])
+            if isinstance(alone, Failure):
+                return replace(alone, sample=sample)
+        return whole if whole.hung else self._call(worker, self._completions)
+
+    def _call(self, worker: Worker, completions: Sequence[str]) -> Rewards | Failure:
+        limit = self._grader.timeout * len(completions)
+        keywords = user_reward.keyword_arguments(self._problem, self._prompt, completions)
+        try:
+            return worker.call(limit, user_reward.call_function, *self._function, keywords, limit)
+        except TimeoutError:
+            what = f"took longer than {limit:g} s (reward_timeout times {len(completions)} samples)"
+            return _Lost(what, hung=True)
+        except WorkerDied as error:
+            return _Lost(f"ended its process ({error})")
+        except WorkerNotStarted as error:
+            return Failure(f"cannot be imported again: {error}")
