@@ -13,6 +13,7 @@ import pytest
 from tests.rollout.drawing import make, tokens
 from tests.small_models import bpe_tokenizer
 from thinktwice_fast.algorithms.thinktuning.endpoint import EndpointTeacher
+from thinktwice_fast.algorithms.thinktuning.function import FunctionTeacher
 from thinktwice_fast.algorithms.thinktuning.prompt import load_prompt, teacher_ids
 from thinktwice_fast.algorithms.thinktuning.teacher import Answer, Asked, answer_prompts
 from thinktwice_fast.config import ThinkTuningOptions
@@ -189,13 +190,15 @@ def test_a_server_is_asked_as_openai_is(serve: Any, monkeypatch: pytest.MonkeyPa
 )
 def test_whatever_a_server_does_is_an_answer(serve: Any, replies: list[Any], answer: Answer, attempts: int) -> None:
     server, teacher = serve(*replies)
-    assert teacher.ask(ASKED[:1]) == [answer] and len(server.asked) == attempts
+    (got,) = teacher.ask(ASKED[:1])
+    assert (got.text, got.refusal) == (answer.text, answer.refusal) and len(server.asked) == attempts
+    assert got.detail.startswith("the server: ") == (got.refusal == "unanswered")
 
 
 def test_a_server_that_hangs_costs_its_time_limits_and_no_more(serve: Any) -> None:
     server, teacher = serve(2.0, endpoint_retries=1)
     started = time.monotonic()
-    assert teacher.ask(ASKED * 2) == [Answer(refusal="unanswered")] * 4
+    assert teacher.ask(ASKED * 2) == [Answer("", "unanswered", "the server: no reply in time")] * 4
     assert time.monotonic() - started < 1.5 and len(server.asked) == 8
 
 
@@ -212,3 +215,26 @@ def test_a_server_that_is_down_at_start_is_one_line(serve: Any) -> None:
     _, refusing = serve((401, ""))
     with pytest.raises(UserError, match=r"status 401 Unauthorized.*the key in \$OPENAI_API_KEY"):
         refusing.check()
+
+
+def test_whatever_a_function_does_is_an_answer(tmp_path: Path) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "import os, time\n"
+        "def teach(question, response):\n"
+        "    if response == 'hang': time.sleep(60)\n"
+        "    if response == 'die': os._exit(3)\n"
+        "    return {'none': None, 'number': 3}.get(response, question + response) if response != 'raise' else 1 / 0\n"
+        "constant = 3\n"
+    )
+    responses = ("say", "none", "number", "raise", "die", "hang", "say")
+    with FunctionTeacher(f"{file}:teach", 0.5) as teacher:
+        answers = teacher.ask([Asked("q", response) for response in responses])
+    assert [answer.text for answer in answers] == ["qsay", *[""] * 5, "qsay"]
+    assert [answer.refusal for answer in answers] == [None, *["unanswered"] * 5, None]
+    for answer, says in zip(answers[1:6], ("None", "an int", "ZeroDivisionError", "status 3", "0.5 s"), strict=True):
+        assert says.removeprefix("an ") in answer.detail
+    for name, says in ((f"{file}:absent", "no such function"), (f"{file}:constant", "it is a int"),
+                       (f"{tmp_path}/no.py:f", "no file")):  # fmt: skip
+        with pytest.raises(UserError, match=says):
+            FunctionTeacher(name, 0.5)

@@ -61,8 +61,8 @@ class ThinkTuning:
         if self._accepted or not guidance.asked or number & (number - 1):
             return ()
         reason = max(REFUSALS, key=lambda name: guidance.metrics[f"refused/{name}"])
+        detail = f"; {guidance.detail}" if guidance.detail else ""
         return (
-            f"none of the teacher's {self._asked} answers so far could be used (in step {number} most often: "
-            f"{reason}): until one can, this is GRPO under another name; README.md's table of metrics explains "
-            f"solve/refused/{reason}",
+            f"none of the teacher's {self._asked} answers so far could be used (in step {number} most of them for "
+            f"solve/refused/{reason}{detail}): until one can, this is GRPO under another name",
         )

@@ -74,15 +74,13 @@ class EndpointTeacher:
     def _answer(self, asked: Asked) -> Answer:
         messages = self._prompt.messages(asked.question, asked.response, asked.behaviour)
         try:
-            choice = self._reply(messages, self._options.teacher_answer_tokens)
-            if choice.get("finish_reason") == "length":
-                return Answer(refusal="unfinished")
-            return Answer(str(choice["message"]["content"] or ""))
-        except (EndpointError, KeyError, TypeError):
-            return Answer(refusal="unanswered")
+            text, finished = self._reply(messages, self._options.teacher_answer_tokens)
+            return Answer(text) if finished else Answer(refusal="unfinished")
+        except EndpointError as error:
+            return Answer(refusal="unanswered", detail=f"the server: {error}")
 
-    def _reply(self, messages: Sequence[Message], max_tokens: int) -> dict[str, Any]:
-        """The first choice of the reply, after as many attempts as may be."""
+    def _reply(self, messages: Sequence[Message], max_tokens: int) -> tuple[str, bool]:
+        """The text that comes back, and whether it ended by itself, after as many attempts as may be."""
         body = {
             "model": self._options.endpoint_model,
             "messages": list(messages),
@@ -100,7 +98,7 @@ class EndpointTeacher:
                 pause *= 2
         raise AssertionError("the last attempt returns or raises")
 
-    def _once(self, data: bytes) -> dict[str, Any]:
+    def _once(self, data: bytes) -> tuple[str, bool]:
         deadline = time.monotonic() + self._options.teacher_timeout
         url = f"{(self._options.endpoint_url or '').rstrip('/')}/chat/completions"
         try:
@@ -117,11 +115,10 @@ class EndpointTeacher:
         except ValueError as error:
             raise EndpointError(f"no address of a server ({one_line(error)})", passing=False) from error
         try:
-            choice: dict[str, Any] = json.loads(content)["choices"][0]
-            choice["message"]
-        except (ValueError, LookupError, TypeError) as error:
+            choice = json.loads(content)["choices"][0]
+            return str(choice["message"]["content"] or ""), choice.get("finish_reason") != "length"
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
             raise EndpointError("the reply is no chat completion", passing=False) from error
-        return choice
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):

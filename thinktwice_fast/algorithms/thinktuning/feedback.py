@@ -12,8 +12,8 @@ from thinktwice_fast.tasks.prompts import ChatFormat
 Refusal = Literal["unanswered", "unfinished", "unparsed", "foreign_tokens", "guidance_too_long", "no_room"]
 
 REFUSALS: dict[Refusal, str] = {
-    "unanswered": "Requests that failed: no reply within the time limit and retries, or a function that raised, took "
-    "too long or returned nothing.",
+    "unanswered": "Requests that failed in the step: no reply within the time limit and retries, or a function that "
+    "raised, took too long or returned nothing. The rollout stays as its policy wrote it, here and with the next five.",
     "unfinished": "Teacher answers that were cut off at `thinktuning.teacher_answer_tokens`.",
     "unparsed": "Teacher answers that are not an opinion, a reason and a phrase in their tags.",
     "foreign_tokens": "Teacher answers with text that the policy's vocabulary has no token for, or a special token.",

@@ -46,9 +46,13 @@ class FunctionTeacher:
     def _answer(self, worker: Worker, asked: Asked) -> Answer:
         try:
             answer = worker.call(self._timeout, call_teacher, *self._function, asked.question, asked.response)
-        except (TimeoutError, WorkerDied, WorkerNotStarted):
-            return Answer(refusal="unanswered")
-        return Answer(answer) if isinstance(answer, str) else Answer(refusal="unanswered")
+        except TimeoutError:
+            return _unanswered(f"took longer than {self._timeout:g} s")
+        except (WorkerDied, WorkerNotStarted) as error:
+            return _unanswered(f"ended its process ({error})")
+        if isinstance(answer, Failure):
+            return _unanswered(answer.what)
+        return _unanswered("returned None") if answer is None else Answer(answer)
 
     def _load(self, worker: Worker) -> Failure | None:
         try:
@@ -61,3 +65,7 @@ class FunctionTeacher:
 
     def __exit__(self, *_: object) -> None:
         self._workers.close()
+
+
+def _unanswered(what: str) -> Answer:
+    return Answer(refusal="unanswered", detail=f"the function {what}")

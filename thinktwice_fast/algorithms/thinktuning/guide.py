@@ -21,6 +21,7 @@ class _Outcome:
 
     refusal: Refusal | None
     behaviour: str | None  # that was asked for by name
+    detail: str  # what failed, in words
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class Guidance:
 
     asked: int
     accepted: int
+    detail: str  # of the first request that failed
     metrics: dict[str, float]  # by name without their phase
 
 
@@ -88,7 +90,8 @@ class Guide:
         answers = self._teacher.ask(asked)
         refusals = [self._take(rollout, answer) for rollout, answer in zip(rollouts, answers, strict=True)]
         names = [None if one.behaviour is None else self._behaviours[one.behaviour] for one in asked]
-        return [_Outcome(refusal, name) for refusal, name in zip(refusals, names, strict=True)]
+        details = [answer.detail for answer in answers]
+        return [_Outcome(*columns) for columns in zip(refusals, names, details, strict=True)]
 
     def _take(self, rollout: Rollout, answer: Answer) -> Refusal | None:
         if answer.refusal is not None:
@@ -134,4 +137,5 @@ def _counted(outcomes: Sequence[_Outcome], metrics: dict[str, float]) -> Guidanc
         metrics["teacher_acceptance"] = accepted / len(outcomes)
     behaviours = Counter(outcome.behaviour for outcome in outcomes if outcome.refusal is None)
     metrics |= {f"behaviour/{name}": float(count) for name, count in behaviours.items() if name is not None}
-    return Guidance(len(outcomes), accepted, metrics)
+    detail = next((outcome.detail for outcome in outcomes if outcome.detail), "")
+    return Guidance(len(outcomes), accepted, detail, metrics)

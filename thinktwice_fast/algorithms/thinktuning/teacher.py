@@ -29,6 +29,7 @@ class Answer:
 
     text: str = ""
     refusal: Refusal | None = None  # why there is no text
+    detail: str = ""  # the same in words, where a request failed
 
 
 class Teacher(Protocol):
