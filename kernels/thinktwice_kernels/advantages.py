@@ -21,26 +21,28 @@ def group_advantages(
     scale_rewards: ScaleRewards = "none",
     eps: float = ADVANTAGE_EPS,
 ) -> Tensor:
-    """Each reward minus its group's mean, optionally divided by a standard deviation.
+    """Each reward minus its group's mean, optionally divided by a standard deviation or by that mean.
 
     With r a reward, m its group's mean and std the unbiased standard deviation (divisor n - 1)::
 
         none   A = r - m
         group  A = (r - m) / (std of the group + eps)
         batch  A = (r - m) / (std of all S rewards + eps)
+        mean   A = (r - m) / m, and 0 where m is 0; for rewards that are not negative
 
     Groups may have any size and lie in any order; the ids are labels, any integers. A group of one, and a
     group whose rewards are all equal, gives exactly 0. A NaN reward makes its group NaN (and with "batch"
     everything): leave out sequences without a reward. "batch" sees only the rewards passed here; a run on
     several ranks gathers them first.
 
-    Sources: DeepSeekMath (arXiv 2402.03300) for "group", Dr.GRPO (2503.20783) for "none", TRL for "batch".
+    Sources: DeepSeekMath (arXiv 2402.03300) for "group", Dr.GRPO (2503.20783) for "none", TRL for "batch", MaxRL
+    (2602.02710) for "mean".
 
     Args:
         rewards: [S], in the caller's units.
         group_ids: [S], equal for the samples of one prompt.
         scale_rewards: what to divide by.
-        eps: added to the standard deviation; without effect for "none".
+        eps: added to the standard deviation; without effect for "none" and "mean".
 
     Returns:
         [S] float32 (float64 for float64 rewards), without gradient.
@@ -70,7 +72,8 @@ def group_advantages_reference(
     # smallest reward off first.
     lowest = torch.zeros_like(rewards).scatter_reduce(0, members, rewards, "amin", include_self=False)
     shifted = rewards - lowest[members]
-    centred = shifted - (_group_sum(shifted, members) / sizes)[members]
+    mean = (_group_sum(shifted, members) / sizes)[members]
+    centred = shifted - mean
     if scale_rewards == "group":
         variance = _group_sum(centred.square(), members) / (sizes - 1).clamp(min=1)
         centred = centred / (variance.sqrt()[members] + eps)
@@ -78,6 +81,9 @@ def group_advantages_reference(
         deviation = rewards - rewards.sum() / max(rewards.numel(), 1)
         variance = deviation.square().sum() / max(rewards.numel() - 1, 1)
         centred = centred / (variance.sqrt() + eps)
+    elif scale_rewards == "mean":
+        mean = lowest[members] + mean
+        centred = torch.where(mean == 0, 0, centred / mean)
     return centred.to(out_dtype)
 
 

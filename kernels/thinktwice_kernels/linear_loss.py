@@ -27,7 +27,7 @@ from thinktwice_kernels.launch import (
     in_triton,
     uses_triton,
 )
-from thinktwice_kernels.loss import sequence_loss
+from thinktwice_kernels.loss import restrict_to_kept, sequence_loss, with_dropped
 from thinktwice_kernels.metrics import PARTIALS, absent_metrics, metrics_of, totals_of
 from thinktwice_kernels.options import (
     LossInputs,
@@ -144,6 +144,7 @@ def linear_grpo_loss(
     if rewards is not None and group_ids is not None:
         advantages = group_advantages(rewards, group_ids, scale_rewards=scale_rewards, eps=advantage_eps)
     assert advantages is not None
+    kept = restrict_to_kept(given, cu_seqlens, parsed)
     differentiable = (hidden, weight, bias)
     loss, totals, *_ = _linear_grpo_loss(
         hidden,
@@ -154,13 +155,21 @@ def linear_grpo_loss(
         logit_softcap,
         advantages.detach().to(dtype).contiguous(),
         cu_seqlens.contiguous(),
-        loss_weights(cu_seqlens, given["loss_mask"], parsed, normalizer, hidden.new_empty(tokens, dtype=dtype)),
+        loss_weights(
+            cu_seqlens,
+            given["loss_mask"],
+            parsed,
+            normalizer,
+            hidden.new_empty(tokens, dtype=dtype),
+            kept.dropped_sequences,
+        ),
         *given.values(),
         parsed.encode(),
         [torch.is_grad_enabled() and x is not None and x.requires_grad for x in differentiable],
         None if memory_budget is None else int(memory_budget),
     )
-    return loss, metrics_of(totals, loss.dtype, absent_metrics({**given, "entropy": hidden}))
+    absent = absent_metrics({**given, "entropy": hidden}, parsed.rollout_is != "none")
+    return loss, metrics_of(with_dropped(totals, kept), loss.dtype, absent)
 
 
 @torch.library.custom_op(f"{NAMESPACE}::linear_grpo_loss", mutates_args=())

@@ -8,8 +8,8 @@ sg stop-gradient.
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
-from typing import Any, cast
+from dataclasses import dataclass, replace
+from typing import Any, Unpack, cast
 
 import torch
 from torch import Tensor
@@ -21,31 +21,42 @@ from thinktwice_kernels.advantages import (
     prepared_rewards,
 )
 from thinktwice_kernels.launch import NAMESPACE, accumulation_dtype, first_order_only, in_triton, uses_triton
-from thinktwice_kernels.metrics import PARTIALS, Terms, absent_metrics, metrics_of, only, partials_of, totals_of
+from thinktwice_kernels.metrics import (
+    PARTIALS,
+    Shaping,
+    Terms,
+    absent_metrics,
+    metrics_of,
+    only,
+    partials_of,
+    totals_of,
+)
 from thinktwice_kernels.options import (
     GuideFallback,
     ImportanceSamplingLevel,
     KlEstimator,
     LossAggMode,
     LossInputs,
+    LossKeywords,
     LossOptions,
     PolicyLoss,
     RolloutIs,
+    RolloutIsDenominator,
     ScaleRewards,
     Selection,
     Sequences,
     check_cu_seqlens,
     check_normalizer,
+    counted,
+    guided_tokens,
     loss_weights,
     prepared_tensors,
     select_tokens_in_torch,
 )
 
-# ThinkTuning's gamma(A) = clip(slope A, -limit, +limit), and the probability under which a guided token with a
-# negative advantage is left out.
-_SHAPING_SLOPE = 2.5e-4
-_SHAPING_LIMIT = 1e-3
-_SHAPING_LOW_PROBABILITY = 0.01
+# What the released code of ThinkTuning has for the weight of a guided token where the denominator is below 0, above 1.
+GUARDED_BELOW = 1.0001
+GUARDED_ABOVE = 0.9999
 # From here on SAPO's sigmoid is 1 and its slope 0, in fp32 and float64; r itself would go on to inf, and 0 * inf.
 _SAPO_LOG_RATIO_LIMIT = 60.0
 
@@ -76,6 +87,10 @@ def grpo_loss(
     rollout_is: RolloutIs = "none",
     rollout_is_cap: float = 2.0,
     rollout_is_floor: float | None = None,
+    rollout_is_denominator: RolloutIsDenominator = "all",
+    shaping_coefficient: float = 2.5e-4,
+    shaping_clamp: float = 1e-3,
+    shaping_min_probability: float = 0.01,
     guide_fallback: GuideFallback = "mask",
     released_code_compat: bool = False,
     beta: float = 0.0,
@@ -104,14 +119,18 @@ def grpo_loss(
     `rollout_is` corrects for a rollout engine whose log-probabilities differ from the trainer's: the objective is
     multiplied by the constant w = exp(old_logp - rollout_logp) of the token (`token-*`), or by the product of
     these over the sequence's loss tokens (`sequence-*`). `*-truncate` brings w into [rollout_is_floor,
-    rollout_is_cap], `*-mask` drops what lies outside. The KL and entropy terms are not weighted.
+    rollout_is_cap], `*-mask` drops what lies outside. The KL and entropy terms are not weighted. A dropped token still
+    counts in what the aggregation divides by, as in TRL and NeMo-RL; with `rollout_is_denominator` "kept" it is out of
+    the loss altogether, as if `loss_mask` left it out, and a sequence that is dropped whole is none of the S, as in
+    verl and slime. That needs `old_logps`, and `loss_count` gives the `normalizer` of a micro-batch.
 
     `guide_mask` marks tokens that another model wrote (ThinkTuning, arXiv 2508.07616). With p = exp(logp) and
-    gamma(A) = clip(2.5e-4 A, -1e-3, +1e-3) their objective is ``-A p / (sg(p) + gamma(A))``, without ratio and w.
-    Where A < 0 and p < 0.01 it is 0, or with `guide_fallback` "clip" that of an ordinary token.
-    `released_code_compat` follows the released code: gamma is always -1e-3, and one guided token makes its whole
-    sequence guided. Guided tokens stay out of sequence-level ratios and products; the KL and entropy terms are theirs
-    as well.
+    gamma(A) = clip(shaping_coefficient A, -shaping_clamp, +shaping_clamp) their objective is
+    ``-A p / (sg(p) + gamma(A))``, without ratio and w. Where A < 0 and p < shaping_min_probability it is 0, or with
+    `guide_fallback` "clip" that of an ordinary token. `released_code_compat` follows the released code: gamma is
+    always -shaping_clamp; where sg(p) + gamma is below 0 it is replaced by sg(p) / 1.0001, where above 1 by
+    sg(p) / 0.9999 (at exactly 0, where theirs divides by it, as below); and one guided token makes its whole sequence
+    guided. Guided tokens stay out of sequence-level ratios and products; the KL and entropy terms are theirs as well.
 
     Aggregation divides, with n_s the loss tokens of a sequence::
 
@@ -157,6 +176,10 @@ def grpo_loss(
         rollout_is=rollout_is,
         rollout_is_cap=rollout_is_cap,
         rollout_is_floor=rollout_is_floor,
+        rollout_is_denominator=rollout_is_denominator,
+        shaping_coefficient=shaping_coefficient,
+        shaping_clamp=shaping_clamp,
+        shaping_min_probability=shaping_min_probability,
         guide_fallback=guide_fallback,
         released_code_compat=released_code_compat,
         beta=beta,
@@ -183,6 +206,7 @@ def grpo_loss(
     check_advantages(advantages, rewards, group_ids, cu_seqlens, logps.shape[0], scale_rewards, advantage_eps)
     check_normalizer(normalizer)
     logps = logps.to(accumulation_dtype(logps)).contiguous()
+    kept = restrict_to_kept(given, cu_seqlens, options)
     per_group = (None, None) if rewards is None or group_ids is None else prepared_rewards(rewards, group_ids)
     loss, totals, _, _ = _grpo_loss(
         logps,
@@ -191,12 +215,94 @@ def grpo_loss(
         scale_rewards,
         advantage_eps,
         cu_seqlens.to(logps.device).contiguous(),
-        loss_weights(cu_seqlens, given["loss_mask"], options, normalizer, logps),
+        loss_weights(cu_seqlens, given["loss_mask"], options, normalizer, logps, kept.dropped_sequences),
         *given.values(),
         options.encode(),
         torch.is_grad_enabled() and (logps.requires_grad or (entropy is not None and entropy.requires_grad)),
     )
-    return loss, metrics_of(totals, loss.dtype, absent_metrics(given))
+    return loss, metrics_of(with_dropped(totals, kept), loss.dtype, absent_metrics(given, options.rollout_is != "none"))
+
+
+def loss_count(
+    cu_seqlens: Tensor,  # [S+1]
+    *,
+    old_logps: Tensor | None = None,  # [T]
+    rollout_logps: Tensor | None = None,  # [T]
+    loss_mask: Tensor | None = None,  # [T], bool or 0/1
+    guide_mask: Tensor | None = None,  # [T], bool or 0/1
+    **options: Unpack[LossKeywords],
+) -> Tensor:
+    """What `grpo_loss` divides this batch by for itself: loss tokens or S, as `loss_agg_mode` says, without those that
+    `rollout_is_denominator` "kept" leaves out.
+
+    Summed over all micro-batches and ranks it is the `normalizer` of each.
+
+    Args:
+        cu_seqlens, old_logps, rollout_logps, loss_mask, guide_mask, options: as `grpo_loss` gets them; the
+            log-probabilities are looked at with `rollout_is_denominator` "kept" only.
+
+    Returns:
+        int64, without dimensions. Nothing waits for the device.
+
+    Raises:
+        ValueError: as `grpo_loss` does.
+    """
+    parsed = LossOptions(**options)
+    optional = {
+        "old_logps": old_logps,
+        "rollout_logps": rollout_logps,
+        "loss_mask": loss_mask,
+        "guide_mask": guide_mask,
+    }
+    shape = next((tensor.shape for tensor in optional.values() if tensor is not None), torch.Size())
+    given = prepared_tensors(optional, shape, parsed, torch.float64, computed={"ref_logps", "entropy"})
+    kept = restrict_to_kept(given, cu_seqlens, parsed)
+    count = counted(cu_seqlens, given["loss_mask"], parsed, cu_seqlens[-1], kept.dropped_sequences)
+    return torch.as_tensor(count).long()
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What `rollout_is_denominator` "kept" leaves out; None with "all"."""
+
+    dropped_tokens: Tensor | None = None  # []: loss tokens
+    dropped_sequences: Tensor | None = None  # []: sequences that have no other loss tokens
+
+
+@torch.no_grad()
+def restrict_to_kept(
+    given: dict[str, Tensor | None],  # of `prepared_tensors`
+    cu_seqlens: Tensor,  # [S+1]
+    options: LossOptions,
+) -> Kept:
+    """With "kept", take what `rollout_is` drops out of ``given["loss_mask"]``; with "all" nothing happens."""
+    old_logps, rollout_logps, guide_mask = (given[name] for name in ("old_logps", "rollout_logps", "guide_mask"))
+    if not options.counts_kept_only():
+        return Kept()
+    assert old_logps is not None and rollout_logps is not None
+    device = old_logps.device
+    sequences = Sequences(cu_seqlens.to(device), old_logps.numel())
+    in_loss = given["loss_mask"]
+    in_loss = torch.ones_like(old_logps, dtype=torch.bool) if in_loss is None else in_loss.to(device)
+    guided = guided_tokens(None if guide_mask is None else guide_mask.to(device), in_loss, sequences, options)
+    ordinary = in_loss if guided is None else in_loss & ~guided
+    log_weight = only(ordinary, old_logps.double() - rollout_logps.double())
+    dropped = ordinary & (rollout_weight(log_weight, sequences, options) == 0)
+    kept = in_loss & ~dropped
+    given["loss_mask"] = kept
+    emptied = (sequences.sum(dropped.int()) > 0) & (sequences.sum(kept.int()) == 0)
+    return Kept(dropped.sum(), emptied.sum())
+
+
+def with_dropped(
+    totals: Tensor,  # [len(PARTIALS)]
+    kept: Kept,
+) -> Tensor:
+    """The totals, with what was left out before they were added up."""
+    if kept.dropped_tokens is None:
+        return totals
+    column = torch.arange(len(PARTIALS), device=totals.device) == PARTIALS.index("dropped")
+    return torch.where(column, kept.dropped_tokens.to(totals.dtype), totals)
 
 
 @torch.library.custom_op(f"{NAMESPACE}::grpo_loss", mutates_args=())
@@ -345,7 +451,7 @@ def terms_of(
     assert advantages is not None
     ordinary = with_ratio = None if inputs.guide_mask is None else ~inputs.guide_mask  # None: all tokens
     if ordinary is not None and options.guide_fallback == "clip":
-        with_ratio = ordinary | too_unlikely_to_shape(logps, advantages)
+        with_ratio = ordinary | too_unlikely_to_shape(logps, advantages, options)
     old_logps = logps.detach() if inputs.old_logps is None else inputs.old_logps
     difference = log_ratio = only(with_ratio, logps - old_logps)
     if options.importance_sampling_level == "sequence":
@@ -358,11 +464,12 @@ def terms_of(
     used = with_ratio
     if options.needs_whole_sequences() or not options.skips_zero_advantages():  # else no advantage is 0
         used = both(used, advantages != 0)
-    weight = None
+    weight = dropped = None
     if log_weight is not None and options.rollout_is != "none":
         weight = rollout_weight(log_weight, sequences, options)
         weight = weight if ordinary is None else torch.where(ordinary, weight, 1)
         used = both(used, weight != 0)
+        dropped = weight == 0 if options.rollout_is.endswith("mask") else None
     # Unused tokens get arguments at which autograd multiplies no 0 by inf.
     value, slope, flows = surrogate(
         only(used, log_ratio), only(used, logps), only(used, advantages), ratio, low, high, options
@@ -375,9 +482,12 @@ def terms_of(
         # The slope is one with respect to the mean log-ratio, and goes to all tokens that it was taken over.
         flows = both(ordinary, sequences.any(flows))
         slope, shared_slope = torch.zeros_like(slope), slope
+    shaping = None
     if with_ratio is not None:
-        shaped_value, shaped_flows = shaped(logps, advantages, ~with_ratio, options)
-        value, slope, flows = value + shaped_value, slope + shaped_value.detach(), flows | shaped_flows
+        assert ordinary is not None
+        shaped_value, shaping = shaped(logps, advantages, ~ordinary, options)
+        value, slope = value + shaped_value, slope + shaped_value.detach()
+        flows = flows | shaping.pos | shaping.neg
 
     kl = None
     if inputs.ref_logps is not None:
@@ -399,6 +509,9 @@ def terms_of(
         clipped=(low, high),
         kl=kl,
         mismatch=None if log_weight is None else log_weight.abs(),
+        rollout_is=weight,
+        dropped=dropped,
+        shaping=shaping,
         entropy=inputs.entropy,
     )
 
@@ -491,9 +604,10 @@ def rollout_weight(
 def too_unlikely_to_shape(
     logps: Tensor,  # [T]
     advantages: Tensor,  # [T]
+    options: LossOptions,
 ) -> Tensor:  # [T] bool
-    """Where shaping leaves a guided token out: A < 0 and exp(logp) < 0.01."""
-    return (advantages < 0) & (logps.detach().exp() < _SHAPING_LOW_PROBABILITY)
+    """Where shaping leaves a guided token out: A < 0 and exp(logp) < shaping_min_probability."""
+    return (advantages < 0) & (logps.detach().exp() < options.shaping_min_probability)
 
 
 def shaped(
@@ -501,19 +615,31 @@ def shaped(
     advantages: Tensor,  # [T]
     guided: Tensor,  # [T] bool
     options: LossOptions,
-) -> tuple[Tensor, Tensor]:  # [T] loss, which is its slope too, [T] bool: the gradient flows
+) -> tuple[Tensor, Shaping]:  # [T] loss, which is its slope too
     """ThinkTuning's advantage-aware shaping of guided tokens (arXiv 2508.07616).
 
-    With p = exp(logp) and gamma(A) = clip(2.5e-4 A, -1e-3, +1e-3): loss = -A p / (sg(p) + gamma(A)), and 0 where
-    `too_unlikely_to_shape`. `released_code_compat`: gamma = -1e-3 whatever A.
+    With p = exp(logp) and gamma(A) = clip(coefficient A, -clamp, +clamp): loss = -A p / (sg(p) + gamma(A)), and 0
+    where `too_unlikely_to_shape`. `released_code_compat`: gamma = -clamp whatever A, and guards.
     """
-    used = guided & ~too_unlikely_to_shape(logps, advantages) & (advantages != 0)
-    p = torch.where(used, logps, 0).exp()
+    masked = guided & too_unlikely_to_shape(logps, advantages, options)
+    used = guided & ~masked & (advantages != 0)
+    own = torch.where(used, logps, 0)
+    p = own.detach().exp()
+    limit = options.shaping_clamp
     if options.released_code_compat:
-        gamma = torch.full_like(advantages, -_SHAPING_LIMIT)
+        denominator = p - limit
+        weight = torch.where(denominator > 1, GUARDED_ABOVE, p / denominator)
+        weight = torch.where(denominator <= 0, GUARDED_BELOW, weight)
     else:
-        gamma = (advantages * _SHAPING_SLOPE).clamp(-_SHAPING_LIMIT, _SHAPING_LIMIT)
-    return torch.where(used, -advantages * (p / (p.detach() + gamma)), 0), used
+        weight = p / (p + (advantages * options.shaping_coefficient).clamp(-limit, limit))
+    if own.requires_grad:
+        own = only(own.isfinite(), own)
+        # The factor is 1, with the slope of p / sg(p).
+        value = -advantages * (weight * (own - own.detach()).exp())
+    else:
+        value = -advantages * weight
+    shaping = Shaping(weight, used & (advantages > 0), used & ~(advantages > 0), masked)
+    return torch.where(used, value, 0), shaping
 
 
 def kl_to_reference(

@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-Weight = Literal["ordinary", "computed"]
+Weight = Literal["ordinary", "computed", "tokens_shaped_pos", "tokens_shaped_neg"]
 
 
 @dataclass(frozen=True)
@@ -25,13 +25,28 @@ class Metric:
 
 
 METRICS: dict[str, Metric] = {
-    "tokens": Metric("loss tokens: those that loss_mask selects, or all", "sum"),
+    "tokens": Metric(
+        "loss tokens: those that loss_mask selects, or all; with rollout_is_denominator 'kept' less the dropped ones",
+        "sum",
+    ),
     "tokens_skipped": Metric(
         "loss tokens left uncomputed: advantage exactly 0 while beta and entropy_coef are 0 (where the ratio or the "
         "rollout correction is a sequence's: all of the sequence's advantages)",
         "sum",
     ),
     "tokens_guided": Metric("computed loss tokens that are guided", "sum"),
+    "tokens_masked": Metric(
+        "those of the guided ones with A < 0 and a probability below shaping_min_probability, which the shaping leaves "
+        "to guide_fallback",
+        "sum",
+    ),
+    "tokens_shaped_pos": Metric("those of the guided ones that are shaped and have A > 0", "sum"),
+    "tokens_shaped_neg": Metric("those of the guided ones that are shaped and have A < 0", "sum"),
+    "tokens_dropped": Metric(
+        "loss tokens whose objective a rollout_is '*-mask' drops: of the computed ones, and counted in `tokens` as in "
+        "the loss's denominator, with rollout_is_denominator 'all'; of all, and in neither, with 'kept'",
+        "sum",
+    ),
     "tokens_with_gradient": Metric(
         "loss tokens whose term depends on the policy: computed and, where beta and entropy_coef are 0, not clipped, "
         "not zeroed by rollout_is, not left out of the shaping (a sequence's ratio: if one of its tokens is so)",
@@ -53,11 +68,22 @@ METRICS: dict[str, Metric] = {
         "mean",
         "ordinary",
     ),
+    "rollout_is_mean": Metric(
+        "mean of the weight that rollout_is multiplies the objective by; a dropped token has weight 0 with "
+        "rollout_is_denominator 'all', and none with 'kept'",
+        "mean",
+        "ordinary",
+    ),
+    "shaping_weight_pos": Metric(
+        "mean of w = p / (p + gamma), the weight of a guided token, where A > 0", "mean", "tokens_shaped_pos"
+    ),
+    "shaping_weight_neg": Metric("mean of that weight where A < 0", "mean", "tokens_shaped_neg"),
     "entropy": Metric("mean entropy, in nats", "mean", "computed"),
 }
 """Name -> definition. "computed" tokens are ``tokens - tokens_skipped``; the "ordinary" ones among them are those
 that are not guided, ``tokens - tokens_skipped - tokens_guided``. ``kl_ref``, ``mismatch`` and ``entropy`` are there
-only if ``ref_logps``, ``rollout_logps`` and ``entropy`` were given."""
+only if ``ref_logps``, ``rollout_logps`` and ``entropy`` were given; ``tokens_masked`` and the shaping's only if
+``guide_mask`` was; ``tokens_dropped`` and ``rollout_is_mean`` only if ``rollout_is`` is not "none"."""
 
 
 def combine_metrics(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
@@ -75,11 +101,14 @@ def combine_metrics(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
             "the parts hold different metrics: call grpo_loss with the same optional tensors for every micro-batch"
         )
     stacked = {name: torch.stack([part[name] for part in parts]) for name in parts[0]}
-    weights = {weight: _weight(stacked, weight) for weight in ("ordinary", "computed")}
+    wanted = {weight for name in stacked if (weight := METRICS[name].weight) is not None}
+    weights: dict[str, Tensor] = {weight: _weight(stacked, weight) for weight in wanted}
     return {name: _combine(values, METRICS[name], weights) for name, values in stacked.items()}
 
 
 def _weight(metrics: Mapping[str, Tensor], weight: str) -> Tensor:
+    if weight in metrics:
+        return metrics[weight]
     computed = metrics["tokens"] - metrics["tokens_skipped"]
     return computed if weight == "computed" else computed - metrics["tokens_guided"]
 
@@ -97,6 +126,10 @@ PARTIALS = (
     "tokens",
     "computed",
     "guided",
+    "masked",
+    "shaped_pos",
+    "shaped_neg",
+    "dropped",
     "with_gradient",
     "clip_low",
     "clip_high",
@@ -104,6 +137,9 @@ PARTIALS = (
     "approx_kl",
     "kl_ref",
     "mismatch",
+    "rollout_is",
+    "shaping_pos",
+    "shaping_neg",
     "entropy",
     "ratio_max",
 )
@@ -116,6 +152,7 @@ _ORDINARY_MEANS = {
     "approx_kl": "approx_kl",
     "kl_ref": "kl_ref",
     "mismatch": "mismatch",
+    "rollout_is_mean": "rollout_is",
 }
 
 
@@ -137,7 +174,20 @@ class Terms:
     clipped: tuple[Tensor, Tensor]  # [T] bool low, [T] bool high
     kl: Tensor | None  # [T]
     mismatch: Tensor | None  # [T], 0 where guided
+    rollout_is: Tensor | None  # [T], 1 where guided
+    dropped: Tensor | None  # [T] bool, not where guided
+    shaping: "Shaping | None"
     entropy: Tensor | None  # [T]
+
+
+@dataclass(frozen=True)
+class Shaping:
+    """What became of the guided tokens."""
+
+    weight: Tensor  # [T]: w of the shaped ones
+    pos: Tensor  # [T] bool: shaped, and A > 0
+    neg: Tensor  # [T] bool: shaped, and A < 0
+    masked: Tensor  # [T] bool: too unlikely to shape
 
 
 def only(flags: Tensor | None, values: Tensor) -> Tensor:  # [T]
@@ -152,6 +202,14 @@ def partials_of(terms: Terms) -> Tensor:  # [1, len(PARTIALS)] float64
     count = ratios.new_full((), ratios.numel(), dtype=torch.float64)
     nothing = torch.zeros_like(count)
 
+    def number(flags: Tensor | None) -> Tensor:
+        return nothing if flags is None else flags.sum(dtype=torch.float64)
+
+    shaping = terms.shaping
+    weight, pos, neg, masked = (
+        (None,) * 4 if shaping is None else (shaping.weight, shaping.pos, shaping.neg, shaping.masked)
+    )
+
     def total(values: Tensor | None, of: Tensor | None = ordinary) -> Tensor:
         return nothing if values is None else only(of, values).sum(dtype=torch.float64)
 
@@ -160,6 +218,10 @@ def partials_of(terms: Terms) -> Tensor:  # [1, len(PARTIALS)] float64
         "tokens": count,
         "computed": count,
         "guided": nothing if ordinary is None else count - ordinary.sum(),
+        "masked": number(masked),
+        "shaped_pos": number(pos),
+        "shaped_neg": number(neg),
+        "dropped": number(terms.dropped),
         "with_gradient": count if terms.flows is None else total(terms.flows, None),
         "clip_low": total(low),
         "clip_high": total(high),
@@ -167,6 +229,9 @@ def partials_of(terms: Terms) -> Tensor:  # [1, len(PARTIALS)] float64
         "approx_kl": total(terms.difference.expm1() - terms.difference),
         "kl_ref": total(terms.kl),
         "mismatch": total(terms.mismatch),
+        "rollout_is": total(terms.rollout_is),
+        "shaping_pos": total(weight, pos),
+        "shaping_neg": total(weight, neg),
         "entropy": total(terms.entropy, None),
         "ratio_max": ratios.amax().double() if ratios.numel() else nothing,
     }
@@ -191,18 +256,37 @@ def metrics_of(
     counts = totals[: _AT["with_gradient"] + 1].long()
     tokens, computed, guided = (counts[_AT[name]] for name in ("tokens", "computed", "guided"))
     means = (totals / (computed - guided).clamp(min=1)).to(dtype)
+
+    def shaping_mean(sign: str) -> Tensor:
+        return (totals[_AT[f"shaping_{sign}"]] / counts[_AT[f"shaped_{sign}"]].clamp(min=1)).to(dtype)
+
     metrics = {
         "tokens": tokens,
         "tokens_skipped": tokens - computed,
         "tokens_guided": guided,
+        "tokens_masked": counts[_AT["masked"]],
+        "tokens_shaped_pos": counts[_AT["shaped_pos"]],
+        "tokens_shaped_neg": counts[_AT["shaped_neg"]],
+        "tokens_dropped": counts[_AT["dropped"]],
         "tokens_with_gradient": counts[_AT["with_gradient"]],
         "ratio_max": totals[_AT["ratio_max"]].to(dtype),
+        "shaping_weight_pos": shaping_mean("pos"),
+        "shaping_weight_neg": shaping_mean("neg"),
         "entropy": (totals[_AT["entropy"]] / computed.clamp(min=1)).to(dtype),
     } | {name: means[_AT[column]] for name, column in _ORDINARY_MEANS.items()}
     return {name: value for name, value in metrics.items() if name not in absent}
 
 
-def absent_metrics(given: Mapping[str, Tensor | None]) -> set[str]:
-    """The metrics that are not there without an optional tensor."""
-    needs = {"ref_logps": "kl_ref", "rollout_logps": "mismatch", "entropy": "entropy"}
-    return {metric for name, metric in needs.items() if given.get(name) is None}
+_SHAPING = ("tokens_masked", "tokens_shaped_pos", "tokens_shaped_neg", "shaping_weight_pos", "shaping_weight_neg")
+_NEEDS: dict[str, tuple[str, ...]] = {
+    "ref_logps": ("kl_ref",),
+    "rollout_logps": ("mismatch",),
+    "entropy": ("entropy",),
+    "guide_mask": _SHAPING,
+}
+
+
+def absent_metrics(given: Mapping[str, Tensor | None], corrected: bool) -> set[str]:
+    """The metrics that are not there without an optional tensor, or where `rollout_is` is "none" (not `corrected`)."""
+    absent = {metric for name, metrics in _NEEDS.items() if given.get(name) is None for metric in metrics}
+    return absent if corrected else absent | {"tokens_dropped", "rollout_is_mean"}

@@ -17,8 +17,9 @@ ImportanceSamplingLevel = Literal["token", "sequence"]
 KlEstimator = Literal["k1", "k2", "k3"]
 LossAggMode = Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm"]
 RolloutIs = Literal["none", "token-truncate", "token-mask", "sequence-truncate", "sequence-mask"]
+RolloutIsDenominator = Literal["all", "kept"]
 GuideFallback = Literal["mask", "clip"]
-ScaleRewards = Literal["none", "group", "batch"]
+ScaleRewards = Literal["none", "group", "batch", "mean"]
 
 _CHOICES: dict[str, tuple[str, ...]] = {
     "policy_loss": get_args(PolicyLoss),
@@ -26,8 +27,12 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "kl_estimator": get_args(KlEstimator),
     "loss_agg_mode": get_args(LossAggMode),
     "rollout_is": get_args(RolloutIs),
+    "rollout_is_denominator": get_args(RolloutIsDenominator),
     "guide_fallback": get_args(GuideFallback),
 }
+
+
+_SHAPING = ("shaping_coefficient", "shaping_clamp", "shaping_min_probability")
 
 
 class LossKeywords(TypedDict, total=False):
@@ -44,6 +49,10 @@ class LossKeywords(TypedDict, total=False):
     rollout_is: RolloutIs
     rollout_is_cap: float
     rollout_is_floor: float | None
+    rollout_is_denominator: RolloutIsDenominator
+    shaping_coefficient: float
+    shaping_clamp: float
+    shaping_min_probability: float
     guide_fallback: GuideFallback
     released_code_compat: bool
     beta: float
@@ -72,6 +81,10 @@ class LossOptions:
     rollout_is: RolloutIs = "none"
     rollout_is_cap: float = 2.0
     rollout_is_floor: float | None = None
+    rollout_is_denominator: RolloutIsDenominator = "all"
+    shaping_coefficient: float = 2.5e-4
+    shaping_clamp: float = 1e-3
+    shaping_min_probability: float = 0.01
     guide_fallback: GuideFallback = "mask"
     released_code_compat: bool = False
     beta: float = 0.0
@@ -111,6 +124,10 @@ class LossOptions:
         """Whether it matters to a token where its sequence begins and ends."""
         return self.needs_whole_sequences() or self.released_code_compat
 
+    def counts_kept_only(self) -> bool:
+        """Whether what `rollout_is` drops is out of the loss altogether."""
+        return self.rollout_is_denominator == "kept"
+
     def skips_zero_advantages(self) -> bool:
         """Whether a token with advantage exactly 0 adds nothing."""
         return self.beta == 0 and self.entropy_coef == 0
@@ -129,10 +146,15 @@ class LossOptions:
                 f"rollout_is is {self.rollout_is!r} but there are no rollout_logps: pass the rollout engine's "
                 "log-probabilities, or set rollout_is='none'"
             )
+        if self.counts_kept_only() and "old_logps" not in given:
+            raise ValueError(
+                "rollout_is_denominator='kept' needs to know what is dropped before the loss is computed: pass "
+                "old_logps (on policy the current ones, detached), or set rollout_is_denominator='all'"
+            )
         if "ref_logps" not in given:
             self._refuse("without ref_logps", "kl_estimator")
         if "guide_mask" not in given:
-            self._refuse("without guide_mask", "guide_fallback", "released_code_compat")
+            self._refuse("without guide_mask", *_SHAPING, "guide_fallback", "released_code_compat")
 
     def _check_ranges(self) -> None:
         if not 0 <= self.epsilon_low <= 1:
@@ -148,6 +170,9 @@ class LossOptions:
         for name in ("sapo_temperature_pos", "sapo_temperature_neg", "rollout_is_cap"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} is {getattr(self, name)}: choose a positive number")
+        for name in _SHAPING:
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} is {getattr(self, name)}: choose a number from 0 to 1")
         if self.rollout_is_floor is not None and not 0 <= self.rollout_is_floor <= self.rollout_is_cap:
             raise ValueError(
                 f"rollout_is_floor is {self.rollout_is_floor}: choose a number from 0 to rollout_is_cap = "
@@ -167,6 +192,10 @@ class LossOptions:
             self._refuse(f"with policy_loss={self.policy_loss!r}", "sapo_temperature_pos", "sapo_temperature_neg")
         if self.rollout_is == "none":
             self._refuse("with rollout_is='none'", "rollout_is_cap", "rollout_is_floor")
+        if not self.rollout_is.endswith("mask"):
+            self._refuse(f"with rollout_is={self.rollout_is!r}", "rollout_is_denominator")
+        if self.released_code_compat:
+            self._refuse("with released_code_compat", "shaping_coefficient")
         if self.guide_fallback == "clip" and self.importance_sampling_level == "sequence":
             raise ValueError(
                 "guide_fallback='clip' needs a ratio of the guided token's own: set importance_sampling_level='token', "
@@ -260,6 +289,19 @@ class Sequences:
         return self.spread(self.sum(flags.to(torch.int32)) > 0)
 
 
+def guided_tokens(
+    guide_mask: Tensor | None,  # [T] bool
+    loss_mask: Tensor,  # [T] bool
+    sequences: Sequences,
+    options: LossOptions,
+) -> Tensor | None:  # [T] bool
+    """The guided ones, of the loss tokens or of all; None: there are none."""
+    if guide_mask is None:
+        return None
+    guided = guide_mask & loss_mask
+    return sequences.any(guided) if options.released_code_compat else guided
+
+
 @dataclass(frozen=True)
 class Selection:
     """The tokens that a loss computes, one after another, with what it needs of each."""
@@ -290,11 +332,7 @@ def select_tokens_in_torch(inputs: LossInputs, tokens: int, options: LossOptions
         computed = mask & (advantages != 0)
         if options.needs_whole_sequences():
             computed = mask & sequences.any(computed)
-    guided = inputs.guide_mask
-    if guided is not None:
-        guided = guided & mask
-        if options.released_code_compat:
-            guided = sequences.any(guided)
+    guided = guided_tokens(inputs.guide_mask, mask, sequences, options)
     rows = torch.nonzero(computed).squeeze(1)
     everything = rows.numel() == tokens
 
@@ -378,23 +416,35 @@ def loss_weights(
     options: LossOptions,
     normalizer: float | Tensor | None,
     like: Tensor,  # gives the number of tokens T, the type and the device
+    dropped: Tensor | None = None,  # []: sequences that count no more
 ) -> Tensor:
     """[S]: what the terms of a sequence's tokens are multiplied by, so that the sum of all is the loss."""
     count = cu_seqlens.numel() - 1
     if isinstance(normalizer, Tensor):
         normalizer = normalizer.reshape(())
-    ones = like.new_ones(count, dtype=torch.float64)
-    if options.loss_agg_mode == "token-mean":
-        if normalizer is None:
-            normalizer = max(like.shape[0], 1) if loss_mask is None else loss_mask.sum().clamp(min=1).to(like.device)
-        weights = ones / normalizer
-    else:
-        weights = ones / (max(count, 1) if normalizer is None else normalizer)
+    if normalizer is None:
+        normalizer = counted(cu_seqlens, loss_mask, options, like.shape[0], dropped)
+        normalizer = normalizer.clamp(min=1).to(like.device) if isinstance(normalizer, Tensor) else max(normalizer, 1)
+    weights = like.new_ones(count, dtype=torch.float64) / normalizer
+    if options.loss_agg_mode != "token-mean":
         if options.loss_agg_mode == "seq-mean-token-mean":
             weights = weights / _loss_tokens(cu_seqlens, loss_mask, like).clamp(min=1)
         elif options.max_response_length is not None:
             weights = weights / options.max_response_length
     return weights.to(torch.float64 if like.dtype == torch.float64 else torch.float32)
+
+
+def counted(
+    cu_seqlens: Tensor,  # [S+1]
+    loss_mask: Tensor | None,  # [T] bool
+    options: LossOptions,
+    tokens: int | Tensor,  # T
+    dropped: Tensor | None,  # []: sequences that count no more
+) -> int | Tensor:  # []
+    """What `loss_agg_mode` divides by: loss tokens, or sequences."""
+    if options.loss_agg_mode == "token-mean":
+        return tokens if loss_mask is None else loss_mask.sum()
+    return cu_seqlens.numel() - 1 if dropped is None else cu_seqlens.numel() - 1 - dropped
 
 
 def _loss_tokens(cu_seqlens: Tensor, loss_mask: Tensor | None, like: Tensor) -> Tensor:  # [S]

@@ -18,7 +18,7 @@ from thinktwice_kernels.launch import accumulation_dtype
 from thinktwice_kernels.logprobs import linear_logits_reference as linear_logits
 from thinktwice_kernels.logprobs import linear_logprobs_reference as linear_logprobs
 from thinktwice_kernels.logprobs import token_logprobs_reference as token_logprobs
-from thinktwice_kernels.loss import selected_in_torch, terms_of
+from thinktwice_kernels.loss import restrict_to_kept, selected_in_torch, terms_of, with_dropped
 from thinktwice_kernels.metrics import PARTIALS, absent_metrics, metrics_of, partials_of, totals_of
 from thinktwice_kernels.norm import rms_norm_reference as rms_norm
 from thinktwice_kernels.options import (
@@ -66,7 +66,8 @@ def grpo_loss(
     logps = logps.to(accumulation_dtype(logps))
     cu_seqlens = cu_seqlens.to(logps.device)
     given: dict[str, Any] = prepared_tensors(optional, logps.shape, options, logps.dtype)
-    weights = loss_weights(cu_seqlens, given["loss_mask"], options, normalizer, logps)
+    kept = restrict_to_kept(given, cu_seqlens, options)
+    weights = loss_weights(cu_seqlens, given["loss_mask"], options, normalizer, logps, kept.dropped_sequences)
     inputs = LossInputs(logps, advantages.detach().to(logps.dtype), cu_seqlens, weights, **given)
     selected = selected_in_torch(inputs, options)
     inputs = selected.inputs
@@ -74,7 +75,8 @@ def grpo_loss(
     with torch.no_grad():
         totals = totals_of(partials_of(terms))
     totals[PARTIALS.index("tokens")] = selected.in_loss
-    return (terms.weights * terms.value).sum(), metrics_of(totals, logps.dtype, absent_metrics(given))
+    absent = absent_metrics(given, options.rollout_is != "none")
+    return (terms.weights * terms.value).sum(), metrics_of(with_dropped(totals, kept), logps.dtype, absent)
 
 
 def linear_grpo_loss(

@@ -44,9 +44,29 @@ CASES: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
         ("guide_mask", "old_logps", "rollout_logps"),
     ),
     "guided, released code": ({"released_code_compat": True, "guide_fallback": "clip"}, ("guide_mask", "old_logps")),
+    "guided, other numbers": (
+        {"shaping_coefficient": 2e-3, "shaping_clamp": 3e-3, "shaping_min_probability": 0.02},
+        ("guide_mask", "old_logps"),
+    ),
     "guided, with kl": ({"beta": 0.1, "entropy_coef": 0.1}, ("guide_mask", "ref_logps", "entropy")),
     "guided gspo": ({"importance_sampling_level": "sequence"}, ("guide_mask", "old_logps")),
     "normalizer": ({"normalizer": 17}, ("old_logps",)),
+}
+# Of the public ops, which take dropped tokens out before the kernels see them.
+PUBLIC_CASES = CASES | {
+    "token-mask, kept": (
+        {"rollout_is": "token-mask", "rollout_is_cap": 1.3, "rollout_is_denominator": "kept", "beta": 0.1},
+        ("old_logps", "rollout_logps", "ref_logps"),
+    ),
+    "guided gspo, sequence-mask, kept": (
+        {
+            "rollout_is": "sequence-mask",
+            "rollout_is_cap": 1.2,
+            "rollout_is_denominator": "kept",
+            "importance_sampling_level": "sequence",
+        },
+        ("old_logps", "rollout_logps", "guide_mask"),
+    ),
 }
 AGGREGATIONS: list[dict[str, Any]] = [
     {"loss_agg_mode": "token-mean"},

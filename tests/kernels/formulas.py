@@ -46,8 +46,9 @@ def slow_advantages(rewards: list[float], ids: list[int], scale: str, eps: float
     for reward, label in zip(rewards, ids, strict=True):
         group = [r for r, other in zip(rewards, ids, strict=True) if other == label]
         centred = reward - math.fsum(group) / len(group) if len(group) > 1 else 0.0
-        spread = {"none": 1.0, "group": std(group) + eps, "batch": std(rewards) + eps}[scale]
-        result.append(centred / spread)
+        mean = math.fsum(group) / len(group)
+        spread = {"none": 1.0, "group": std(group) + eps, "batch": std(rewards) + eps, "mean": mean}[scale]
+        result.append(centred / spread if spread else 0.0)
     return result
 
 
@@ -77,12 +78,20 @@ class _SlowLoss:
         advantages = self.batch["advantages"]
         return float(advantages[self.sequence_of[t] if len(advantages) == len(self.spans) else t])
 
-    def in_loss(self, t: int) -> bool:
+    def selected(self, t: int) -> bool:
         return self.flag("loss_mask", t, True)
+
+    def in_loss(self, t: int) -> bool:
+        kept_only = self.option("rollout_is_denominator", "all") == "kept"
+        return self.selected(t) and not (kept_only and self.dropped(t))
+
+    def dropped(self, t: int) -> bool:
+        masks = self.option("rollout_is", "none").endswith("mask")
+        return masks and not self.guided(t) and self.rollout_weight(t) == 0
 
     def guided(self, t: int) -> bool:
         span = self.span_of[t] if self.option("released_code_compat", False) else [t]
-        return any(self.in_loss(u) and self.flag("guide_mask", u, False) for u in span)
+        return any(self.selected(u) and self.flag("guide_mask", u, False) for u in span)
 
     def old(self, t: int) -> Tensor:
         return (self.batch["old_logps"] if self.batch.get("old_logps") is not None else self.logps)[t].detach()
@@ -110,20 +119,31 @@ class _SlowLoss:
         mode = self.option("rollout_is", "none")
         if mode == "none" or self.guided(t):
             return 1.0
-        span = [u for u in self.span_of[t] if self.ordinary(u)] if mode.startswith("sequence") else [t]
+        span = [t]
+        if mode.startswith("sequence"):
+            span = [u for u in self.span_of[t] if self.selected(u) and not self.guided(u)]
         weight = math.exp(sum(float(self.old(u) - self.batch["rollout_logps"][u]) for u in span))
         cap, floor = self.option("rollout_is_cap", 2.0), self.option("rollout_is_floor", None) or 0.0
         if mode.endswith("truncate"):
             return min(max(weight, floor), cap)
         return weight if floor <= weight <= cap else 0.0
 
+    def masked(self, t: int) -> bool:
+        return self.advantage(t) < 0 and float(self.values[t].exp()) < self.option("shaping_min_probability", 0.01)
+
+    def shaping_weight(self, t: int) -> float:
+        p, clamp = float(self.values[t].exp()), self.option("shaping_clamp", 1e-3)
+        if self.option("released_code_compat", False):
+            return released_weight(p, clamp)
+        gamma = self.option("shaping_coefficient", 2.5e-4) * self.advantage(t)
+        return p / (p + max(-clamp, min(clamp, gamma)))
+
     def policy(self, t: int) -> Tensor:
         a, logp = self.advantage(t), self.logps[t]
-        p = float(logp.detach().exp())
         if self.guided(t):
-            if not (a < 0 and p < 0.01):
-                gamma = -1e-3 if self.option("released_code_compat", False) else max(-1e-3, min(1e-3, 2.5e-4 * a))
-                return -a * logp.exp() / (p + gamma) if a != 0 else logp * 0
+            if not self.masked(t):
+                # The factor is 1, and its derivative too.
+                return -a * self.shaping_weight(t) * torch.exp(logp - logp.detach()) if a != 0 else logp * 0
             if self.option("guide_fallback", "mask") == "mask":
                 return logp * 0
         weight = self.rollout_weight(t)
@@ -169,11 +189,17 @@ class _SlowLoss:
             part = sum((self.token(t) for t in members), self.logps.sum() * 0)
             total = total + (part / max(len(members), 1) if mode == "seq-mean-token-mean" else part)
         tokens = sum(self.in_loss(t) for t in self.span_of)
-        count = max(tokens if mode == "token-mean" else len(self.spans), 1) if normalizer is None else normalizer
+        count = self.count() if normalizer is None else normalizer
         loss = total / count
         if mode == "seq-mean-token-sum-norm":
             loss = loss / self.option("max_response_length", None)
         return loss, self.metrics(tokens, loss)
+
+    def count(self) -> int:
+        if self.option("loss_agg_mode", "token-mean") == "token-mean":
+            return max(sum(self.in_loss(t) for t in self.span_of), 1)
+        gone = [any(map(self.selected, span)) and not any(map(self.in_loss, span)) for span in self.spans]
+        return max(len(self.spans) - sum(gone), 1)
 
     def clipped_low(self, t: int) -> bool:
         bound = 1 - self.option("epsilon_low", 0.2)
@@ -206,6 +232,13 @@ class _SlowLoss:
             "ratio_max": max(ratios, default=0.0),
             "approx_kl": mean([math.exp(d) - 1 - d for d in difference]),
         }
+        if self.batch.get("guide_mask") is not None:
+            found |= self.shaping_metrics([t for t in computed if self.guided(t)])
+        if self.option("rollout_is", "none") != "none":
+            kept_only = self.option("rollout_is_denominator", "all") == "kept"
+            counted = [t for t in self.span_of if self.selected(t)] if kept_only else computed
+            found["tokens_dropped"] = sum(map(self.dropped, counted))
+            found["rollout_is_mean"] = mean([self.rollout_weight(t) for t in ordinary])
         if self.batch.get("ref_logps") is not None:
             found["kl_ref"] = mean([self.kl(t).item() for t in ordinary])
         if self.batch.get("rollout_logps") is not None:
@@ -213,3 +246,23 @@ class _SlowLoss:
         if self.batch.get("entropy") is not None:
             found["entropy"] = mean([self.batch["entropy"][t].item() for t in computed])
         return found
+
+    def shaping_metrics(self, guided: list[int]) -> Numbers:
+        shaped = [t for t in guided if not self.masked(t) and self.advantage(t) != 0]
+        found: Numbers = {"tokens_masked": sum(map(self.masked, guided))}
+        for name, sign in (("pos", 1), ("neg", -1)):
+            weights = [self.shaping_weight(t) for t in shaped if self.advantage(t) * sign > 0]
+            found |= {f"tokens_shaped_{name}": len(weights)}
+            found |= {f"shaping_weight_{name}": sum(weights) / len(weights) if weights else 0.0}
+        return found
+
+
+def released_weight(p: float, clamp: float = 1e-3) -> float:
+    """The weight of a guided token in the released code of ThinkTuning, as it is written there.
+
+    Its gamma is -clamp whatever the advantage. Only where it would divide by 0 this is its limit from below.
+    """
+    denominator = p - clamp
+    if denominator <= 0:
+        return 1.0001
+    return p / (p / 0.9999) if denominator > 1 else p / denominator

@@ -16,11 +16,11 @@ finite = st.floats(-100, 100, allow_nan=False, width=32)
 layouts = st.lists(st.tuples(finite, st.sampled_from([-(2**40), -1, 0, 3, 7, 2**40])), max_size=24)
 
 
-@pytest.mark.parametrize("scale", ["none", "group", "batch"])
+@pytest.mark.parametrize("scale", ["none", "group", "batch", "mean"])
 @settings(max_examples=60, deadline=None)
 @given(rows=layouts, eps=st.sampled_from([1e-6, 1e-4, 0.5]))
 def test_equals_the_definition(scale: ScaleRewards, rows: list[tuple[float, int]], eps: float) -> None:
-    rewards, ids = [r for r, _ in rows], [i for _, i in rows]
+    rewards, ids = [abs(r) if scale == "mean" else r for r, _ in rows], [i for _, i in rows]
     got = group_advantages(
         torch.tensor(rewards, dtype=torch.float64), torch.tensor(ids, dtype=torch.int64), scale_rewards=scale, eps=eps
     )
@@ -28,7 +28,7 @@ def test_equals_the_definition(scale: ScaleRewards, rows: list[tuple[float, int]
     torch.testing.assert_close(got, want, rtol=1e-7, atol=1e-9)
 
 
-@pytest.mark.parametrize("scale", ["none", "group", "batch"])
+@pytest.mark.parametrize("scale", ["none", "group", "batch", "mean"])
 @pytest.mark.parametrize("reward", [0.0, 0.1, 1 / 3, 1e6 + 0.1, -7e-20])
 @pytest.mark.parametrize("size", [1, 3, 7, 8])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -40,6 +40,12 @@ def test_equal_rewards_and_groups_of_one_give_exactly_zero(
     advantages = group_advantages(rewards, ids, scale_rewards=scale)
     assert advantages[:size].tolist() == [0.0] * size
     assert advantages[size] == -advantages[size + 1] != 0
+
+
+def test_a_mean_of_zero_gives_zero() -> None:
+    rewards, ids = torch.tensor([0.0, 0, 1, 0, 0, 0, -2, 2]), torch.tensor([7, 7, 3, 3, 3, 3, 5, 5])
+    advantages = group_advantages(rewards, ids, scale_rewards="mean")
+    assert advantages.tolist() == [0.0, 0, 3, -1, -1, -1, 0, 0]
 
 
 def test_large_rewards_keep_their_differences() -> None:
@@ -78,7 +84,7 @@ def test_no_sequences() -> None:
         ({"rewards": torch.zeros(2, 2)}, "one-dimensional"),
         ({"group_ids": torch.zeros(3, dtype=torch.int64)}, "same length"),
         ({"group_ids": torch.zeros(2)}, "pass integers"),
-        ({"scale_rewards": "std"}, "choose one of none, group, batch"),
+        ({"scale_rewards": "std"}, "choose one of none, group, batch, mean"),
         ({"eps": 0.0}, "choose a positive number"),
     ],
 )

@@ -26,7 +26,7 @@ from tests.kernels.accuracy import (
     with_leaves,
 )
 from tests.kernels.batches import make_batch
-from tests.kernels.cases import AGGREGATIONS, CASES
+from tests.kernels.cases import AGGREGATIONS, CASES, PUBLIC_CASES
 from thinktwice_kernels import (
     group_advantages,
     grpo_loss,
@@ -110,7 +110,7 @@ def plain_logprobs(
     return cast(tuple[Tensor, Tensor], found)
 
 
-@pytest.mark.parametrize("scale", ["none", "group", "batch"])
+@pytest.mark.parametrize("scale", ["none", "group", "batch", "mean"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_group_advantages(scale: Any, dtype: torch.dtype) -> None:
     rewards = torch.cat([normal(200), torch.full((8,), 0.3, dtype=torch.float64)]).to(dtype)
@@ -122,10 +122,10 @@ def test_group_advantages(scale: Any, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", PUBLIC_CASES)
 @pytest.mark.parametrize("aggregation", AGGREGATIONS, ids=lambda options: options["loss_agg_mode"])
 def test_grpo_loss(case: str, aggregation: dict[str, Any], dtype: torch.dtype) -> None:
-    options, tensors = CASES[case]
+    options, tensors = PUBLIC_CASES[case]
     options, leaves = {**options, **aggregation}, ("logps", "entropy")
     batch = make_batch(LENGTHS, 7, loss_mask=True, zero_advantages=True, **dict.fromkeys(tensors, True))
     batch = {name: value.to(dtype).double() if value.is_floating_point() else value for name, value in batch.items()}
@@ -148,9 +148,9 @@ def assert_same_metrics(got: Tensors, want: Tensors) -> None:
 
 @pytest.mark.parametrize("budget", [None, 24 * V * 6])  # of 24 rows in bfloat16: sequences that are longer than a tile
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", PUBLIC_CASES)
 def test_linear_grpo_loss(case: str, dtype: torch.dtype, budget: int | None) -> None:
-    options, tensors = CASES[case]
+    options, tensors = PUBLIC_CASES[case]
     leaves = ("hidden", "weight", "bias")
     batch = head(T, V, dtype, bias=True)
     packed = make_batch(LENGTHS, 7, loss_mask=True, zero_advantages=True, **dict.fromkeys(tensors, True))

@@ -11,7 +11,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs TRITON_INTERPRET=1", allow_module_level=True)
 
 from tests.kernels.accuracy import check_token_logprobs
-from tests.kernels.cases import CASES
+from tests.kernels.cases import PUBLIC_CASES
 from tests.kernels.dispatched import Dispatched
 from tests.kernels.interpreter import patch_language_once, round_bfloat16_to_nearest
 from tests.kernels.test_linear_loss import ROW, assert_equals_reference, linear_batch
@@ -36,10 +36,14 @@ def test_the_interpreted_kernels_are_the_ones_used() -> None:
 
 @pytest.mark.parametrize("rows", [2, None])
 @pytest.mark.parametrize(
-    "case", ["clip", "gspo", "entropy", "cispo", "guided, fallback", "guided, released code", "sequence-mask"]
+    "case",
+    [
+        *("clip", "gspo", "entropy", "cispo", "guided, fallback", "guided, released code", "sequence-mask"),
+        *("token-mask, kept", "guided gspo, sequence-mask, kept"),
+    ],
 )
 def test_linear_grpo_loss(case: str, rows: int | None) -> None:
-    options, tensors = CASES[case]
+    options, tensors = PUBLIC_CASES[case]
     batch = linear_batch([3, 0, 4, 1], 1, **dict.fromkeys({"loss_mask", *tensors}, True))
     assert_equals_reference(batch, options, memory_budget=None if rows is None else rows * ROW)
 
@@ -77,7 +81,7 @@ def launches_before_the_first_product(batch: dict[str, Any], options: dict[str, 
 @pytest.mark.parametrize("case", ["defaults", "gspo, sequence-mask", "guided, released code", "guided, with kl"])
 @pytest.mark.parametrize("masked", [False, True])
 def test_few_launches_come_before_the_first_product(case: str, masked: bool) -> None:
-    options, tensors = CASES[case]
+    options, tensors = PUBLIC_CASES[case]
     wanted = dict.fromkeys({"token_advantages", "zero_advantages", *tensors}, True)
     batch = linear_batch([3, 0, 4, 1], 1, **wanted, loss_mask=masked)
     leaves = {name: batch[name].requires_grad_() for name in ("hidden", "weight", "bias")}

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.kernels.batches import LAYOUTS, make_batch
-from tests.kernels.cases import AGGREGATIONS, CASES
+from tests.kernels.cases import AGGREGATIONS, PUBLIC_CASES
 from tests.kernels.dispatched import Dispatched
 from thinktwice_kernels import grpo_loss, linear_grpo_loss, linear_loss, reference, rows
 from thinktwice_kernels.options import LossKeywords, LossOptions
@@ -59,7 +59,7 @@ def assert_equals_reference(batch: Batch, options: dict[str, Any], **own: Any) -
     )
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", PUBLIC_CASES)
 @settings(max_examples=25, deadline=None)
 @given(
     lengths=LAYOUTS,
@@ -82,7 +82,7 @@ def test_equals_the_definition(
     rows: int | None,
     head: dict[str, Any],
 ) -> None:
-    options, tensors = CASES[case]
+    options, tensors = PUBLIC_CASES[case]
     batch = linear_batch(
         lengths,
         seed,
@@ -99,7 +99,7 @@ def test_equals_the_definition(
 
 @pytest.mark.parametrize("case", ["clip", "sapo", "gspo", "k3", "entropy"])
 def test_gradcheck(case: str) -> None:
-    options, tensors = CASES[case]
+    options, tensors = PUBLIC_CASES[case]
     batch = linear_batch([3, 0, 4], 2, **dict.fromkeys({"loss_mask", "old_logps", *tensors}, True))
     leaves = tuple(batch[name].requires_grad_() for name in ("hidden", "weight", "bias"))
 
@@ -110,7 +110,7 @@ def test_gradcheck(case: str) -> None:
     assert torch.autograd.gradcheck(loss_of, leaves)
 
 
-@pytest.mark.parametrize("scale", ["none", "group", "batch"])
+@pytest.mark.parametrize("scale", ["none", "group", "batch", "mean"])
 def test_rewards_in_place_of_advantages(scale: str) -> None:
     batch = linear_batch([3, 1, 0, 4, 2], 1, old_logps=True)
     del batch["advantages"]

@@ -9,10 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from tests.kernels.accuracy import with_leaves
 from tests.kernels.batches import LAYOUTS, gradients, make_batch
-from tests.kernels.cases import AGGREGATIONS, CASES
+from tests.kernels.cases import AGGREGATIONS, CASES, PUBLIC_CASES
 from tests.kernels.formulas import slow_loss
-from thinktwice_kernels import grpo_loss, reference
+from tests.kernels.shaping import Gradient, Options, check_released_code, check_tables, check_unguided
+from thinktwice_kernels import grpo_loss, linear_grpo_loss, loss_count, reference
 
 
 def assert_equals_definition(batch: dict[str, Any], options: dict[str, Any]) -> None:
@@ -32,7 +34,7 @@ def assert_same(
     assert not any(value.requires_grad or value.dim() for value in metrics.values())
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", PUBLIC_CASES)
 @settings(max_examples=40, deadline=None)
 @given(
     lengths=LAYOUTS,
@@ -51,7 +53,7 @@ def test_equals_the_definition(
     zero_advantages: bool,
     aggregation: dict[str, Any],
 ) -> None:
-    options, tensors = CASES[case]
+    options, tensors = PUBLIC_CASES[case]
     batch = make_batch(
         lengths,
         seed,
@@ -84,38 +86,62 @@ def test_gradcheck(case: str) -> None:
     assert torch.autograd.gradcheck(loss_of, tuple(batch[name] for name in names))
 
 
-SHAPING_TABLE = [  # p, A, w
-    (1e-4, 1.0, 0.285714),
-    (1e-3, 1.0, 0.8),
-    (0.02, 1.0, 0.987654),
-    (0.5, 1.0, 0.9995002),
-    (1e-4, -1.0, 0.0),
-    (1e-3, -1.0, 0.0),
-    (0.02, -1.0, 1.0126582),
-    (0.5, -1.0, 1.0005003),
-    (1e-3, 9.0, 0.5),  # gamma stops at 1e-3
-]
+def gradient_by(op: Any) -> Gradient:
+    """Of an op on log-probabilities."""
+
+    def gradient(batch: dict[str, Any], options: Options) -> Tensor:
+        leaf = batch["logps"].clone().requires_grad_()
+        return torch.autograd.grad(op(**{**batch, "logps": leaf}, **options)[0], [leaf])[0]
+
+    return gradient
 
 
-@pytest.mark.parametrize(("p", "advantage", "w"), SHAPING_TABLE)
-def test_shaping_weights(p: float, advantage: float, w: float) -> None:
-    logps = torch.tensor([math.log(p)], requires_grad=True)
-    loss, metrics = grpo_loss(logps, torch.tensor([advantage]), torch.tensor([0, 1]), guide_mask=torch.tensor([True]))
-    (gradient,) = torch.autograd.grad(loss, [logps])
-    assert loss.item() == pytest.approx(-advantage * w, rel=2e-6)
-    assert gradient.item() == pytest.approx(-advantage * w, rel=2e-6)
-    assert metrics["tokens_with_gradient"] == (w != 0)
+def gradient_by_fused(batch: dict[str, Any], options: Options) -> Tensor:
+    """Two tokens, of which the target has the logit z and the other 0: d loss / d z = (1 - p) d loss / d logp."""
+    logps = batch["logps"]
+    z = logps - torch.log(-torch.expm1(logps))
+    hidden = torch.stack([z, torch.zeros_like(z)], 1).requires_grad_()
+    given = {name: value for name, value in batch.items() if name != "logps"}
+    targets = torch.zeros(len(z), dtype=torch.int64)
+    loss, _ = linear_grpo_loss(hidden, torch.eye(2, dtype=torch.float64), targets, **given, **options)
+    found = torch.autograd.grad(loss, [hidden])[0][:, 0]
+    return found / -torch.expm1(logps)
 
 
-def test_released_code_compat_guides_whole_sequences_with_a_constant_gamma() -> None:
-    logps = torch.tensor([0.5, 0.5, 0.5]).log().requires_grad_()
-    guide_mask = torch.tensor([False, True, False])
-    arguments = (logps, torch.tensor([1.0, 1.0]), torch.tensor([0, 2, 3]))
-    loss, metrics = grpo_loss(*arguments, guide_mask=guide_mask, released_code_compat=True)
-    (gradient,) = torch.autograd.grad(loss, [logps])
-    w = 0.5 / (0.5 - 1e-3)
-    torch.testing.assert_close(gradient * 3, torch.tensor([-w, -w, -1.0]))
-    assert metrics["tokens_guided"] == 2
+IMPLEMENTATIONS = {
+    "torch": gradient_by(grpo_loss),
+    "reference": gradient_by(reference.grpo_loss),
+    "fused": gradient_by_fused,
+}
+
+
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+def test_shaping_weights(name: str) -> None:
+    check_tables(IMPLEMENTATIONS[name], highest=0.9 if name == "fused" else math.inf)
+
+
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+def test_released_code_compat_is_the_released_formula(name: str) -> None:
+    check_released_code(IMPLEMENTATIONS[name], fused=name == "fused")
+
+
+@pytest.mark.parametrize("op", [grpo_loss, reference.grpo_loss, linear_grpo_loss])
+def test_a_guide_mask_without_guided_tokens_changes_nothing(op: Any) -> None:
+    batch = make_batch([4, 0, 9, 6], 8, old_logps=True, rollout_logps=True, loss_mask=True)
+    leaves: tuple[str, ...] = ("logps",)
+    if op is linear_grpo_loss:
+        rng, leaves = torch.Generator().manual_seed(1), ("hidden", "weight")
+        tokens = batch.pop("logps").numel()
+        batch |= {"hidden": torch.randn(tokens, 4, generator=rng), "weight": torch.randn(9, 4, generator=rng)}
+        batch["targets"] = torch.randint(0, 9, (tokens,), generator=rng)
+    batch = {name: value.detach().float() if value.is_floating_point() else value for name, value in batch.items()}
+
+    def loss_of(given: dict[str, Any], options: Options) -> list[Tensor]:
+        own = with_leaves(given, leaves)
+        loss, _ = op(**own, **options)
+        return [loss, *torch.autograd.grad(loss, [own[name] for name in leaves])]
+
+    check_unguided(loss_of, batch)
 
 
 def test_a_guided_token_at_the_pole_of_its_weight_is_masked_cleanly() -> None:
@@ -151,6 +177,30 @@ def test_micro_batches_with_a_normalizer_add_up_to_the_whole_batch(
     torch.testing.assert_close(gradients(total, batch), gradients(whole, batch), rtol=1e-12, atol=1e-13)
 
 
+@pytest.mark.parametrize("aggregation", AGGREGATIONS, ids=lambda a: a["loss_agg_mode"])
+@pytest.mark.parametrize("kind", ["token-mask", "sequence-mask"])
+@settings(max_examples=20, deadline=None)
+@given(lengths=LAYOUTS, cut=st.integers(0, 5), seed=st.integers(0, 10**6), cap=st.sampled_from([0.2, 1.3, 1e9]))
+def test_counts_of_micro_batches_add_up_to_what_the_whole_batch_divides_by(
+    aggregation: dict[str, Any], kind: str, lengths: list[int], cut: int, seed: int, cap: float
+) -> None:
+    wanted = dict.fromkeys(("old_logps", "rollout_logps", "loss_mask", "guide_mask"), True)
+    batch = make_batch(lengths, seed, **wanted)
+    options = {**aggregation, "rollout_is": kind, "rollout_is_cap": cap, "rollout_is_denominator": "kept"}
+    parts = split(batch, lengths, min(cut, len(lengths)))
+    names = ("cu_seqlens", *wanted)
+    counts = [loss_count(**{name: part[name] for name in names}, **options) for part in parts]
+    whole, metrics = grpo_loss(**batch, **options)
+    count = torch.stack(counts).sum().clamp(min=1)
+    found = [grpo_loss(**part, **options, normalizer=count)[0] for part in parts]
+    torch.testing.assert_close(torch.stack(found).sum(), whole, rtol=1e-12, atol=1e-13)
+    plain, before = grpo_loss(**batch, **{**options, "rollout_is_denominator": "all"})
+    assert metrics["tokens"] + metrics["tokens_dropped"] == before["tokens"]
+    assert metrics["tokens_dropped"] == before["tokens_dropped"]
+    if not metrics["tokens_dropped"]:
+        assert torch.equal(whole, plain)
+
+
 def split(batch: dict[str, Any], lengths: list[int], cut: int) -> list[dict[str, Any]]:
     at = sum(lengths[:cut])
     first = {name: tensor[:at] for name, tensor in batch.items()}
@@ -160,9 +210,9 @@ def split(batch: dict[str, Any], lengths: list[int], cut: int) -> list[dict[str,
     return [first, second]
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", PUBLIC_CASES)
 def test_values_of_unread_tokens_do_not_matter(case: str) -> None:
-    options, tensors = CASES[case]
+    options, tensors = PUBLIC_CASES[case]
     clean, dirty = (make_batch([4, 3, 5], 3, **dict.fromkeys(tensors, True)) for _ in range(2))
     unread = torch.arange(12) % 3 == 1
     clean["loss_mask"] = dirty["loss_mask"] = ~unread

@@ -20,11 +20,17 @@ EVERYTHING = dict.fromkeys(("old_logps", "ref_logps", "rollout_logps", "entropy"
     cuts=st.lists(st.integers(0, 3), max_size=2),
     seed=st.integers(0, 10**6),
     options=st.sampled_from(
-        [{}, {"beta": 0.1}, {"importance_sampling_level": "sequence"}, {"policy_loss": "cispo", "epsilon_high": 0.5}]
+        [
+            {},
+            {"beta": 0.1, "rollout_is_denominator": "kept"},
+            {"importance_sampling_level": "sequence"},
+            {"policy_loss": "cispo", "epsilon_high": 0.5},
+        ]
     ),
 )
 def test_parts_combine_to_the_whole(lengths: list[int], cuts: list[int], seed: int, options: dict[str, Any]) -> None:
     batch = make_batch(lengths, seed, zero_advantages=True, **EVERYTHING)
+    options = {"rollout_is": "token-mask", "rollout_is_cap": 1.3, **options}
     whole = grpo_loss(**batch, **options)[1]
     assert whole.keys() == METRICS.keys()
     parts, sizes = [batch], [lengths]
@@ -41,7 +47,9 @@ def test_parts_combine_to_the_whole(lengths: list[int], cuts: list[int], seed: i
 
 def test_metrics_without_their_inputs_are_absent() -> None:
     metrics = grpo_loss(**make_batch([2, 3], 0))[1]
-    assert METRICS.keys() - metrics.keys() == {"kl_ref", "mismatch", "entropy"}
+    shaping = {"tokens_masked", "tokens_shaped_pos", "tokens_shaped_neg", "shaping_weight_pos", "shaping_weight_neg"}
+    corrected = {"tokens_dropped", "rollout_is_mean"}
+    assert METRICS.keys() - metrics.keys() == {"kl_ref", "mismatch", "entropy"} | shaping | corrected
     assert combine_metrics([metrics, metrics])["tokens"] == 10
 
 

@@ -20,7 +20,7 @@ from thinktwice_kernels.loss import selected_in_torch, sequence_loss
 from thinktwice_kernels.metrics import PARTIALS, totals_of
 from thinktwice_kernels.options import LossInputs, LossOptions
 
-SCALES: list[Any] = ["none", "group", "batch"]
+SCALES: list[Any] = ["none", "group", "batch", "mean"]
 Results = tuple[Tensor, Tensor, Tensor]
 
 
@@ -54,6 +54,10 @@ def partials_of(metrics: dict[str, Tensor], loss: Tensor) -> dict[str, float]:
         "tokens": value["tokens"],
         "computed": computed,
         "guided": value["tokens_guided"],
+        "masked": value.get("tokens_masked", 0.0),
+        "shaped_pos": value.get("tokens_shaped_pos", 0.0),
+        "shaped_neg": value.get("tokens_shaped_neg", 0.0),
+        "dropped": value.get("tokens_dropped", 0.0),
         "with_gradient": value["tokens_with_gradient"],
         "clip_low": value["clip_fraction_low"] * ordinary,
         "clip_high": value["clip_fraction_high"] * ordinary,
@@ -61,6 +65,9 @@ def partials_of(metrics: dict[str, Tensor], loss: Tensor) -> dict[str, float]:
         "approx_kl": value["approx_kl"] * ordinary,
         "kl_ref": value.get("kl_ref", 0.0) * ordinary,
         "mismatch": value.get("mismatch", 0.0) * ordinary,
+        "rollout_is": value.get("rollout_is_mean", 0.0) * ordinary,
+        "shaping_pos": value.get("shaping_weight_pos", 0.0) * value.get("tokens_shaped_pos", 0.0),
+        "shaping_neg": value.get("shaping_weight_neg", 0.0) * value.get("tokens_shaped_neg", 0.0),
         "entropy": value.get("entropy", 0.0) * computed,
         "ratio_max": value["ratio_max"],
     }
@@ -156,9 +163,10 @@ def test_bad_values_spread_as_the_definition_spreads_them(case: str, bad: float)
         totals, d_logps, _ = run(batch, options, sequence_weights(batch))
         want, want_gradients = defined(batch, options)
         assert totals[0].item() == pytest.approx(want["loss"], rel=1e-10, nan_ok=True), name
-        # Beside a number autograd may give NaN, for 0 * inf, and beside NaN the number 0, from clamp.
+        # Beside a number autograd may give NaN, for 0 * inf, and beside NaN the number 0, from clamp. An infinite
+        # log-probability has no gradient of the shaping there.
         lost, unknown = d_logps.isnan(), want_gradients[0].isnan()
-        known = ~(lost | unknown)
+        known = ~(lost | unknown | (batch["logps"].isinf() & ("guide_mask" in batch)))
         torch.testing.assert_close(d_logps[known], want_gradients[0][known], rtol=1e-10, atol=1e-12)
         if math.isnan(want["loss"]):
             assert torch.equal(lost & unknown, unknown) or not math.isnan(bad), name

@@ -9,6 +9,7 @@ import os
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -21,6 +22,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 from tests.kernels.batches import LAYOUTS, gradients, make_batch
 from tests.kernels.cases import AGGREGATIONS, CASES
 from tests.kernels.interpreter import patch_language_once, round_bfloat16_to_nearest
+from tests.kernels.shaping import Options, check_released_code, check_tables, check_unguided
 from thinktwice_kernels import launch, reference
 from thinktwice_kernels.launch import accumulation_dtype
 from thinktwice_kernels.metrics import metrics_of, totals_of
@@ -280,6 +282,24 @@ def test_any_layout(lengths: list[int], case: str, seed: int) -> None:
     check_loss(batch, options)
 
 
+def test_guided_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(launch.SHAPES, "sequence_loss", launch.Shape(num_warps=1, block=8192))
+
+    def loss_of(batch: dict[str, Any], options: Options) -> list[Tensor]:
+        parsed = LossOptions(**{name: value for name, value in options.items() if name != "normalizer"})
+        partials, d_logps, _ = sequence_loss_in_triton(
+            inputs_of(batch, parsed, options.get("normalizer")), parsed, True
+        )
+        return [totals_of(partials)[0], d_logps]
+
+    def gradient(batch: dict[str, Any], options: Options) -> Tensor:
+        return loss_of(batch, options)[1]
+
+    check_tables(gradient)
+    check_released_code(gradient, exp=lambda x: torch.from_numpy(np.exp(x.numpy())))
+    check_unguided(loss_of, make_batch([4, 0, 9, 6], 8, old_logps=True, rollout_logps=True, loss_mask=True))
+
+
 def test_weights_of_tokens() -> None:
     batch = make_batch([3, 4], 5, old_logps=True)
     options = LossOptions()
@@ -425,7 +445,7 @@ def test_scaling_rounds_as_torch_does(dtype: torch.dtype, out_dtype: torch.dtype
         torch.testing.assert_close(values, want, rtol=0, atol=0, equal_nan=True)
 
 
-@pytest.mark.parametrize("scale", ["none", "group", "batch"])
+@pytest.mark.parametrize("scale", ["none", "group", "batch", "mean"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_group_advantages(scale: Any, dtype: torch.dtype) -> None:
     rewards = torch.tensor([0.3, 1e6 + 0.1, 0.7, 0.1, 1e6 + 0.4, 0.7, 0.7, 0.7, -5.0, 0.7], dtype=dtype)
@@ -441,7 +461,7 @@ def test_group_advantages(scale: Any, dtype: torch.dtype) -> None:
     assert group_advantages_in_triton(rewards[:0], ids[:0], scale, 1e-6).shape == (0,)
 
 
-@pytest.mark.parametrize("scale", ["none", "group", "batch"])
+@pytest.mark.parametrize("scale", ["none", "group", "batch", "mean"])
 @pytest.mark.parametrize("case", ["clip", "gspo"])
 def test_advantages_from_rewards(case: str, scale: str) -> None:
     batch = make_batch([3, 0, 6, 1, 2], 7, old_logps=True)

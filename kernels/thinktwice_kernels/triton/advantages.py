@@ -17,7 +17,7 @@ SCALES = get_args(ScaleRewards)
 
 _GROUP = tl.constexpr(SCALES.index("group"))
 _BATCH = tl.constexpr(SCALES.index("batch"))
-_NONE = tl.constexpr(SCALES.index("none"))
+_MEAN = tl.constexpr(SCALES.index("mean"))
 
 
 @triton.jit
@@ -62,7 +62,10 @@ def advantage_of(
     own = tl.load(rewards_ptr + sequence)
     centred = own.to(tl.float64) - base - mean
 
-    if scale != _NONE:
+    if scale == _MEAN:
+        whole_mean = base + mean
+        centred = tl.where(whole_mean == 0, 0.0, centred / whole_mean)
+    if (scale == _GROUP) | (scale == _BATCH):
         squares = tl.zeros((BLOCK,), tl.float64)
         for start in range(0, count, BLOCK):
             rewards, there, members = _load_rewards(rewards_ptr, group_ids_ptr, start, count, group, BLOCK)

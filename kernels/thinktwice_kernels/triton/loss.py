@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from thinktwice_kernels.launch import SHAPES, launch
+from thinktwice_kernels.loss import GUARDED_ABOVE, GUARDED_BELOW
 from thinktwice_kernels.metrics import PARTIALS
 from thinktwice_kernels.options import KlEstimator, LossInputs, LossOptions, PolicyLoss
 from thinktwice_kernels.triton.advantages import SCALES, advantage_of
@@ -31,14 +32,17 @@ _K1 = tl.constexpr(get_args(KlEstimator).index("k1"))
 _K2 = tl.constexpr(get_args(KlEstimator).index("k2"))
 # From here on SAPO's sigmoid is 1 and its slope 0; the ratio itself would go on to inf, and 0 * inf.
 _SAPO_LOG_RATIO_LIMIT = tl.constexpr(60.0)
-_SHAPING_SLOPE = tl.constexpr(2.5e-4)
-_SHAPING_LIMIT = tl.constexpr(1e-3)
-_SHAPING_LOW_PROBABILITY = tl.constexpr(0.01)
+_GUARDED_BELOW = tl.constexpr(GUARDED_BELOW)
+_GUARDED_ABOVE = tl.constexpr(GUARDED_ABOVE)
 _COLUMNS = tl.constexpr(len(PARTIALS))
 _LOSS = tl.constexpr(PARTIALS.index("loss"))
 _TOKENS = tl.constexpr(PARTIALS.index("tokens"))
 _COMPUTED = tl.constexpr(PARTIALS.index("computed"))
 _GUIDED = tl.constexpr(PARTIALS.index("guided"))
+_MASKED = tl.constexpr(PARTIALS.index("masked"))
+_SHAPED_POS = tl.constexpr(PARTIALS.index("shaped_pos"))
+_SHAPED_NEG = tl.constexpr(PARTIALS.index("shaped_neg"))
+_DROPPED = tl.constexpr(PARTIALS.index("dropped"))
 _WITH_GRADIENT = tl.constexpr(PARTIALS.index("with_gradient"))
 _CLIP_LOW = tl.constexpr(PARTIALS.index("clip_low"))
 _CLIP_HIGH = tl.constexpr(PARTIALS.index("clip_high"))
@@ -46,6 +50,9 @@ _RATIO = tl.constexpr(PARTIALS.index("ratio"))
 _APPROX_KL = tl.constexpr(PARTIALS.index("approx_kl"))
 _KL_REF = tl.constexpr(PARTIALS.index("kl_ref"))
 _MISMATCH = tl.constexpr(PARTIALS.index("mismatch"))
+_ROLLOUT_IS = tl.constexpr(PARTIALS.index("rollout_is"))
+_SHAPING_POS = tl.constexpr(PARTIALS.index("shaping_pos"))
+_SHAPING_NEG = tl.constexpr(PARTIALS.index("shaping_neg"))
 _ENTROPY = tl.constexpr(PARTIALS.index("entropy"))
 _RATIO_MAX = tl.constexpr(PARTIALS.index("ratio_max"))
 
@@ -102,23 +109,27 @@ def _sapo(log_ratio, advantages, temperature_pos, temperature_neg):
 
 
 @triton.jit
-def too_unlikely_to_shape(logps, advantages):
+def too_unlikely_to_shape(logps, advantages, min_probability):
     """Where shaping leaves a guided token out."""
-    return (advantages < 0) & (tl.exp(logps) < number(_SHAPING_LOW_PROBABILITY, tl.float64))
+    return (advantages < 0) & (tl.exp(logps) < min_probability)
 
 
 @triton.jit
-def shaped(logps, advantages, guided, COMPAT: tl.constexpr):
-    """Objective of the shaping, which is its slope too, and where it flows."""
-    used = guided & (too_unlikely_to_shape(logps, advantages) == 0) & (advantages != 0)
+def shaped(logps, advantages, guided, coefficient, limit, min_probability, COMPAT: tl.constexpr):
+    """Objective of the shaping, which is its slope too, the weight in it, where it flows and where it is masked."""
+    masked = guided & too_unlikely_to_shape(logps, advantages, min_probability)
+    used = guided & (masked == 0) & (advantages != 0)
     p = tl.exp(tl.where(used, logps, 0.0))
-    gamma = advantages * _SHAPING_SLOPE
-    limit = number(_SHAPING_LIMIT, tl.float64)
-    gamma = tl.where(gamma > limit, limit, gamma)
-    gamma = tl.where(gamma < -limit, -limit, gamma)
     if COMPAT:
-        gamma = tl.zeros_like(gamma) - limit
-    return tl.where(used, -advantages * (p / (p + gamma)), 0.0), used
+        denominator = p - limit
+        weight = tl.where(denominator > 1.0, number(_GUARDED_ABOVE, tl.float64), p / denominator)
+        weight = tl.where(denominator <= 0.0, number(_GUARDED_BELOW, tl.float64), weight)
+    else:
+        gamma = advantages * coefficient
+        gamma = tl.where(gamma > limit, limit, gamma)
+        gamma = tl.where(gamma < -limit, -limit, gamma)
+        weight = p / (p + gamma)
+    return tl.where(used, -advantages * weight, 0.0), weight, used, masked
 
 
 @triton.jit
@@ -156,6 +167,7 @@ def _load_tokens(
     old_logps_ptr,
     loss_mask_ptr,
     guide_mask_ptr,
+    shaping_min_probability,
     ADVANTAGE_PER_TOKEN: tl.constexpr,
     WHOLE: tl.constexpr,
     SKIP: tl.constexpr,
@@ -174,7 +186,7 @@ def _load_tokens(
         guided = tl.load(guide_mask_ptr + tokens, mask=computed, other=0) != 0
     with_ratio = computed & (guided == 0)
     if FALLBACK:
-        with_ratio = with_ratio | (guided & too_unlikely_to_shape(logps, advantages))
+        with_ratio = with_ratio | (guided & too_unlikely_to_shape(logps, advantages, shaping_min_probability))
     old_logps = tl.where(with_ratio, logps, 0.0)
     if old_logps_ptr is not None:
         old_logps = read(old_logps_ptr, tokens, with_ratio)
@@ -226,6 +238,9 @@ def sequence_loss(
     temperature_neg: tl.float64,
     rollout_floor: tl.float64,
     rollout_cap: tl.float64,
+    shaping_coefficient: tl.float64,
+    shaping_clamp: tl.float64,
+    shaping_min_probability: tl.float64,
     beta: tl.float64,
     entropy_coef: tl.float64,
     advantage_eps: tl.float64,
@@ -255,6 +270,9 @@ def sequence_loss(
     temperature_neg = number(temperature_neg, tl.float64)
     rollout_floor = number(rollout_floor, tl.float64)
     rollout_cap = number(rollout_cap, tl.float64)
+    shaping_coefficient = number(shaping_coefficient, tl.float64)
+    shaping_clamp = number(shaping_clamp, tl.float64)
+    shaping_min_probability = number(shaping_min_probability, tl.float64)
     beta = number(beta, tl.float64)
     entropy_coef = number(entropy_coef, tl.float64)
 
@@ -301,7 +319,7 @@ def sequence_loss(
             tokens = start + lanes
             _, computed, guided, with_ratio, logps, old_logps, _ = _load_tokens(
                 tokens, tokens < end, own_advantage, any_advantage, any_guided,
-                logps_ptr, advantages_ptr, old_logps_ptr, loss_mask_ptr, guide_mask_ptr,
+                logps_ptr, advantages_ptr, old_logps_ptr, loss_mask_ptr, guide_mask_ptr, shaping_min_probability,
                 ADVANTAGE_PER_TOKEN, WHOLE, SKIP, FALLBACK, COMPAT,
             )  # fmt: skip
             log_ratios += tl.where(with_ratio, logps - old_logps, 0.0)
@@ -321,13 +339,19 @@ def sequence_loss(
     approx_kl = tl.zeros((BLOCK,), tl.float64)
     kl_ref = tl.zeros((BLOCK,), tl.float64)
     mismatch = tl.zeros((BLOCK,), tl.float64)
+    rollout_sum = tl.zeros((BLOCK,), tl.float64)
+    shaping_pos = tl.zeros((BLOCK,), tl.float64)
+    shaping_neg = tl.zeros((BLOCK,), tl.float64)
     entropy_sum = tl.zeros((BLOCK,), tl.float64)
     shared_slope = tl.zeros((BLOCK,), tl.float64)
     token_count = tl.zeros((BLOCK,), tl.int32)
     computed_count = tl.zeros((BLOCK,), tl.int32)
     guided_count = tl.zeros((BLOCK,), tl.int32)
     flow_count = tl.zeros((BLOCK,), tl.int32)
-    shaped_count = tl.zeros((BLOCK,), tl.int32)
+    shaped_pos_count = tl.zeros((BLOCK,), tl.int32)
+    shaped_neg_count = tl.zeros((BLOCK,), tl.int32)
+    masked_count = tl.zeros((BLOCK,), tl.int32)
+    dropped_count = tl.zeros((BLOCK,), tl.int32)
     low_count = tl.zeros((BLOCK,), tl.int32)
     high_count = tl.zeros((BLOCK,), tl.int32)
     for start in range(begin, end, BLOCK):
@@ -335,7 +359,7 @@ def sequence_loss(
         inside = tokens < end
         in_loss, computed, guided, with_ratio, logps, old_logps, advantages = _load_tokens(
             tokens, inside, own_advantage, any_advantage, any_guided,
-            logps_ptr, advantages_ptr, old_logps_ptr, loss_mask_ptr, guide_mask_ptr,
+            logps_ptr, advantages_ptr, old_logps_ptr, loss_mask_ptr, guide_mask_ptr, shaping_min_probability,
             ADVANTAGE_PER_TOKEN, WHOLE, SKIP, FALLBACK, COMPAT,
         )  # fmt: skip
         ordinary = computed & (guided == 0)
@@ -367,6 +391,9 @@ def sequence_loss(
                     log_weight = tl.where(ordinary, log_weight_sum, 0.0)
                 corrected = rollout_weight(log_weight, rollout_floor, rollout_cap, TRUNCATE)
                 rollout = tl.where(ordinary, corrected, 1.0)
+                rollout_sum += tl.where(ordinary, corrected, 0.0)
+                if not TRUNCATE:
+                    dropped_count += (rollout == 0).to(tl.int32)
 
         objective, slope, flows = surrogate(
             log_ratio, ratio, logps, advantages, epsilon_low, epsilon_high, ceiling,
@@ -376,10 +403,19 @@ def sequence_loss(
         flows = flows & used
         value = tl.where(used, rollout * objective, 0.0)
         slope = tl.where(flows, rollout * slope, 0.0)
-        shaped_value, shaped_flows = shaped(logps, advantages, computed & (with_ratio == 0), COMPAT)
+        shaped_value, shaping, shaped_flows, masked = shaped(
+            logps, advantages, guided, shaping_coefficient, shaping_clamp, shaping_min_probability, COMPAT
+        )
         value += shaped_value
         flow_count += flows.to(tl.int32)
-        shaped_count += shaped_flows.to(tl.int32)
+        if guide_mask_ptr is not None:
+            shaped_pos = shaped_flows & (advantages > 0)
+            shaped_neg = shaped_flows & (shaped_pos == 0)
+            shaping_pos += tl.where(shaped_pos, shaping, 0.0)
+            shaping_neg += tl.where(shaped_neg, shaping, 0.0)
+            shaped_pos_count += shaped_pos.to(tl.int32)
+            shaped_neg_count += shaped_neg.to(tl.int32)
+            masked_count += masked.to(tl.int32)
 
         weights = of_tokens(weights_ptr, tokens, computed, own_weight, WEIGHT_PER_TOKEN)
         if SPREAD:
@@ -412,10 +448,12 @@ def sequence_loss(
             inside = tokens < end
             _, computed, guided, with_ratio, logps, _, advantages = _load_tokens(
                 tokens, inside, own_advantage, any_advantage, any_guided,
-                logps_ptr, advantages_ptr, old_logps_ptr, loss_mask_ptr, guide_mask_ptr,
+                logps_ptr, advantages_ptr, old_logps_ptr, loss_mask_ptr, guide_mask_ptr, shaping_min_probability,
                 ADVANTAGE_PER_TOKEN, WHOLE, SKIP, FALLBACK, COMPAT,
             )  # fmt: skip
-            slope, _ = shaped(logps, advantages, computed & (with_ratio == 0), COMPAT)
+            slope, _, _, _ = shaped(
+                logps, advantages, guided, shaping_coefficient, shaping_clamp, shaping_min_probability, COMPAT
+            )
             if USE_KL:
                 _, kl_slope = kl_to_reference(logps, read(ref_logps_ptr, tokens, computed), KL)
                 slope += beta * kl_slope
@@ -428,7 +466,9 @@ def sequence_loss(
     flow_total = tl.sum(flow_count, 0)
     if SPREAD:
         flow_total = tl.where(flow_total > 0, computed_total - guided_total, 0)
-    flow_total += tl.sum(shaped_count, 0)
+    shaped_pos_total = tl.sum(shaped_pos_count, 0)
+    shaped_neg_total = tl.sum(shaped_neg_count, 0)
+    flow_total += shaped_pos_total + shaped_neg_total
     if not SKIP:
         flow_total = computed_total
     not_a_number = any_of(ratio_max != ratio_max)
@@ -438,6 +478,10 @@ def sequence_loss(
     tl.store(own_ptr + _TOKENS, tl.sum(token_count, 0))
     tl.store(own_ptr + _COMPUTED, computed_total)
     tl.store(own_ptr + _GUIDED, guided_total)
+    tl.store(own_ptr + _MASKED, tl.sum(masked_count, 0))
+    tl.store(own_ptr + _SHAPED_POS, shaped_pos_total)
+    tl.store(own_ptr + _SHAPED_NEG, shaped_neg_total)
+    tl.store(own_ptr + _DROPPED, tl.sum(dropped_count, 0))
     tl.store(own_ptr + _WITH_GRADIENT, flow_total)
     tl.store(own_ptr + _CLIP_LOW, tl.sum(low_count, 0))
     tl.store(own_ptr + _CLIP_HIGH, tl.sum(high_count, 0))
@@ -445,6 +489,9 @@ def sequence_loss(
     tl.store(own_ptr + _APPROX_KL, tl.sum(approx_kl, 0))
     tl.store(own_ptr + _KL_REF, tl.sum(kl_ref, 0))
     tl.store(own_ptr + _MISMATCH, tl.sum(mismatch, 0))
+    tl.store(own_ptr + _ROLLOUT_IS, tl.sum(rollout_sum, 0))
+    tl.store(own_ptr + _SHAPING_POS, tl.sum(shaping_pos, 0))
+    tl.store(own_ptr + _SHAPING_NEG, tl.sum(shaping_neg, 0))
     tl.store(own_ptr + _ENTROPY, tl.sum(entropy_sum, 0))
     tl.store(own_ptr + _RATIO_MAX, tl.where(not_a_number, float("nan"), tl.max(ratio_max, 0)))
 
@@ -505,6 +552,9 @@ def _option_arguments(inputs: LossInputs, options: LossOptions) -> dict[str, Any
         "temperature_neg": options.sapo_temperature_neg,
         "rollout_floor": options.rollout_is_floor or 0.0,
         "rollout_cap": options.rollout_is_cap,
+        "shaping_coefficient": options.shaping_coefficient,
+        "shaping_clamp": options.shaping_clamp,
+        "shaping_min_probability": options.shaping_min_probability,
         "beta": options.beta,
         "entropy_coef": options.entropy_coef,
         "advantage_eps": inputs.advantage_eps,
