@@ -29,8 +29,9 @@ from thinktwice_fast.model.lora import add_adapters, check_library
 from thinktwice_fast.model.sharding import frozen_copy, pair_models, shards_weights
 from thinktwice_fast.records import Message, Problem
 from thinktwice_fast.rollout.engine import Engine
-from thinktwice_fast.run.memory import device_bytes, held_bytes, keep_freed_memory, predict
-from thinktwice_fast.run.workload import Evaluated, heaviest_load, phases
+from thinktwice_fast.run.memory import SecondModel, device_bytes, held_bytes, keep_freed_memory, predict
+from thinktwice_fast.run.teacher import TeacherPlan, make_teacher, plan_teacher
+from thinktwice_fast.run.workload import Evaluated, Taught, heaviest_load, phases
 from thinktwice_fast.tasks.arithmetic import RECHECK, warm_start_example
 from thinktwice_fast.tasks.graders import GRADERS
 from thinktwice_fast.tasks.pool import Grader
@@ -72,8 +73,19 @@ class Prepared:
     longest_prompts: dict[str, int]  # tokens, by phase
     evaluation_sets: Mapping[str, Sequence[Problem]]
     evaluated: Evaluated
+    teacher: TeacherPlan | None
     notes: list[str]
     held_bytes: int  # before the model was loaded
+
+    @property
+    def taught(self) -> Taught | None:
+        """What a teacher is asked in the policy's KV cache."""
+        return self.teacher.in_cache if self.teacher is not None else None
+
+    @property
+    def second(self) -> SecondModel | None:
+        """A teacher's model beside the policy's."""
+        return self.teacher.second if self.teacher is not None else None
 
 
 def prepare(
@@ -134,9 +146,12 @@ def prepare(
             config.eval.samples,
             max(evaluated.prompt_tokens, prompts.longest["refine"]),
         )
+    teacher = None
+    if config.algorithm == "thinktuning":
+        teacher = plan_teacher(config, loaded, longest_prompts["solve"], launch.env_world_size(), resources)
     return Prepared(
         device, dtype, loaded, chat, grader, instruction, stream,
-        None if usable is None else len(usable), longest_prompts, evaluation_sets, evaluated, notes, before,
+        None if usable is None else len(usable), longest_prompts, evaluation_sets, evaluated, teacher, notes, before,
     )  # fmt: skip
 
 
@@ -158,9 +173,9 @@ def build_run(config: Config, resources: ExitStack) -> Run:
     loaded, dtype, chat, stream = ready.loaded, ready.dtype, ready.chat, ready.stream
     world = parallel.world_size()
     planned = phases(config, Flops.of(loaded.model), ready.longest_prompts, world)
-    heaviest = heaviest_load(config, planned, ready.longest_prompts, ready.evaluated, world)
+    heaviest = heaviest_load(config, planned, ready.longest_prompts, ready.evaluated, world, ready.taught)
     room = device_bytes(ready.device, launch.env_local_world_size())
-    predicted = predict(config, loaded.model, ready.device, dtype, heaviest, world, ready.held_bytes, room)
+    predicted = predict(config, loaded.model, ready.device, dtype, heaviest, world, ready.held_bytes, room, ready.second)
     shards = config.update.shard_processes
     reference = frozen_copy(loaded.model, dtype, shards) if config.loss.beta else None
     adapt = partial(add_adapters, options=config.model, seed=config.seed) if config.model.lora_rank else None
@@ -169,7 +184,7 @@ def build_run(config: Config, resources: ExitStack) -> Run:
         models.rollout,
         loaded.stop_ids,
         config.rollout,
-        config.rollout.max_prompt_tokens + config.rollout.max_response_tokens,
+        max(config.rollout.max_prompt_tokens + config.rollout.max_response_tokens, heaviest.teacher_tokens),
         heaviest.needed_blocks,
         predicted.reserve,
         decode=partial(chat.response_text, stop_ids=loaded.stop_ids),

@@ -20,7 +20,7 @@ from thinktwice_fast.errors import UserError
 from thinktwice_fast.model.loading import LoadedModel, load_model, outline_model
 from thinktwice_fast.model.policy import Model, attention_heads
 from thinktwice_fast.model.sharding import cast_parameters
-from thinktwice_fast.rollout.engine import BLOCK_SIZE, Engine
+from thinktwice_fast.rollout.engine import BLOCK_SIZE, Engine, blocks_for
 from thinktwice_fast.run.memory import SecondModel
 from thinktwice_fast.run.workload import Taught
 from thinktwice_fast.tasks.prompts import ChatFormat
@@ -69,7 +69,7 @@ def plan_teacher(config: Config, policy: LoadedModel, longest_prompt: int, world
         return TeacherPlan(kind, endpoint)
     model = policy if kind != "checkpoint" else _as_teacher(partial(outline_model, _model_options(config)))
     taught = _taught(config, prompt, ChatFormat(model.tokenizer), longest_prompt, world)
-    _check_context(model, taught)
+    _check_room(config, model, taught)
     second = None
     if kind == "checkpoint":
         own = 0 if _cache_shape(model.model) == _cache_shape(policy.model) else taught.blocks(_REQUESTS_AT_ONCE)
@@ -181,11 +181,17 @@ def _taught(config: Config, prompt: TeacherPrompt, chat: ChatFormat, longest_pro
     )
 
 
-def _check_context(loaded: LoadedModel, taught: Taught) -> None:
+def _check_room(config: Config, loaded: LoadedModel, taught: Taught) -> None:
+    asks = f"prompts of up to {taught.prompt_tokens} tokens and answers of {taught.answer_tokens}"
     context = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None)
     if context is not None and taught.tokens > context:
         raise UserError(
-            f"--thinktuning.teacher: its prompts of up to {taught.prompt_tokens} tokens and answers of "
-            f"{taught.answer_tokens} are longer than the model's context of {context}: lower "
-            "--thinktuning.teacher_prompt_tokens or --thinktuning.teacher_answer_tokens"
+            f"--thinktuning.teacher {config.thinktuning.teacher}: {asks} are longer than the model's context of "
+            f"{context}: lower --thinktuning.teacher_prompt_tokens or --thinktuning.teacher_answer_tokens"
+        )
+    cache_tokens = config.rollout.cache_tokens
+    if 0 < blocks_for(cache_tokens) < blocks_for(taught.tokens):
+        raise UserError(
+            f"--rollout.cache_tokens {cache_tokens}: a teacher's {asks} do not fit it: give at least {taught.tokens}, "
+            "or 0"
         )
