@@ -23,7 +23,7 @@ lint: $(VENV)/built types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run -Werror $(CSRC)
-	$(BIN)/python -m thinktwice_fast.run.tables README.md --check
+	$(BIN)/python -m docs.tables --check
 	$(BIN)/python -m bench.performance docs/performance.md --check
 
 types: $(VENV)/installed
@@ -54,8 +54,9 @@ bench: $(VENV)/built
 bench-against: $(VENV)/built
 	$(BIN)/python -m bench.against $(REF) $(CASES)
 
+# docs/options.md and docs/metrics.md from their declarations.
 tables: $(VENV)/built
-	$(BIN)/python -m thinktwice_fast.run.tables README.md
+	$(BIN)/python -m docs.tables
 
 # docs/performance.md from bench/results/.
 performance: $(VENV)/installed
@@ -64,7 +65,7 @@ performance: $(VENV)/installed
 # Makes the shipped model again from random weights; one thread, because the sum order of two changes the outcome.
 warm-start: $(VENV)/built
 	rm -rf build/tiny-untrained runs/tiny-warm-start
-	$(BIN)/python -m thinktwice_fast.run.tiny build/tiny-untrained
+	$(BIN)/python -m thinktwice_fast.tasks.tiny build/tiny-untrained
 	OMP_NUM_THREADS=1 $(RUN) --config configs/tiny-warm-start.yaml
 	rm -rf thinktwice_fast/assets/tiny
 	cp -r runs/tiny-warm-start/model thinktwice_fast/assets/tiny

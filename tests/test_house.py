@@ -2,6 +2,7 @@
 
 import ast
 import importlib.metadata
+import re
 import sys
 from pathlib import Path
 
@@ -20,7 +21,9 @@ LAYERS = [
     {"tasks", "rollout", "update"},
     {"algorithms"},
     {"run"},
+    {"cli"},
 ]
+DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef)
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path.name != "__init__.py")
 
 
@@ -64,6 +67,21 @@ def test_the_entry_point_only_parses_builds_and_runs() -> None:
         "launch",
         "run",
     }
+
+
+SHARED = ("model", "tasks", "rollout")  # by several commands, each of which has names of its own for options
+NAMES_AN_OPTION = re.compile(r"--[a-z]")
+
+
+@pytest.mark.parametrize("part", SHARED)
+def test_shared_errors_name_no_option_in_their_text(part: str) -> None:
+    """They hold an `Option`, so that each command can show its own name; see errors.py."""
+    for path in (PACKAGE / part).rglob("*.py"):
+        tree = ast.parse(path.read_text())
+        texts = [n.value for n in ast.walk(tree) if isinstance(n, ast.Constant) and isinstance(n.value, str)]
+        notes = {ast.get_docstring(node, clean=False) for node in ast.walk(tree) if isinstance(node, DOCUMENTED)}
+        found = [text for text in texts if NAMES_AN_OPTION.search(text) and text not in notes]
+        assert not found, f"{path.relative_to(ROOT)}: {found}"
 
 
 def test_the_ops_library_knows_nothing_of_the_trainer() -> None:

@@ -1,6 +1,8 @@
-"""What a process is told through its environment, by torchrun and for torch; needs no torch."""
+"""What a process is told through its environment, by torchrun and for torch, and how it gives up; needs no torch."""
 
 import os
+import sys
+import time
 
 
 def env_rank() -> int:
@@ -21,6 +23,15 @@ def env_local_world_size() -> int:
 def env_world_size() -> int:
     """How many processes torchrun started; 1 without torchrun."""
     return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def refuse(program: str, error: str) -> int:
+    """Tell the user in one line what is wrong; the exit status of a process that does not do what it was asked."""
+    if env_rank():
+        # Rank 0 mostly has the same to say; torchrun ends this process before it says it again.
+        time.sleep(5)
+    print(f"{program}: error: {error}", file=sys.stderr, flush=True)
+    return 2
 
 
 def grow_segments() -> None:

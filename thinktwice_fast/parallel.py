@@ -91,9 +91,11 @@ def agree(error: UserError | OtherFailed | None) -> None:
 
     Those that call `look_for_failure` until they come here come soon.
     """
-    own = str(error) if isinstance(error, UserError) else None
+    own = error if isinstance(error, UserError) else None
     if own is not None and _Board.store is not None:
-        _Board.store.set(_FAILED, own)
-    for number, text in enumerate(gather(own)):
-        if text is not None:
-            raise UserError(text if world_size() == 1 else f"process {number}: {text}")
+        _Board.store.set(_FAILED, str(own))
+    said = None if own is None else (own.what, *own.remedies)
+    for number, parts in enumerate(gather(said)):
+        if parts is not None:
+            found = UserError(*parts)
+            raise found if world_size() == 1 else found.within(f"process {number}")

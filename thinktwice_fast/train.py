@@ -1,7 +1,6 @@
 """Entry: ``torchrun thinktwice_fast/train.py [--config FILE] [--section.option value ...] [--dry-run]``."""
 
 import sys
-import time
 
 
 def main() -> int:
@@ -31,11 +30,7 @@ def main() -> int:
 
             run(config, stop)
     except UserError as error:
-        if launch.env_rank():
-            # Rank 0 mostly has the same to say; torchrun ends this process before it says it again.
-            time.sleep(5)
-        print(f"train.py: error: {error}", file=sys.stderr, flush=True)
-        return 2
+        return launch.refuse("train.py", str(error))
     return 0
 
 

@@ -302,7 +302,7 @@ def test_the_shipped_model() -> None:
 def test_device_and_type(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     assert pick_device(ModelOptions(), 0) == CPU
-    with pytest.raises(UserError, match="process 0 has no GPU of its own"):
+    with pytest.raises(UserError, match=r"--model\.device cuda: there is no GPU here: use --model\.device cpu"):
         pick_device(ModelOptions(device="cuda"), 0)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert pick_device(ModelOptions(), 1) == torch.device("cuda", 1)

@@ -227,7 +227,7 @@ def test_response_text(make) -> None:
 
 
 def test_tokenizer_without_a_chat_template(make) -> None:
-    with pytest.raises(UserError, match=r"no chat template; give a Jinja file with --model\.chat_template"):
+    with pytest.raises(UserError, match=r"no chat template: give a Jinja file with --model\.chat_template"):
         ChatFormat(make(None))
 
 

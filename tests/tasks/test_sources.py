@@ -252,6 +252,6 @@ def test_hub_data_sets_take_subset_and_split(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_the_hub_s_error_becomes_part_of_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    for error, reason in ((RuntimeError("Not\n  found."), "(Not found);"), (RuntimeError(), "(RuntimeError);")):
+    for error, reason in ((RuntimeError("Not\n  found."), "(Not found):"), (RuntimeError(), "(RuntimeError):")):
         monkeypatch.setattr(datasets, "load_dataset", refusing(error))
         assert f"cannot be loaded {reason} check" in error_of("a/b")

@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 from transformers.utils import logging as transformers_logging
 
 from thinktwice_fast.config import ModelOptions
-from thinktwice_fast.errors import UserError
+from thinktwice_fast.errors import Option, UserError
 from thinktwice_fast.model.agreement import agrees, packed_logits
 from thinktwice_fast.model.attention import NAME as ATTENTION_NAME
 from thinktwice_fast.model.files import readable_by_all
@@ -49,10 +49,14 @@ def pick_device(options: ModelOptions, local_rank: int) -> torch.device:
     gpus = torch.cuda.device_count()
     if options.device == "cpu" or (options.device == "auto" and gpus == 0):
         return torch.device("cpu")
+    use_cpu = ("use ", Option("model.device", "cpu"))
+    if gpus == 0:
+        raise UserError((Option("model.device", "cuda"), ": there is no GPU here"), use_cpu)
     if local_rank >= gpus:
         raise UserError(
-            f"process {local_rank} has no GPU of its own (this machine has {gpus}): start fewer processes with "
-            "--nproc-per-node, or use --model.device cpu"
+            f"process {local_rank} has no GPU of its own (this machine has {gpus})",
+            ("start fewer processes with ", Option("nproc-per-node")),
+            use_cpu,
         )
     return torch.device("cuda", local_rank)
 
@@ -83,8 +87,9 @@ def load_model(options: ModelOptions, seed: int, device: torch.device) -> Loaded
             model = _saved_model(folder, config, options, device)
     except torch.OutOfMemoryError as error:
         raise UserError(
-            f"--model.path {options.path}: the model does not fit {device} ({_first_line(error)}): take a "
-            "smaller model or a larger GPU; --dry-run says what a run takes"
+            (Option("model.path", options.path), f": the model does not fit {device} ({_first_line(error)})"),
+            "take a smaller model or a larger GPU",
+            ("see what a run takes with ", Option("dry-run")),
         ) from error
     model.eval()
     _check_vocabulary(config, tokenizer, options)
@@ -127,11 +132,12 @@ def load_tokenizer(options: ModelOptions) -> Any:
         try:
             tokenizer.chat_template = Path(options.chat_template).read_text()
         except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"--model.chat_template {options.chat_template}: can't read it: {error}") from error
+            given = Option("model.chat_template", options.chat_template)
+            raise UserError((given, f": can't read it ({_first_line(error)})"), "check the path") from error
     if tokenizer.chat_template is None:
         raise UserError(
-            f"--model.path {options.path}: its tokenizer has no chat template: "
-            "give a Jinja file with --model.chat_template"
+            (Option("model.path", options.path), ": its tokenizer has no chat template"),
+            ("give a Jinja file with ", Option("model.chat_template")),
         )
     return tokenizer
 
@@ -162,17 +168,24 @@ def save_model(model: Model, state: dict[str, torch.Tensor], tokenizer: Any, fol
 
 def _config(folder: str, name: str) -> Any:
     if Path(folder).is_dir() and not (Path(folder) / "config.json").is_file():
-        raise UserError(f"--model.path {name}: no config.json in it: give a model folder in transformers format")
+        raise UserError(
+            (Option("model.path", name), ": no config.json in it"), "give a model folder in transformers format"
+        )
     if folder.startswith((".", "/", "~")) and not Path(folder).is_dir():
         raise UserError(
-            f"--model.path {name}: no such folder: check the path, or give a hub name such as Qwen/Qwen3-4B"
+            (Option("model.path", name), ": no such folder"),
+            "check the path",
+            "give a hub name such as Qwen/Qwen3-4B",
         )
     try:
         return AutoConfig.from_pretrained(folder)
     except (OSError, HfHubHTTPError, HFValidationError, ValueError) as error:
         raise UserError(
-            f"--model.path {name}: neither a model folder here nor a model the hub gives "
-            f"({_first_line(error)}): check the name"
+            (
+                Option("model.path", name),
+                f": neither a model folder here nor a model the hub gives ({_first_line(error)})",
+            ),
+            "check the name",
         ) from error
 
 
@@ -226,22 +239,26 @@ def _own_model(folder: str, config: Any, options: ModelOptions, device: torch.de
 
 def _unloadable(name: str, reason: str) -> UserError:
     return UserError(
-        f"--model.path {name}: can't load it as a causal language model ({reason}): check its config.json and weights"
+        (Option("model.path", name), f": can't load it as a causal language model ({reason})"),
+        "check its config.json and weights",
     )
 
 
 def _no_tokenizer(name: str, reason: str) -> UserError:
     return UserError(
-        f"--model.path {name}: no tokenizer that loads is in it ({reason}): put tokenizer.json and "
-        "tokenizer_config.json beside the weights"
+        (Option("model.path", name), f": no tokenizer that loads is in it ({reason})"),
+        "put tokenizer.json and tokenizer_config.json beside the weights",
     )
 
 
 def _check_vocabulary(config: Any, tokenizer: Any, options: ModelOptions) -> None:
     if len(tokenizer) > config.get_text_config().vocab_size:
         raise UserError(
-            f"--model.path {options.path}: its tokenizer has {len(tokenizer)} tokens but the model only "
-            f"{config.get_text_config().vocab_size}: take both from the same place"
+            (
+                Option("model.path", options.path),
+                f": its tokenizer has {len(tokenizer)} tokens but the model only {config.get_text_config().vocab_size}",
+            ),
+            "take both from the same place",
         )
 
 
@@ -249,8 +266,9 @@ def _require_weights(folder: str, name: str) -> None:
     path = Path(folder)
     if path.is_dir() and not any(any(path.glob(pattern)) for pattern in _WEIGHT_FILES):
         raise UserError(
-            f"--model.path {name}: no weights (*.safetensors) in it: add them, or start from random ones with "
-            "--model.random_init true"
+            (Option("model.path", name), ": no weights (*.safetensors) in it"),
+            "add them",
+            ("start from random ones with ", Option("model.random_init", "true")),
         )
 
 
@@ -259,7 +277,10 @@ def _stop_ids(model: Model, tokenizer: Any, name: str) -> frozenset[int]:
     ids = set(configured if isinstance(configured, list) else [configured]) | {tokenizer.eos_token_id}
     ids.discard(None)
     if not ids:
-        raise UserError(f"--model.path {name}: neither generation_config.json nor the tokenizer names an end token")
+        raise UserError(
+            (Option("model.path", name), ": neither generation_config.json nor the tokenizer names an end token"),
+            "set eos_token_id in generation_config.json",
+        )
     return frozenset(ids)
 
 

@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from thinktwice_fast.config import ModelOptions
-from thinktwice_fast.errors import UserError
+from thinktwice_fast.errors import Option, UserError
 from thinktwice_fast.model.files import readable_by_all
 from thinktwice_fast.model.transformer import Projection, Transformer
 
@@ -83,14 +83,19 @@ class Adapters:
             "lora_alpha": (there["lora_alpha"], self.config.lora_alpha),
             "lora_targets": (sorted(there["target_modules"]), sorted(self.config.target_modules)),
         }
-        return [f"--model.{name} {saved}, not {asked}" for name, (saved, asked) in pairs.items() if saved != asked]
+        return [
+            f"{Option(f'model.{name}', saved).shown(None)}, not {asked}"
+            for name, (saved, asked) in pairs.items()
+            if saved != asked
+        ]
 
 
 def check_library(options: ModelOptions) -> None:
     """Raise UserError where adapters are asked for and peft is missing."""
     if options.lora_rank and find_spec("peft") is None:
         raise UserError(
-            f"--model.lora_rank {options.lora_rank} needs peft, which is not installed: pip install 'peft>=0.21'"
+            (Option("model.lora_rank", options.lora_rank), " needs peft, which is not installed"),
+            "pip install 'peft>=0.21'",
         )
 
 
@@ -183,8 +188,12 @@ def _targets(model: Transformer | PreTrainedModel, asked: tuple[str, ...]) -> li
     for target in asked:
         if not any(_is_target(name, [target]) for name in names):
             raise UserError(
-                f"--model.lora_targets {list(asked)}: {model.config.model_type} has no linear layer {target!r} below "
-                f"its head: take some of {', '.join(short)}, or leave the option out for all of them"
+                (
+                    Option("model.lora_targets", list(asked)),
+                    f": {model.config.model_type} has no linear layer {target!r} below its head",
+                ),
+                f"take some of {', '.join(short)}",
+                "leave the option out for all of them",
             )
     return list(asked) or short
 

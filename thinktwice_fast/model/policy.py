@@ -90,6 +90,11 @@ def attention_heads(model: Model) -> tuple[int, int, int]:
     return heads_of(model.config.get_text_config())
 
 
+def context_length(model: Model) -> int | None:
+    """Tokens that a prompt and its response may have together, by the model's config; None where it has no limit."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+
+
 def named_weights(model: Model, weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """``weights`` of the model under the names that transformers gives them."""
     return dict(model.split(weights) if isinstance(model, Transformer) else weights)
@@ -113,5 +118,6 @@ def check_head_is_linear(model: PreTrainedModel) -> None:
     if not torch.allclose(whole.logits[0].float(), opened.float(), rtol=1e-2, atol=1e-2):
         raise UserError(
             f"{type(model).__name__} transforms its logits after the output layer (scaling or a soft cap), "
-            "which is not supported: use another architecture"
+            "which is not supported",
+            "use another architecture",
         )

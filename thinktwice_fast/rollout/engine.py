@@ -8,7 +8,7 @@ from collections.abc import Callable, Generator, Iterable
 import torch
 
 from thinktwice_fast.config import RolloutOptions
-from thinktwice_fast.errors import UserError
+from thinktwice_fast.errors import Option, UserError
 from thinktwice_fast.model.paged import PagedKVCache
 from thinktwice_fast.model.policy import Model, attention_heads
 from thinktwice_fast.records import Request, Rollout
@@ -225,7 +225,9 @@ def _blocks(
     if blocks < longest:
         raise UserError(
             f"{(longest * block_bytes - free) / GIB:.2f} GiB of GPU memory are missing for a KV cache of one sequence "
-            f"of {max_tokens} tokens (the rest of the run will take {reserve / GIB:.2f} GiB more): lower "
-            "--rollout.max_response_tokens or --rollout.max_prompt_tokens, or use more GPUs or a smaller model"
+            f"of {max_tokens} tokens (the rest of the run will take {reserve / GIB:.2f} GiB more)",
+            ("lower ", Option("rollout.max_response_tokens"), " or ", Option("rollout.max_prompt_tokens")),
+            "use a larger GPU or a smaller model",
+            ("shard over more GPUs with ", Option("nproc-per-node")),
         )
     return blocks

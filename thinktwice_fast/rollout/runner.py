@@ -7,7 +7,7 @@ import torch
 from torch.nn.functional import linear
 
 from thinktwice_fast.config import RolloutOptions
-from thinktwice_fast.errors import UserError
+from thinktwice_fast.errors import Option, UserError
 from thinktwice_fast.model.attention import PagedAttention
 from thinktwice_fast.model.csrc import torch_versions
 from thinktwice_fast.model.decoder import Decoder
@@ -18,7 +18,7 @@ from thinktwice_fast.model.products import PackedProducts
 from thinktwice_fast.model.transformer import Transformer
 from thinktwice_fast.rollout.batch import Batch, NewTokens
 from thinktwice_fast.rollout.graphs import GraphRunner
-from thinktwice_fast.rollout.step import NOT_FINITE, Runner, random_keys, sampling_columns
+from thinktwice_fast.rollout.step import Runner, not_finite, random_keys, sampling_columns
 
 log = logging.getLogger(__name__)
 
@@ -93,7 +93,7 @@ class DecoderRunner(Runner):
             for column in (decoded.tokens, decoded.logps, decoded.entropies)
         )
         if any(row[-1] < 0 for row in tokens):
-            raise UserError(NOT_FINITE)
+            raise not_finite()
         return NewTokens(tokens, logps, entropies)
 
 
@@ -140,11 +140,12 @@ def planned_runner(
     if options.exact:
         if device.type != "cpu" or dtype != torch.float32:
             raise UserError(
-                f"--rollout.exact needs float32 on the CPU, and this is {dtype} on {device.type}: leave it out, or "
-                "give --model.device cpu --model.compute_dtype float32"
+                (Option("rollout.exact"), f" needs float32 on the CPU, and this is {dtype} on {device.type}"),
+                "leave it out",
+                ("give ", Option("model.device", "cpu"), " ", Option("model.compute_dtype", "float32")),
             )
         if not isinstance(model, Transformer):
-            raise UserError(f"--rollout.exact does not know {model.config.model_type}: leave it out")
+            raise UserError((Option("rollout.exact"), f" does not know {model.config.model_type}"), "leave it out")
         return "exact"
     if device.type == "cuda":
         return "modules" if options.decoder == "modules" else "gpu"
@@ -161,8 +162,9 @@ def _gpu_runner(model: Model, cache: PagedKVCache, options: RolloutOptions, max_
         return GraphRunner(Policy(model), cache, options.max_sequences, max_tokens)
     if options.decoder == "fused":
         raise UserError(
-            "--rollout.decoder fused needs the extension built with CUDA: install nvcc and run `make clean setup`, or "
-            "leave it out"
+            (Option("rollout.decoder", "fused"), " needs the extension built with CUDA"),
+            "install nvcc and run `make clean setup`",
+            "leave it out",
         )
     return ModuleRunner(model, cache)
 
@@ -171,6 +173,9 @@ def _refuse_fused(model: Model, options: RolloutOptions, device: torch.device, d
     """Raise UserError where a fused runner was asked for outright."""
     if options.decoder == "fused":
         raise UserError(
-            f"--rollout.decoder fused does not know {model.config.model_type} in {dtype} on {device.type}: "
-            "leave the option out"
+            (
+                Option("rollout.decoder", "fused"),
+                f" does not know {model.config.model_type} in {dtype} on {device.type}",
+            ),
+            "leave the option out",
         )

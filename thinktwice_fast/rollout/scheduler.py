@@ -4,7 +4,7 @@ from collections import deque
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 
-from thinktwice_fast.errors import UserError
+from thinktwice_fast.errors import Option, UserError
 from thinktwice_fast.model.paged import PagedKVCache
 from thinktwice_fast.records import Request, Rollout
 from thinktwice_fast.rollout.batch import Batch, NewTokens, Sequence
@@ -49,12 +49,15 @@ class Scheduler:
             if self._blocks(longest) > self.cache.num_blocks:
                 raise UserError(
                     f"a sequence of up to {longest} tokens does not fit the KV cache of "
-                    f"{self.cache.num_blocks * self.cache.block_size}: raise --rollout.cache_tokens"
+                    f"{self.cache.num_blocks * self.cache.block_size}",
+                    ("raise ", Option("rollout.cache_tokens")),
                 )
             if longest > self.max_tokens:
                 raise UserError(
                     f"a sequence of up to {longest} tokens is longer than the {self.max_tokens} that the engine was "
-                    "made for: raise --rollout.max_prompt_tokens or --rollout.max_response_tokens"
+                    "made for",
+                    ("raise ", Option("rollout.max_prompt_tokens")),
+                    ("raise ", Option("rollout.max_response_tokens")),
                 )
         for request in requests:
             self._queue(request)

@@ -7,14 +7,21 @@ from abc import ABC, abstractmethod
 
 import torch
 
-from thinktwice_fast.errors import UserError
+from thinktwice_fast.errors import Option, UserError
 from thinktwice_fast.model.csrc import Sampled, sample
 from thinktwice_fast.model.lists import int64, upload
 from thinktwice_fast.model.paged import Plan
 from thinktwice_fast.rollout.batch import Batch, NewTokens
 from thinktwice_kernels import token_logprobs
 
-NOT_FINITE = "the model's logits are not finite: lower --update.learning_rate"
+
+def not_finite() -> UserError:
+    """What to raise for logits that no token can be drawn from."""
+    return UserError(
+        "the model's logits are not finite",
+        ("lower ", Option("update.learning_rate")),
+        ("compute with ", Option("model.compute_dtype", "float32")),
+    )
 
 
 class Runner(ABC):
@@ -101,7 +108,7 @@ def _sampled(logits: torch.Tensor, batch: Batch) -> Sampled:  # [D, V]
     except RuntimeError as error:
         if torch.isfinite(logits).all():
             raise
-        raise UserError(NOT_FINITE) from error
+        raise not_finite() from error
 
 
 def _training_logps(logits: torch.Tensor, tokens: torch.Tensor, batch: Batch) -> torch.Tensor:  # [D, V], [D] -> [D]

@@ -26,6 +26,7 @@ from thinktwice_fast.errors import UserError
 from thinktwice_fast.model.flops import Flops
 from thinktwice_fast.model.loading import SHIPPED, LoadedModel, load_model, pick_device, pick_dtype
 from thinktwice_fast.model.lora import add_adapters, check_library
+from thinktwice_fast.model.policy import context_length
 from thinktwice_fast.model.sharding import frozen_copy, pair_models, shards_weights
 from thinktwice_fast.records import Message, Problem
 from thinktwice_fast.rollout.engine import Engine
@@ -284,7 +285,7 @@ def _check_answers(grader: Grader, name: str, problems: Iterable[Problem]) -> No
         try:
             grader.check(problem)
         except UserError as error:
-            raise UserError(f"{name}: {error}") from error
+            raise error.within(name) from error
 
 
 def _evaluation_data(config: Config, source: str) -> DataOptions:
@@ -313,7 +314,7 @@ def _check_enough(config: Config, usable: Sequence[int] | None) -> None:
 
 
 def _check_context(loaded: LoadedModel, longest: int) -> None:
-    context = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None)
+    context = context_length(loaded.model)
     if context is not None and longest > context:
         raise UserError(
             f"--rollout.max_prompt_tokens and --rollout.max_response_tokens add up to {longest}, more than the model's "

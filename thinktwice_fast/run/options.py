@@ -1,17 +1,14 @@
 """From the command line and YAML files to a checked ``Config``."""
 
-import argparse
-import contextlib
-import io
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
-from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
 from thinktwice_fast.config import Config
 from thinktwice_fast.errors import UserError, one_line
+from thinktwice_fast.run.parsing import make_parser, parse
 
 _DESCRIPTION = """Train a language model by ThinkTwice: solve, update, refine, update.
 
@@ -42,25 +39,13 @@ def parse_config(arguments: list[str]) -> Config:
 
 def parse_command(arguments: list[str]) -> tuple[Config, DryRun | None]:
     """As ``parse_config``, and whether only a plan is wanted (``--dry-run``, which no file can set)."""
-    set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = ArgumentParser(
-        prog="train.py",
-        description=_DESCRIPTION,
-        exit_on_error=False,
-        allow_abbrev=False,  # an option has one name
-        formatter_class=_HelpFormatter,
-    )
+    parser = make_parser("train.py", _DESCRIPTION)
     parser.add_argument("--config", action="config", help="YAML file of options; may be given several times.")
     parser.add_argument("--dry-run", action="store_true", help=_DRY_RUN)
     parser.add_argument("--dry-run-gpu", type=float, default=None, metavar="GIGABYTES", help=_DRY_RUN_GPU)
     parser.add_class_arguments(Config, nested_key=None, as_positional=False)
     _check_files(arguments)
-    try:
-        with contextlib.redirect_stderr(io.StringIO()):
-            parsed = parser.parse_args(arguments)
-    except ArgumentError as error:
-        raise UserError(f"{one_line(error)}: see train.py --help") from error
-    values = parser.instantiate(parsed).as_dict()
+    values = parse(parser, arguments)
     values.pop("config")
     asked, gigabytes = values.pop("dry_run"), values.pop("dry_run_gpu")
     config = Config(**values)
@@ -86,10 +71,6 @@ def from_yaml(path: Path) -> Config:
 
 
 _CONFIGS = Path(__file__).parents[2] / "configs"
-
-
-class _HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-    pass
 
 
 def _check_files(arguments: list[str]) -> None:

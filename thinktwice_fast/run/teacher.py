@@ -159,7 +159,7 @@ def _as_teacher(load: Callable[[], T]) -> T:
     try:
         return load()
     except UserError as error:
-        raise UserError(str(error).replace("--model.path ", f"--thinktuning.teacher {CHECKPOINT}")) from error
+        raise UserError(error.line({"model.path": "thinktuning.teacher"})) from error
 
 
 def _cache_shape(model: Model) -> tuple[int, int, int]:

@@ -5,7 +5,7 @@ import re
 from collections.abc import Callable
 from typing import NamedTuple
 
-from thinktwice_fast.errors import UserError
+from thinktwice_fast.errors import Option, UserError
 from thinktwice_fast.records import Problem
 from thinktwice_fast.tasks import strict
 from thinktwice_fast.tasks.answers import MATH_FONT, TEXT_COMMAND, extract_boxed, settle
@@ -50,8 +50,13 @@ def gold_letter(problem: Problem) -> str:
     gold = _BOXED_LETTER.fullmatch(problem.answer.strip())
     if gold is None:
         raise UserError(
-            f"row {problem.index} (from 0): the gold answer {problem.answer!r} is no letter A-Z, which --reward choice "
-            "compares with; use --reward exact, or name an answer column that holds letters"
+            (
+                f"row {problem.index} (from 0): the gold answer {problem.answer!r} is no letter A-Z, which ",
+                Option("reward", "choice"),
+                " compares with",
+            ),
+            ("use ", Option("reward", "exact")),
+            "name an answer column that holds letters",
         )
     return gold.group(1).upper()
 

@@ -5,7 +5,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from thinktwice_fast.errors import UserError, one_line
+from thinktwice_fast.errors import Option, UserError, one_line
 from thinktwice_fast.records import Message
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ _PREVIOUS_REASONING = "Your previous reasoning was:"
 
 # Stands in for an assistant message to find what a template puts around it. Plain letters, which no template escapes.
 _SENTINEL = "assistantXcontentXstandsXhere"
+_TEMPLATE = Option("model.chat_template")
 
 
 @dataclass(frozen=True)
@@ -81,8 +82,8 @@ class ChatFormat:
     def __init__(self, tokenizer: "PreTrainedTokenizerBase") -> None:
         if not tokenizer.chat_template:
             raise UserError(
-                f"the tokenizer of {tokenizer.name_or_path or 'the model'} has no chat template; give a Jinja file "
-                "with --model.chat_template"
+                f"the tokenizer of {tokenizer.name_or_path or 'the model'} has no chat template",
+                ("give a Jinja file with ", _TEMPLATE),
             )
         self._tokenizer = tokenizer
         self.special_ids = frozenset(tokenizer.all_special_ids)  # of tokens that no text should become
@@ -147,7 +148,8 @@ class ChatFormat:
         if text.count(_SENTINEL) != 1:
             raise UserError(
                 f"the chat template shows an earlier assistant message {text.count(_SENTINEL)} times instead of once, "
-                "so no refine prompt can be made with it; give another with --model.chat_template"
+                "so no refine prompt can be made with it",
+                ("give another with ", _TEMPLATE),
             )
         before, _, after = text.partition(_SENTINEL)
         return before, after
@@ -161,8 +163,8 @@ class ChatFormat:
         except TemplateError as error:
             roles = ", ".join(message["role"] for message in messages)
             raise UserError(
-                f"the chat template refuses messages of roles {roles} ({one_line(error)}); give another with "
-                "--model.chat_template"
+                f"the chat template refuses messages of roles {roles} ({one_line(error)})",
+                ("give another with ", _TEMPLATE),
             ) from error
 
 

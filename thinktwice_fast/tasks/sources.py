@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from thinktwice_fast.config import DataOptions
-from thinktwice_fast.errors import UserError
+from thinktwice_fast.errors import Option, UserError
 from thinktwice_fast.records import Message, Problem
 from thinktwice_fast.tasks import tables
 from thinktwice_fast.tasks.arithmetic import ArithmeticSource
@@ -82,8 +82,8 @@ class TableSource(Source):
                 return path
         missing = " or ".join(candidates)
         raise UserError(
-            f"{self._name}: no column {missing} for the {what}; it has {', '.join(table.column_names) or 'none'}: "
-            f"name the right one with --{self._prefix}.{what}_column"
+            f"{self._name}: no column {missing} for the {what}; it has {', '.join(table.column_names) or 'none'}",
+            ("name the right one with ", Option(f"{self._prefix}.{what}_column")),
         )
 
     def _text(self, row: dict[str, Any], path: str, index: int) -> str:
@@ -128,7 +128,8 @@ def _arithmetic(options: DataOptions, held_out: bool, prefix: str) -> Arithmetic
     for name in ("subset", "question_column", "answer_column", "target_column", "instruction"):
         if getattr(options, name):
             raise UserError(
-                f"--{prefix}.{name} means nothing to {options.source}, which the program makes itself; leave it out"
+                (Option(f"{prefix}.{name}"), f" means nothing to {options.source}, which the program makes itself"),
+                "leave it out",
             )
     return ArithmeticSource(options.source.removeprefix(_ARITHMETIC), held_out, options.limit)
 

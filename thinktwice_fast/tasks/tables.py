@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from thinktwice_fast.errors import UserError, one_line
+from thinktwice_fast.errors import Option, Text, UserError, one_line
 
 if TYPE_CHECKING:
     import datasets
@@ -55,13 +55,12 @@ def load_hub(name: str, subset: str | None, split: str, prefix: str) -> "dataset
         return datasets.load_dataset(name, subset, split=split)
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         reason = one_line(error)
+        remedies: tuple[Text, ...] = ("check the name and the network", "give a local jsonl, parquet or csv file")
         if "Config name is missing" in reason or "BuilderConfig" in reason:
-            remedy = f"choose one with --{prefix}.subset"
+            remedies = (("choose one with ", Option(f"{prefix}.subset")),)
         elif "split" in reason.lower():
-            remedy = f"choose one with --{prefix}.split"
-        else:
-            remedy = "check the name and the network, or give a local jsonl, parquet or csv file"
-        raise UserError(f"hub data set {name}, split {split}, cannot be loaded ({reason}); {remedy}") from error
+            remedies = (("choose one with ", Option(f"{prefix}.split")),)
+        raise UserError(f"hub data set {name}, split {split}, cannot be loaded ({reason})", *remedies) from error
 
 
 def has_column(table: "datasets.Dataset", path: str) -> bool:

@@ -15,7 +15,7 @@ def load_teacher(path: str, name: str) -> Failure | None:
     return function if isinstance(function, Failure) else None
 
 
-def call_teacher(path: str, name: str, question: str, response: str) -> str | None | Failure:
+def call_teacher(path: str, name: str, question: str, response: str) -> str | Failure | None:
     """One call of the user's function, its result checked."""
     function = loaded(path, name, _PARAMETERS)
     if isinstance(function, Failure):

@@ -1,6 +1,6 @@
 """Solve problems, then let the model refine its own solutions: what a trained model is for.
 
-    from thinktwice_fast.run.solve import Solver
+    from thinktwice_fast.cli.solver import Solver
 
     solver = Solver("runs/tiny/model")
     for answer in solver.solve(["8-8+5+6-9", "1+2+3+4+5"]):
@@ -9,7 +9,7 @@
     for piece in solver.stream(["8-8+5+6-9"]):
         print(piece.text, end="", flush=True)
 
-The command ``thinktwice-fast solve`` does the same (``command.py``).
+The command ``thinktwice-fast solve`` does the same (``solve.py``).
 """
 
 import re
@@ -19,14 +19,12 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
-from thinktwice_fast.config import ModelOptions, RolloutOptions
+from thinktwice_fast.cli.inference import Inference
+from thinktwice_fast.cli.options import ModelChoice
 from thinktwice_fast.errors import UserError
-from thinktwice_fast.model.loading import load_model, pick_device, pick_dtype
-from thinktwice_fast.model.sharding import cast_parameters
+from thinktwice_fast.model.policy import context_length
 from thinktwice_fast.records import Message, Request, Rollout, Sampling
-from thinktwice_fast.rollout.engine import Engine
 from thinktwice_fast.rollout.prefix_cache import Counts
-from thinktwice_fast.run.memory import sampling_reserve
 from thinktwice_fast.tasks.answers import extract_boxed
 from thinktwice_fast.tasks.arithmetic import RECHECK, build_tokenizer, running_totals
 from thinktwice_fast.tasks.prompts import ChatFormat, RefinePrompt
@@ -118,8 +116,8 @@ class _Work:
         turn = len(self.turns)
         if len(self.prompt) >= self.most:
             raise UserError(
-                f"the prompt of refinement {turn} takes {len(self.prompt)} tokens and leaves no room for a response: "
-                "lower --max_tokens or --passes"
+                f"the prompt of refinement {turn} takes {len(self.prompt)} tokens and leaves no room for a response",
+                "lower --max_tokens or --passes",
             )
         sampling = replace(self.sampling, max_tokens=min(self.sampling.max_tokens, self.most - len(self.prompt)))
         ids = ((turn << 32) + self.number,)
@@ -151,15 +149,11 @@ class Solver:
         dtype: str = "auto",
         max_sequences: int = 16,
     ):
-        options: Any = {"device": device, "compute_dtype": dtype}
-        chosen = ModelOptions(model, chat_template=chat_template, **options)
-        place = pick_device(chosen, 0)
-        loaded = load_model(chosen, 0, place)
-        self._model = cast_parameters(loaded.model, pick_dtype(chosen, place))
-        self._stop_ids = loaded.stop_ids
-        self._chat = ChatFormat(loaded.tokenizer)
+        names: Any = {"device": device, "dtype": dtype}
+        self._inference = Inference(ModelChoice(model, chat_template, **names))
+        self._chat, self._stop_ids = self._inference.chat, self._inference.stop_ids
         self._max_sequences = max_sequences
-        self._arithmetic = loaded.tokenizer.get_vocab() == build_tokenizer().get_vocab()
+        self._arithmetic = self._inference.tokenizer.get_vocab() == build_tokenizer().get_vocab()
         self._instruction = RECHECK if self._arithmetic and refine_instruction == "default" else refine_instruction
         self.counts = Counts()  # of the last call: how many refinements extended their solution's cache
 
@@ -205,11 +199,8 @@ class Solver:
         works = [self._work(number, question, passes, sampling) for number, question in enumerate(questions)]
         if not works:
             return
-        options = RolloutOptions(max_sequences=min(self._max_sequences, len(works)))
-        decode = partial(self._chat.response_text, stop_ids=self._stop_ids)
-        longest = max(work.most for work in works)
-        reserve = sampling_reserve(self._model, options, longest)
-        engine = Engine(self._model, self._stop_ids, options, longest, reserve=reserve, decode=decode)
+        sequences = min(self._max_sequences, len(works))
+        engine = self._inference.engine(sequences, max(work.most for work in works))
         self.counts = engine.counts
 
         def refinement(rollout: Rollout) -> list[Request]:
@@ -238,7 +229,7 @@ class Solver:
         beside = len(prompt) + passes * (len(refine.ids) - len(prompt))
         # Twice what it should take: where a template makes earlier turns be tokenised anew, they may grow.
         most = 2 * (beside + (passes + 1) * sampling.max_tokens)
-        context = getattr(self._model.config.get_text_config(), "max_position_embeddings", None)
+        context = context_length(self._inference.model)
         if context is not None and most > context:
             most = context
             left = (context - beside) // (passes + 1)
@@ -246,7 +237,9 @@ class Solver:
         if sampling.max_tokens < 1:
             raise UserError(
                 f"problem {number + 1} takes {beside} tokens with the instructions to refine and leaves no room for "
-                f"{passes + 1} responses in the model's context of {context}: shorten it, or lower --passes"
+                f"{passes + 1} responses in the model's context of {context}",
+                "shorten it",
+                "lower --passes",
             )
         return _Work(number, messages, prompt, most, sampling, self._text_stream(sampling))
 
@@ -280,7 +273,9 @@ def arithmetic_question(text: str) -> str:
     if not 2 <= len(terms) <= _TERMS or not one_digit or min(running_totals(sums[0])) < 0:
         raise UserError(
             f"the shipped model knows only sums of up to {_TERMS} one-digit numbers that never fall below 0, such as "
-            f"8-8+5+6-9, not {text!r}: ask one, or give another model with --model"
+            f"8-8+5+6-9, not {text!r}",
+            "ask one",
+            "give another model with --model",
         )
     return sums[0] + "+0" * (_TERMS - len(terms))
 

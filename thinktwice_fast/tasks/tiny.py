@@ -1,6 +1,6 @@
 """The shipped model before its warm start: its shape, tokenizer and chat template.
 
-``python -m thinktwice_fast.run.tiny FOLDER`` writes them without weights; ``make warm-start`` trains from there.
+``python -m thinktwice_fast.tasks.tiny FOLDER`` writes them without weights; ``make warm-start`` trains from there.
 """
 
 import sys

@@ -1,48 +1,32 @@
-"""The command ``thinktwice-fast``: ``thinktwice-fast solve "problem"`` or ``--file problems.jsonl``."""
+"""The command ``thinktwice-fast solve "problem"``, or ``--file problems.jsonl``."""
 
-import argparse
-import contextlib
-import io
 import json
-import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
-
+from thinktwice_fast.bounds import bounded
+from thinktwice_fast.cli.command import PROGRAM, Command
+from thinktwice_fast.cli.options import MODEL_NAMES, ModelChoice
 from thinktwice_fast.errors import UserError, one_line
 
 if TYPE_CHECKING:
-    from thinktwice_fast.run.solve import Piece
+    from thinktwice_fast.cli.solver import Piece
 
 _DESCRIPTION = """Solve a problem, then refine the solution, with a model trained by ThinkTwice.
 
 The text is shown as it is sampled; a refinement goes on in the cache of what it refines."""
 _QUESTION_COLUMNS = ("prompt", "question", "problem")
-# What the parts that this command shares with training call its options.
-_NAMES = {
-    "process 0 has no GPU of its own (this machine has 0): start fewer processes with --nproc-per-node, or use":
-        "--device cuda: there is no GPU here: use",
-    ", or start from random ones with --model.random_init true": "",
-    "--model.path": "--model",
-    "--model.chat_template": "--chat_template",
-    "--model.device": "--device",
-    "lower --rollout.max_response_tokens or --rollout.max_prompt_tokens, or use more GPUs or a smaller model":
-        "lower --max_tokens or --passes, or use a smaller model",
-    "lower --update.learning_rate": "use other weights, or --dtype float32",
-}  # fmt: skip
 
 
 @dataclass
-class SolveOptions:
+class SolveOptions(ModelChoice):
     """How to solve and refine."""
 
-    model: str = "tiny"
-    """Model folder in transformers format, a hub name, or "tiny" for the small model shipped here, which knows nothing
-    but sums such as 8-8+5+6-9."""
+    problems: list[str] = field(default_factory=list)
+    """Problems, each in quotation marks."""
     file: str | None = None
     """File of problems: jsonl, parquet or csv with a row each, or any other text with a line each."""
     question_column: str | None = None
@@ -52,89 +36,39 @@ class SolveOptions:
     """Text appended to every question, after a space (how to give the answer)."""
     refine_instruction: str = "default"
     """The user message after a solution; "default" = the one that training takes by default."""
-    passes: int = 1
+    passes: int = bounded(1, least=0, most=100)
     """Refinements of each solution, one after another."""
-    max_tokens: int = 2048
+    max_tokens: int = bounded(2048, least=1)
     """Longest solution or refinement, in tokens; less where the model's context leaves less."""
-    temperature: float = 0.0
+    temperature: float = bounded(0.0, least=0)
     """Softmax temperature; 0 = always the likeliest token."""
-    top_p: float = 1.0
+    top_p: float = bounded(1.0, above=0, most=1)
     """Nucleus: sample among the smallest set of tokens with this much probability; 1 = off."""
-    top_k: int = 0
+    top_k: int = bounded(0, least=0)
     """Sample among the k likeliest tokens; 0 = off."""
-    min_p: float = 0.0
+    min_p: float = bounded(0.0, least=0, most=1)
     """Drop tokens less likely than this times the likeliest; 0 = off."""
-    seed: int = 0
+    seed: int = bounded(0, least=0)
     """Seed of the sampling."""
-    max_sequences: int = 16
+    max_sequences: int = bounded(16, least=1)
     """Problems of a `file` that are worked on at once."""
-    json: bool = False  # a flag, see `parse`
-    chat_template: str | None = None
-    """File with a Jinja chat template, for a tokenizer that has none (or to replace its own)."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to compute; "auto" takes a GPU when there is one."""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Type of weights and activations; "auto": bfloat16 on CUDA, float32 on the CPU."""
+    json: bool = False
+    """Print one JSON object per problem instead of text."""
 
 
-def main() -> int:
-    """Exit status 2 and one line on stderr for what the user can mend."""
-    try:
-        problems, options = parse(sys.argv[1:])
-        solve(problems, options)
-        sys.stdout.flush()
-    except UserError as error:
-        line = str(error)
-        for name, own in _NAMES.items():
-            line = line.replace(name, own)
-        print(f"thinktwice-fast: error: {line}", file=sys.stderr, flush=True)
-        return 2
-    except KeyboardInterrupt:
-        return 130
-    except BrokenPipeError:  # the reader has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return 0
-
-
-def parse(arguments: list[str]) -> tuple[list[str], SolveOptions]:
-    """Problems and options of a command line; ``--help`` prints and exits.
+def run(options: SolveOptions) -> None:
+    """Print the answers to the problems.
 
     Raises:
-        UserError: an unknown option, one of the wrong type or out of range, one that would be ignored, no problem.
+        UserError: options that contradict each other, a file or a model that can't be used; see ``Solver``.
     """
-    set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = ArgumentParser(prog="thinktwice-fast", exit_on_error=False, allow_abbrev=False)
-    command = ArgumentParser(
-        description=_DESCRIPTION, exit_on_error=False, allow_abbrev=False, formatter_class=_HelpFormatter
-    )
-    command.add_argument("problems", nargs="*", type=str, help="Problems, each in quotation marks.")
-    command.add_class_arguments(SolveOptions, nested_key=None, as_positional=False, skip={"json"})
-    command.add_argument("--json", action="store_true", help="Print one JSON object per problem instead of text.")
-    parser.add_subcommands().add_subcommand("solve", command, help="solve problems and refine the solutions")
-    try:
-        with contextlib.redirect_stderr(io.StringIO()):
-            parsed: Any = parser.parse_args(arguments)
-    except ArgumentError as error:
-        raise UserError(f"{one_line(error)}: see thinktwice-fast solve --help") from error
-    values = parsed.solve.as_dict()
-    problems = values.pop("problems")
-    options = SolveOptions(**values)
-    _check(problems, options)
-    return problems, options
-
-
-def solve(problems: Sequence[str], options: SolveOptions) -> None:
-    """Print the answers to ``problems``, or to those of ``options.file``.
-
-    Raises:
-        UserError: a file or a model that can't be used; see ``Solver``.
-    """
-    questions: Sequence[Any] = problems if options.file is None else read_problems(options.file, options)
+    _check(options)
+    questions: Sequence[Any] = options.problems if options.file is None else read_problems(options.file, options)
     if options.instruction:
         questions = [_appended(question, options.instruction) for question in questions]
     # Imported here because it takes seconds, and most mistakes are found before.
+    from thinktwice_fast.cli.solver import Solver, question_text
     from thinktwice_fast.records import Sampling
-    from thinktwice_fast.run.solve import Solver, question_text
 
     solver = Solver(
         options.model,
@@ -152,7 +86,7 @@ def solve(problems: Sequence[str], options: SolveOptions) -> None:
     counts = solver.counts
     if counts.prefilled_anew:
         print(
-            f"thinktwice-fast: note: {counts.prefilled_anew} of {counts.prefilled_anew + counts.extended} refinements "
+            f"{PROGRAM}: note: {counts.prefilled_anew} of {counts.prefilled_anew + counts.extended} refinements "
             f"could not go on in the cache of what they refine ({counts.prompt_differs}: the chat template writes "
             f"the chat so far in another way; {counts.released}: the cache was full)",
             file=sys.stderr,
@@ -209,30 +143,12 @@ def read_problems(name: str, options: SolveOptions) -> list[Any]:
     return questions
 
 
-class _HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-    pass
-
-
-def _check(problems: list[str], options: SolveOptions) -> None:
+def _check(options: SolveOptions) -> None:
+    problems = options.problems
     if bool(problems) == (options.file is not None):
         raise UserError('give problems (thinktwice-fast solve "8-8+5+6-9") or a --file of them, one of both')
     if not all(problem.strip() for problem in problems):
         raise UserError("an empty problem: write something between the quotation marks")
-    bounds: dict[str, tuple[float, float]] = {
-        "passes": (0, 100),
-        "max_tokens": (1, 2**31 - 1),
-        "temperature": (0, 1e6),
-        "top_k": (0, 2**31 - 1),
-        "min_p": (0, 1),
-        "seed": (0, 2**31 - 1),
-        "max_sequences": (1, 2**31 - 1),
-    }
-    for name, (least, most) in bounds.items():
-        value = getattr(options, name)
-        if not least <= value <= most:
-            raise UserError(f"--{name} {value}: must be from {least:g} to {most:g}")
-    if not 0 < options.top_p <= 1:
-        raise UserError(f"--top_p {options.top_p}: must be above 0 and at most 1")
     unused = (
         dict.fromkeys(("top_p", "top_k", "min_p", "seed"), "with --temperature 0") if not options.temperature else {}
     )
@@ -283,3 +199,14 @@ def _show_json(pieces: "Iterable[Piece]", questions: Sequence[str], passes: int)
             answer = {"question": questions[piece.problem], "solution": turns[0], "refinements": turns[1:]}
             print(json.dumps(answer, ensure_ascii=False), flush=True)
             turns = []
+
+
+COMMAND = Command(
+    help="solve problems, then refine the solutions",
+    description=_DESCRIPTION,
+    options=SolveOptions,
+    run=run,
+    positional="problems",
+    # A response and what a refine prompt may hold are limited by these two here.
+    names=MODEL_NAMES | {"rollout.max_response_tokens": "max_tokens", "rollout.max_prompt_tokens": "passes"},
+)

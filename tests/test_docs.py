@@ -1,20 +1,18 @@
-"""The README's generated tables, and the command that rewrites or checks them."""
+"""The documents: generated tables of options and metrics, links that lead somewhere, options that exist."""
 
 import dataclasses
-import subprocess
-import sys
+import re
 import typing
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from docs.tables import main, metrics_table, options_table
+from tests.command import ROOT
 from thinktwice_fast.bounds import bounded
 from thinktwice_fast.config import Config
 from thinktwice_fast.run.metrics import METRICS
-from thinktwice_fast.run.tables import main, metrics_table, options_table
-
-README = "# Title\n\n<!-- options -->\n<!-- /options -->\n\nprose\n\n<!-- metrics -->\nstale\n<!-- /metrics -->\nend\n"
 
 
 def option_names(owner: Any, prefix: str = "") -> list[str]:
@@ -77,6 +75,8 @@ def test_options_as_they_are_typed_on_the_command_line() -> None:
             "| `--flag` | bool | `false` | Whether. |",
             "| `--some` | list of float | `[0.0]` | Several. |",
             "",
+            "### inner",
+            "",
             "The inner part.",
             "",
             "| Option | Type | Default | Meaning |",
@@ -97,48 +97,41 @@ def test_every_metric_has_one_row() -> None:
     assert "| `{phase}/reward` | solve, refine | reward |" in table
 
 
-def test_rewrite_then_check(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = tmp_path / "README.md"
-    path.write_text(README)
-    assert main([str(path), "--check"]) == 1
-    error = capsys.readouterr().err
-    assert "out of date" in error and error.count("\n") == 1
-    assert path.read_text() == README
-
-    assert main([str(path)]) == 0
-    text = path.read_text()
-    assert options_table(Config) in text and metrics_table() in text
-    assert "stale" not in text and text.startswith("# Title\n") and text.endswith("<!-- /metrics -->\nend\n")
-    assert "\n\nprose\n\n" in text
-    assert main([str(path), "--check"]) == 0
-    assert main([str(path)]) == 0
-    assert path.read_text() == text
-    assert capsys.readouterr().err == ""
+def test_write_then_check(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    there = ["--folder", str(tmp_path)]
+    assert main([*there, "--check"]) == 1 and not any(tmp_path.iterdir())
+    assert main(there) == 0 and main([*there, "--check"]) == 0
+    options, metrics = (tmp_path / "options.md").read_text(), (tmp_path / "metrics.md").read_text()
+    assert options_table(Config) in options and metrics_table() in metrics
+    assert "## thinktwice-fast solve\n" in options and "\n| `problems` | list of str | " in options
+    (tmp_path / "metrics.md").write_text(metrics.replace("reward", "rewards"))
+    capsys.readouterr()
+    assert main([*there, "--check"]) == 1
+    assert capsys.readouterr().err == "out of date: metrics.md: run python -m docs.tables\n"
+    assert main(there) == 0 and (tmp_path / "metrics.md").read_text() == metrics
 
 
-@pytest.mark.parametrize(
-    ("old", "new"),
-    [
-        ("<!-- options -->", ""),
-        ("<!-- /metrics -->", ""),
-        ("prose", "<!-- options -->"),
-        ("<!-- metrics -->\nstale\n<!-- /metrics -->", "<!-- /metrics -->\n<!-- metrics -->"),
-    ],
-)
-def test_bad_markers_are_one_line_and_change_nothing(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], old: str, new: str
-) -> None:
-    path = tmp_path / "README.md"
-    text = README.replace(old, new)
-    path.write_text(text)
-    assert main([str(path)]) == 2
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1 and "<!--" in error
-    assert path.read_text() == text
+WRITTEN = sorted({ROOT / "README.md", *(ROOT / "docs").glob("*.md")})
 
 
-def test_the_real_command_names_a_missing_file(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "thinktwice_fast.run.tables", str(tmp_path / "absent.md"), "--check"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-    assert done.returncode == 2
-    assert "absent.md" in done.stderr and done.stderr.count("\n") == 1
+@pytest.mark.parametrize("path", WRITTEN, ids=lambda path: path.name)
+def test_links_lead_to_files_and_headings(path: Path) -> None:
+    for target in re.findall(r"\]\(([^)\s]+)\)", path.read_text()):
+        if target.startswith("https://"):
+            continue
+        name, _, anchor = target.partition("#")
+        file = path.parent / name if name else path
+        assert file.exists(), target
+        assert not anchor or anchor in anchors(file), target
+
+
+def anchors(path: Path) -> set[str]:
+    """What a heading is linked to by: lower case, hyphens for spaces, no punctuation."""
+    headings = re.findall(r"^#+ (.*)$", path.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("name", ["README.md", "docs/guide.md"])
+def test_options_in_the_text_exist(name: str) -> None:
+    named = set(re.findall(r"--([a-z_]+\.[a-z_]+)\b", (ROOT / name).read_text()))
+    assert named and named <= set(option_names(Config))

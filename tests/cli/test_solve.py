@@ -16,12 +16,12 @@ from transformers import AutoModelForCausalLM
 
 from tests.command import LIMIT, ROOT, environment
 from tests.small_models import CHATML, bpe_tokenizer, write_model
+from thinktwice_fast.cli import main
+from thinktwice_fast.cli.solve import in_order
+from thinktwice_fast.cli.solver import Answer, Piece, Solver, TextStream, Turn, arithmetic_question
 from thinktwice_fast.errors import UserError
 from thinktwice_fast.records import Sampling
 from thinktwice_fast.rollout.prefix_cache import Counts
-from thinktwice_fast.run import command
-from thinktwice_fast.run.command import in_order
-from thinktwice_fast.run.solve import Answer, Piece, Solver, TextStream, Turn, arithmetic_question
 from thinktwice_fast.tasks.arithmetic import build_tokenizer
 from thinktwice_fast.tasks.prompts import ChatFormat
 
@@ -212,7 +212,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
 
     def call(*arguments: str | Path) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["thinktwice-fast", *map(str, arguments)])
-        return command.main(), *capsys.readouterr()
+        return main.main(), *capsys.readouterr()
 
     return call
 
@@ -293,7 +293,8 @@ def test_a_note_says_when_caches_could_not_be_carried_on(run: Run, folder: Path,
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        ((), "see thinktwice-fast solve --help"),
+        ((), "no command given: there is solve: see thinktwice-fast --help"),
+        (("slove", "1+2"), "no command 'slove'"),
         (("solve",), "give problems"),
         (("solve", "1+2", "--file", "x.txt"), "one of both"),
         (("solve", " "), "an empty problem"),
@@ -332,12 +333,9 @@ def test_bad_input_is_told_in_one_line(
     assert says in err
 
 
-COMMAND = [sys.executable, "-c", "import sys; from thinktwice_fast.run.command import main; sys.exit(main())"]
-
-
 def test_text_comes_while_it_is_sampled_and_a_reader_may_leave() -> None:
     process = subprocess.Popen(
-        [*COMMAND, "solve", *["8-8+5+6-9"] * 300],
+        [sys.executable, "-m", "thinktwice_fast.cli.main", "solve", *["8-8+5+6-9"] * 300],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         env=environment(),

@@ -1,0 +1,27 @@
+"""Options that several commands share."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+MODEL_NAMES = {
+    "model.path": "model",
+    "model.chat_template": "chat_template",
+    "model.device": "device",
+    "model.compute_dtype": "dtype",
+}
+"""What training calls the options of `ModelChoice`, and what they are called here."""
+
+
+@dataclass
+class ModelChoice:
+    """Which model samples, and how it is computed."""
+
+    model: str = "tiny"
+    """Model folder in transformers format, a hub name, or "tiny" for the small model shipped here, which knows nothing
+    but sums such as 8-8+5+6-9."""
+    chat_template: str | None = None
+    """File with a Jinja chat template, for a tokenizer that has none (or to replace its own)."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to compute; "auto" takes a GPU when there is one."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Type of weights and activations; "auto": bfloat16 on CUDA, float32 on the CPU."""
