@@ -1,6 +1,6 @@
 r"""A teacher for the default task, whose tokenizer knows digits, `+`, `-`, `=`, newlines and `\boxed{}` alone.
 
-    torchrun thinktwice_fast/train.py --algorithm thinktuning --thinktuning.teacher examples/arithmetic_teacher.py:teach
+torchrun thinktwice_fast/train.py --algorithm thinktuning --thinktuning.teacher examples/arithmetic_teacher.py:teach
 """
 
 import re

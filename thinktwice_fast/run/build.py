@@ -31,7 +31,7 @@ from thinktwice_fast.model.sharding import frozen_copy, pair_models, shards_weig
 from thinktwice_fast.records import Message, Problem
 from thinktwice_fast.rollout.engine import Engine
 from thinktwice_fast.run.memory import SecondModel, device_bytes, held_bytes, keep_freed_memory, predict
-from thinktwice_fast.run.teacher import TeacherPlan, make_teacher, plan_teacher
+from thinktwice_fast.run.teacher import TeacherPlan, plan_teacher
 from thinktwice_fast.run.workload import Evaluated, Taught, heaviest_load, phases
 from thinktwice_fast.tasks.arithmetic import RECHECK, warm_start_example
 from thinktwice_fast.tasks.graders import GRADERS
@@ -176,7 +176,9 @@ def build_run(config: Config, resources: ExitStack) -> Run:
     planned = phases(config, Flops.of(loaded.model), ready.longest_prompts, world)
     heaviest = heaviest_load(config, planned, ready.longest_prompts, ready.evaluated, world, ready.taught)
     room = device_bytes(ready.device, launch.env_local_world_size())
-    predicted = predict(config, loaded.model, ready.device, dtype, heaviest, world, ready.held_bytes, room, ready.second)
+    predicted = predict(
+        config, loaded.model, ready.device, dtype, heaviest, world, ready.held_bytes, room, ready.second
+    )
     shards = config.update.shard_processes
     reference = frozen_copy(loaded.model, dtype, shards) if config.loss.beta else None
     adapt = partial(add_adapters, options=config.model, seed=config.seed) if config.model.lora_rank else None

@@ -11,7 +11,7 @@ V vocabulary; S sequences that decode at once; T tokens and R response tokens of
     gathered weights     b (rest + 2 l) + (b + 4) max(rest, l), in updates, where FSDP2 gathers them: the rest of the
                          model (embedding and head) throughout, two layers at a time, and a gradient until it is reduced
     compute weights      b n, where rollouts (and one process's updates) do not read the masters
-    teacher              b n of its model, its packed weights and graphs, and its KV cache where it can't use the policy's
+    teacher              b n of its model, its packed weights and graphs, and a KV cache where the policy's does not fit
     packed weights       b (n - V H, or n where the head is the embedding), for the C++ decoder
     KV cache             2 L K b a token, of the tokens that all sequences which are there together take at their
                          longest, the full blocks of a prompt once (``workload.needed_blocks``); on a GPU at most what
@@ -271,9 +271,7 @@ def _second(
         yield Part("teacher CUDA graphs", graphs, graphs)
 
 
-def _packed_bytes(
-    options: RolloutOptions, shape: Shape, model: Model, device: torch.device, dtype: torch.dtype
-) -> int:
+def _packed_bytes(options: RolloutOptions, shape: Shape, model: Model, device: torch.device, dtype: torch.dtype) -> int:
     """Of the C++ decoder's own weights, where it runs."""
     if planned_runner(model, options, device, dtype) != "decoder":
         return 0

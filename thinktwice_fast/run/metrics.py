@@ -30,7 +30,7 @@ PHASES = (*TRAINED, "eval", "checkpoint")
 class Metric:
     """One metric.
 
-    In ``name``, ``{phase}`` is one of ``phases``, ``{set}`` an evaluation set, ``{k}`` a count, ``{behaviour}`` one of a
+    In ``name``, ``{phase}`` is one of ``phases``, ``{set}`` an evaluation set, ``{k}`` a count, ``{behaviour}`` a
     teacher's.
     """
 
@@ -220,9 +220,7 @@ METRICS: tuple[Metric, ...] = (
         "Answers spliced in whose request named this behaviour; absent where it is none, and without "
         "`thinktuning.one_behaviour`, since an answer does not tell.",
     ),
-    Metric(
-        "solve/reward_guided", "reward", "Mean reward of the guided rollouts, as graded with the feedback in them."
-    ),
+    Metric("solve/reward_guided", "reward", "Mean reward of the guided rollouts, as graded with the feedback in them."),
     Metric("solve/reward_unguided", "reward", "Mean reward of the other members of their groups."),
     Metric(
         "solve/seconds_teacher",

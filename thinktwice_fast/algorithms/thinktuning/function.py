@@ -1,6 +1,7 @@
 """A teacher that is a function in the user's file, in a process of its own that can be killed."""
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Self
 
@@ -40,10 +41,10 @@ class FunctionTeacher:
 
     def ask(self, asked: Sequence[Asked]) -> list[Answer]:
         """See ``Teacher``."""
-        calls = [self._workers.submit(lambda worker, one=one: self._answer(worker, one)) for one in asked]
+        calls = [self._workers.submit(partial(self._answer, one)) for one in asked]
         return [call.result() for call in calls]
 
-    def _answer(self, worker: Worker, asked: Asked) -> Answer:
+    def _answer(self, asked: Asked, worker: Worker) -> Answer:
         try:
             answer = worker.call(self._timeout, call_teacher, *self._function, asked.question, asked.response)
         except TimeoutError:
