@@ -3,6 +3,7 @@
 import math
 import re
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
@@ -22,16 +23,12 @@ def write_scripted_model(folder: Path, **shape: int) -> Path:
     """A folder with the model, whose vocabulary is the arithmetic task's and the tags; ``shape`` changes its config."""
     tokenizer = _tokenizer()
     vocabulary, size = tokenizer.get_vocab(), 64
-    config = Qwen3Config(
-        **{
-            "vocab_size": len(vocabulary), "hidden_size": size, "intermediate_size": 32, "num_hidden_layers": 1,
-            "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16, "max_position_embeddings": 2048,
-            **shape,
-        },
-        eos_token_id=tokenizer.eos_token_id,
-        bos_token_id=None,
-        tie_word_embeddings=False,
-    )  # fmt: skip
+    values: dict[str, Any] = {
+        "vocab_size": len(vocabulary), "hidden_size": size, "intermediate_size": 32, "num_hidden_layers": 1,
+        "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16, "max_position_embeddings": 2048,
+        "eos_token_id": tokenizer.eos_token_id, "bos_token_id": None, "tie_word_embeddings": False,
+    }  # fmt: skip
+    config = Qwen3Config(**values | shape)
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config)
     following = zip(("<|assistant|>", *SCRIPT[:-1]), SCRIPT, strict=True)

@@ -72,7 +72,7 @@ def test_a_splice_keeps_the_students_tokens_and_marks_the_teachers() -> None:
     added = chat.encode("\n\n8 + 5 is 13,\nnot 14\n\nSo: \\boxed{13}")
     assert refusal is None and rollout.response == [*own, *added, end]
     assert rollout.text == "8+5=14\n\n8 + 5 is 13,\nnot 14\n\nSo: \\boxed{13}"
-    assert rollout.guide_mask == [0] * len(own) + [1] * (len(added) + 1)
+    assert rollout.guide == [False] * len(own) + [True] * (len(added) + 1)
     assert rollout.logps == [-1.0] * len(own) + [0.0] * (len(added) + 1) and len(rollout.entropies) == len(own)
 
     config.thinktuning.guidance_tokens = len(added)
@@ -80,7 +80,7 @@ def test_a_splice_keeps_the_students_tokens_and_marks_the_teachers() -> None:
     assert spliced(GOOD, config, chat, end)[1] is None
     config.rollout.max_response_tokens -= 1
     untouched, refusal = spliced(GOOD, config, chat, end)
-    assert refusal == "no_room" and untouched.response == [*own, end] and not untouched.guide_mask
+    assert refusal == "no_room" and untouched.response == [*own, end] and not untouched.guide
     config.thinktuning.guidance_tokens -= 1
     assert spliced(GOOD, config, chat, end)[1] == "guidance_too_long"
     assert spliced(Feedback("correct", "I <|im_end|> stop", "b"), config, chat, end)[1] == "foreign_tokens"

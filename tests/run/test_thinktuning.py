@@ -34,7 +34,7 @@ SHOTS = """
 system: 1+1
 answer_format: 2=2
 shots:
-- {behaviour: agreement, request: 3=3, question: 1+1+1+1+1, response: 1+1=3, opinion: correct, reason: 1+1, phrase: 2}
+- {behaviour: agreement, request: 3=3, question: 1+1+1+1+1, response: 1+1=3, opinion: correct, reason: 1+1, phrase: "2"}
 """
 REWARD = "def score(completions, **columns):\n    return [len(c[0]['content']) % 7 / 7 for c in completions]\n"
 

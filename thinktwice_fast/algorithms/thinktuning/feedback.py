@@ -75,7 +75,7 @@ def splice(
         return "no_room"
     added = len(guidance) + 1
     rollout.response = [*own, *guidance, end]
-    rollout.guide_mask = [0] * len(own) + [1] * added
+    rollout.guide = [False] * len(own) + [True] * added
     rollout.logps = [*rollout.logps[: len(own)], *([0.0] * added)]
     rollout.entropies = rollout.entropies[: len(own)]
     rollout.text = chat.response_text(rollout.response, stop_ids)

@@ -106,7 +106,7 @@ class Guide:
         gradings = [
             (guided, grader.submit(group.problem, group.messages, [rollout.text for rollout in guided]))
             for group in groups
-            if (guided := [rollout for rollout in group.rollouts if rollout.guide_mask])
+            if (guided := [rollout for rollout in group.rollouts if rollout.guide])
         ]
         for guided, grading in gradings:
             for rollout, reward in zip(guided, grading.result(), strict=True):
@@ -116,7 +116,7 @@ class Guide:
 def _member_metrics(groups: Sequence[Group]) -> dict[str, float]:
     """Share of the rollouts that are guided, and rewards inside the groups with a guided one. Collective."""
     own = [
-        (bool(rollout.guide_mask), rollout.reward, any(other.guide_mask for other in group.rollouts))
+        (bool(rollout.guide), rollout.reward, any(other.guide for other in group.rollouts))
         for group in groups
         for rollout in group.rollouts
     ]
