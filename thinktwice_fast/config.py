@@ -80,47 +80,6 @@ class ThinkTwiceOptions:
 
 
 @dataclass
-class ThinkTuningOptions:
-    """ThinkTuning: a teacher's feedback, spliced into some of each group's rollouts."""
-
-    teacher: str | None = None
-    """Who gives feedback: "frozen" (the initial policy), "live" (the policy as it is), "checkpoint:PATH" (another
-    model, by folder or hub name), "endpoint" (a server, see `endpoint_url`) or my_file.py:function (called with a
-    question and a response, gives an answer in the teacher's format or None)."""
-    shots: str = "default"
-    """YAML file with what models and servers read before question and response: system message, examples, answer format
-    (as the shipped thinktwice_fast/assets/teacher.yaml, "default")."""
-    one_behaviour: bool = False
-    """Ask for one behaviour per request, drawn at random, so that they can be counted; off, the teacher chooses."""
-    fraction: float = bounded(0.1, least=0, most=1)
-    """Share of a group's properly ended rollouts that the teacher is asked about in the first step; at least one."""
-    min_fraction: float = bounded(0.01, least=0, most=1)
-    """What that share falls to, linearly."""
-    decay_steps: int = bounded(0, least=0)
-    """Steps that it takes to fall; 0 = the first third of the run."""
-    cutoff: float = bounded(0.0, least=0, most=1)
-    """The teacher is not asked any more once that share has fallen to this; 0 = asked to the end."""
-    guidance_tokens: int = bounded(512, least=1)
-    """Longest reason and phrase together; a rollout whose guidance is longer stays as it is."""
-    teacher_prompt_tokens: int = bounded(3072, least=1)
-    """Longest prompt of a teacher that is a model here; longer ones are cut on the left."""
-    teacher_answer_tokens: int = bounded(1024, least=1)
-    """Longest answer of a model or server; answers are greedy."""
-    teacher_timeout: float = bounded(60.0, above=0, most=_MOST_SECONDS)
-    """Seconds that a server or function may take for one answer."""
-    endpoint_url: str | None = None
-    """Base address of a server with OpenAI's chat completions, such as http://localhost:8000/v1."""
-    endpoint_model: str | None = None
-    """Name of the model there."""
-    endpoint_key_variable: str = "OPENAI_API_KEY"
-    """Environment variable that holds the server's key, where it wants one."""
-    endpoint_retries: int = bounded(3, least=0)
-    """Further attempts, with growing pauses, after a connection that failed, a time-out, or status 429 or 5xx."""
-    endpoint_concurrency: int = bounded(8, least=1)
-    """Most requests at once, per process."""
-
-
-@dataclass
 class SftOptions:
     """Supervised fine-tuning on the source's own worked responses (`algorithm: sft`)."""
 
@@ -200,6 +159,48 @@ class LossOptions:
         "token-mean"
     )
     """How token losses become one number, over the whole mini-batch across processes."""
+
+
+@dataclass
+class ThinkTuningOptions:
+    """ThinkTuning: a teacher's feedback, spliced into some of each group's rollouts. What the loss does with its tokens
+    is named as in `thinktwice_kernels.grpo_loss`."""
+
+    teacher: str | None = None
+    """Who gives feedback: "frozen" (the initial policy), "live" (the policy as it is), "checkpoint:PATH" (another
+    model, by folder or hub name), "endpoint" (a server, see `endpoint_url`) or my_file.py:function (called with a
+    question and a response, gives an answer in the teacher's format or None)."""
+    shots: str = "default"
+    """YAML file with what models and servers read before question and response: system message, examples, answer format
+    (as the shipped thinktwice_fast/assets/teacher.yaml, "default")."""
+    one_behaviour: bool = False
+    """Ask for one behaviour per request, drawn at random, so that they can be counted; off, the teacher chooses."""
+    fraction: float = bounded(0.1, least=0, most=1)
+    """Share of a group's properly ended rollouts that the teacher is asked about in the first step; at least one."""
+    min_fraction: float = bounded(0.01, least=0, most=1)
+    """What that share falls to, linearly."""
+    decay_steps: int = bounded(0, least=0)
+    """Steps that it takes to fall; 0 = the first third of the run."""
+    cutoff: float = bounded(0.0, least=0, most=1)
+    """The teacher is not asked any more once that share has fallen to this; 0 = asked to the end."""
+    guidance_tokens: int = bounded(512, least=1)
+    """Longest reason and phrase together; a rollout whose guidance is longer stays as it is."""
+    teacher_prompt_tokens: int = bounded(3072, least=1)
+    """Longest prompt of a teacher that is a model here; longer ones are cut on the left."""
+    teacher_answer_tokens: int = bounded(1024, least=1)
+    """Longest answer of a model or server; answers are greedy."""
+    teacher_timeout: float = bounded(60.0, above=0, most=_MOST_SECONDS)
+    """Seconds that a server or function may take for one answer."""
+    endpoint_url: str | None = None
+    """Base address of a server with OpenAI's chat completions, such as http://localhost:8000/v1."""
+    endpoint_model: str | None = None
+    """Name of the model there."""
+    endpoint_key_variable: str = "OPENAI_API_KEY"
+    """Environment variable that holds the server's key, where it wants one."""
+    endpoint_retries: int = bounded(3, least=0)
+    """Further attempts, with growing pauses, after a connection that failed, a time-out, or status 429 or 5xx."""
+    endpoint_concurrency: int = bounded(8, least=1)
+    """Most requests at once, per process."""
 
 
 @dataclass
@@ -316,10 +317,10 @@ class Config:
     model: ModelOptions = field(default_factory=ModelOptions)
     data: DataOptions = field(default_factory=DataOptions)
     thinktwice: ThinkTwiceOptions = field(default_factory=ThinkTwiceOptions)
-    thinktuning: ThinkTuningOptions = field(default_factory=ThinkTuningOptions)
     sft: SftOptions = field(default_factory=SftOptions)
     rollout: RolloutOptions = field(default_factory=RolloutOptions)
     loss: LossOptions = field(default_factory=LossOptions)
+    thinktuning: ThinkTuningOptions = field(default_factory=ThinkTuningOptions)
     update: UpdateOptions = field(default_factory=UpdateOptions)
     eval: EvalOptions = field(default_factory=EvalOptions)
     run: RunOptions = field(default_factory=RunOptions)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from thinktwice_fast import launch
-from thinktwice_fast.algorithms.thinktuning.kinds import MODELS, teacher_kind
+from thinktwice_fast.algorithms.thinktuning.options import check_teacher, unused_options
 from thinktwice_fast.bounds import check_bounds
 from thinktwice_fast.config import ARITHMETIC, LOSS_BOUNDS, Config, evaluation_sources, samples_per_step
 from thinktwice_fast.errors import UserError
@@ -87,7 +87,7 @@ def _check_meanings(config: Config) -> None:
     if config.algorithm == "thinktwice" and config.samples_per_problem < 2:
         raise UserError("--samples_per_problem must be at least 2: an advantage compares the samples of a group")
     if config.algorithm == "thinktuning":
-        _check_teacher(config)
+        check_teacher(config)
     if not config.sft.draft_error_rates:
         raise UserError("--sft.draft_error_rates []: give at least one rate")
     for name in evaluation_sources(config):
@@ -111,25 +111,6 @@ def _check_meanings(config: Config) -> None:
         raise UserError(
             f"--algorithm sft from {config.data.source}: set --data.target_column to the column of the responses to "
             "learn, and --sft.refine_fraction 0 (only arithmetic sources have drafts)"
-        )
-
-
-def _check_teacher(config: Config) -> None:
-    options = config.thinktuning
-    if teacher_kind(options.teacher) == "endpoint" and not (options.endpoint_url and options.endpoint_model):
-        raise UserError(
-            "--thinktuning.teacher endpoint: give its address with --thinktuning.endpoint_url (such as "
-            "http://localhost:8000/v1) and its model with --thinktuning.endpoint_model"
-        )
-    if options.min_fraction > options.fraction:
-        raise UserError(
-            f"--thinktuning.min_fraction {options.min_fraction} is above --thinktuning.fraction {options.fraction}: "
-            "the share of guided rollouts only falls"
-        )
-    if config.rollout.stop_strings:
-        raise UserError(
-            "--rollout.stop_strings and --algorithm thinktuning: a response that a stop string ends has no end token "
-            "to put feedback before: leave them out"
         )
 
 
@@ -198,7 +179,7 @@ def _ignored_in_training(config: Config) -> list[_Ignored]:
         (arithmetic, file_only, "with an arithmetic --data.source"),
         (arithmetic and not config.data.limit, ("data.shuffle",), "with an endless --data.source (no --data.limit)"),
         (kind != "hub", ("data.subset", "data.split"), "unless --data.source is a hub dataset"),
-        *_ignored_by_teacher(config),
+        *((True, (f"thinktuning.{name}",), when) for name, when in unused_options(config)),
         (config.model.lora_rank == 0, ("model.lora_alpha", "model.lora_targets"), "without --model.lora_rank"),
         (config.reward in ("exact", "choice"), ("reward_timeout", "reward_workers"), f"with --reward {config.reward}"),
         (True, tuple(f"loss.{name}" for name in lacking), f"with --loss.policy_loss {config.loss.policy_loss}"),
@@ -211,24 +192,6 @@ def _ignored_in_training(config: Config) -> list[_Ignored]:
         (config.update.lr_schedule == "constant", ("update.lr_decay_steps",), "with --update.lr_schedule constant"),
         (not config.run.save, ("resume", "run.checkpoint_every", "run.keep_checkpoints"), "with --run.save false"),
     ]  # fmt: skip
-
-
-def _ignored_by_teacher(config: Config) -> list[_Ignored]:
-    if config.algorithm != "thinktuning":
-        return []  # all are
-    kind = teacher_kind(config.thinktuning.teacher)
-    named = f"with --thinktuning.teacher {config.thinktuning.teacher}"
-
-    def own(*names: str) -> tuple[str, ...]:
-        return tuple(f"thinktuning.{name}" for name in names)
-
-    served = ("url", "model", "key_variable", "retries", "concurrency")
-    return [
-        (kind != "endpoint", own(*(f"endpoint_{name}" for name in served)), named),
-        (kind not in ("endpoint", "function"), own("teacher_timeout"), named),
-        (kind not in MODELS, own("teacher_prompt_tokens"), named),
-        (kind == "function", own("teacher_answer_tokens", "shots", "one_behaviour"), named),
-    ]
 
 
 def _ignored_in_evaluation(config: Config) -> list[_Ignored]:

@@ -12,7 +12,7 @@ import torch
 from thinktwice_fast.algorithms.thinktuning.endpoint import EndpointTeacher
 from thinktwice_fast.algorithms.thinktuning.function import FunctionTeacher
 from thinktwice_fast.algorithms.thinktuning.guided import guided_count
-from thinktwice_fast.algorithms.thinktuning.kinds import CHECKPOINT, teacher_kind
+from thinktwice_fast.algorithms.thinktuning.options import CHECKPOINT, teacher_kind
 from thinktwice_fast.algorithms.thinktuning.prompt import TeacherPrompt, load_prompt, shared_prefix, teacher_ids
 from thinktwice_fast.algorithms.thinktuning.teacher import ModelTeacher, Teacher, Voice
 from thinktwice_fast.config import Config, ModelOptions
