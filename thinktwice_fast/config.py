@@ -80,6 +80,39 @@ class ThinkTwiceOptions:
 
 
 @dataclass
+class DapoOptions:
+    """Dynamic sampling and overlong shaping (`algorithm: dapo`)."""
+
+    max_draws: int | Literal["off"] = bounded(10, least=1)
+    """Draws of `problems_per_step` problems in which a step has to find as many whose samples are not all rewarded
+    alike, before the run stops with an error; "off" = no bound. (In a YAML file write 'off' with quotes.)"""
+    overlong_buffer_tokens: int | None = bounded(None, least=0)
+    """Rewards fall over so many tokens before `rollout.max_response_tokens`, linearly; null = a fifth of these, as
+    published (4096 of 20480); 0 = off."""
+    overlong_penalty: float = bounded(1.0, least=0)
+    """How far they have fallen at the end."""
+
+
+@dataclass
+class StarOptions:
+    """Iterations of sampling, then of fine-tuning the start model on right answers (`algorithm: star`)."""
+
+    problems_per_iteration: int = bounded(512, least=1)
+    """Problems sampled in an iteration, `problems_per_step` of them in a step."""
+    finetune_steps: int = bounded(40, least=1)
+    """Fine-tuning steps that follow in the first iteration, each on `problems_per_step` kept answers."""
+    finetune_growth: float = bounded(1.2, least=1)
+    """Each iteration has so many times the fine-tuning steps of the one before."""
+    dedupe: bool = True
+    """Keep answers of a problem that are the same token for token once."""
+    rationalize: bool = False
+    """Sample a problem again where no answer was right, with its gold answer as a hint; what is right then is learned
+    as an answer to the question without the hint."""
+    hint: str = "(The answer is {answer}; explain how to get there.)"
+    """Text appended to the question then, after a space, with "{answer}" where the gold answer goes."""
+
+
+@dataclass
 class SftOptions:
     """Supervised fine-tuning on the source's own worked responses (`algorithm: sft`)."""
 
@@ -275,8 +308,8 @@ class RunOptions:
     """Length of the run and what it writes."""
 
     steps: int = bounded(200, least=1)
-    """Global steps; a solve step and a refine step count as one each (with `thinktwice.pairing: joint` both as one), an
-    SFT batch as one."""
+    """Global steps; a solve step and a refine step count as one each (with `thinktwice.pairing: joint` both as one), a
+    batch of supervised examples as one."""
     checkpoint_every: int = bounded(20, least=0)
     """Write a checkpoint every so many steps (and at the end); 0 = only at the end."""
     keep_checkpoints: int = bounded(2, least=1)
@@ -300,10 +333,10 @@ class Config:
     folder."""
     seed: int = bounded(0, least=0)
     """Seed of problem order, sampling, base selection and random weights; 0 to 2147483647."""
-    algorithm: Literal["thinktwice", "sft"] = "thinktwice"
-    """What to train by."""
+    algorithm: Literal["thinktwice", "grpo", "dr_grpo", "dapo", "star", "sft"] = "thinktwice"
+    """What to train by. Its published loss stands in for the defaults of the `loss` options."""
     problems_per_step: int = bounded(32, least=1)
-    """Problems per step (P), over all processes; SFT: examples per step."""
+    """Problems per step (P), over all processes; where a step fine-tunes (SFT, STaR): examples."""
     samples_per_problem: int = bounded(8, least=1)
     """Samples per problem (G): the group that an advantage is taken over."""
     reward: str = "math"
@@ -317,6 +350,8 @@ class Config:
     model: ModelOptions = field(default_factory=ModelOptions)
     data: DataOptions = field(default_factory=DataOptions)
     thinktwice: ThinkTwiceOptions = field(default_factory=ThinkTwiceOptions)
+    dapo: DapoOptions = field(default_factory=DapoOptions)
+    star: StarOptions = field(default_factory=StarOptions)
     sft: SftOptions = field(default_factory=SftOptions)
     rollout: RolloutOptions = field(default_factory=RolloutOptions)
     loss: LossOptions = field(default_factory=LossOptions)
@@ -341,6 +376,12 @@ def samples_per_step(config: Config) -> int:
     """Samples (over all processes) that a step of reinforcement learning draws and trains on."""
     groups = 2 if config.thinktwice.pairing == "joint" else 1
     return groups * config.problems_per_step * config.samples_per_problem
+
+
+def overlong_buffer(config: Config) -> int:
+    """``dapo.overlong_buffer_tokens``, its default resolved."""
+    tokens = config.dapo.overlong_buffer_tokens
+    return config.rollout.max_response_tokens // 5 if tokens is None else tokens
 
 
 def evaluation_sources(config: Config) -> dict[str, str]:

@@ -10,11 +10,11 @@ import torch
 import torch.distributed as dist
 
 from thinktwice_fast import launch, parallel
-from thinktwice_fast.algorithms.joint import JointThinkTwice
+from thinktwice_fast.algorithms.parts import ExampleStream, Parts
+from thinktwice_fast.algorithms.registry import METHODS
 from thinktwice_fast.algorithms.sampler import Sampler
-from thinktwice_fast.algorithms.sft import SFT
+from thinktwice_fast.algorithms.star import with_hint
 from thinktwice_fast.algorithms.step import Algorithm
-from thinktwice_fast.algorithms.thinktwice import ThinkTwice
 from thinktwice_fast.config import (
     ARITHMETIC,
     Config,
@@ -26,8 +26,8 @@ from thinktwice_fast.errors import UserError
 from thinktwice_fast.model.flops import Flops
 from thinktwice_fast.model.loading import SHIPPED, LoadedModel, load_model, pick_device, pick_dtype
 from thinktwice_fast.model.lora import add_adapters, check_library
-from thinktwice_fast.model.policy import context_length
-from thinktwice_fast.model.sharding import frozen_copy, pair_models, shards_weights
+from thinktwice_fast.model.policy import context_length, named_weights
+from thinktwice_fast.model.sharding import adapter_state, frozen_copy, pair_models, shards_weights
 from thinktwice_fast.records import Message, Problem
 from thinktwice_fast.rollout.engine import Engine
 from thinktwice_fast.run.memory import SecondModel, device_bytes, held_bytes, keep_freed_memory, predict
@@ -130,11 +130,11 @@ def prepare(
     instruction = refine_instruction(config)
     prompts = _PromptLimit(config, chat, instruction, loaded.stop_ids)
     notes = recipe_notes(config)
-    graded = config.algorithm != "sft"  # SFT neither grades nor refines what it learns from
-    usable = prompts.usable(train, config.data.source, notes, refined=graded)
-    longest_prompts = prompts.longest if graded else {"sft": prompts.longest["solve"]}
+    method = METHODS[config.algorithm]
+    usable = prompts.usable(train, config.data.source, notes, refined="refine" in method.phases, hint=_hint(config))
+    longest_prompts = {phase: prompts.longest["refine" if phase == "refine" else "solve"] for phase in method.phases}
     _check_enough(config, usable)
-    if graded:
+    if method.samples:  # else it grades nothing that it learns from
         _check_answers(grader, config.data.source, (train[i] for i in ((0,) if usable is None else usable)))
     stream = ProblemStream(train, usable, config.seed, config.data.shuffle)
     evaluation_sets, evaluated = {}, Evaluated()
@@ -195,12 +195,18 @@ def build_run(config: Config, resources: ExitStack) -> Run:
     sampler = Sampler(engine, chat, ready.grader, ready.instruction, loaded.stop_ids)
     optimizer, schedule = build_optimizer(models.masters, config.update, _optimizer_steps(config))
     updater = Updater(models, reference, optimizer, schedule, config)
-    algorithm: Algorithm
-    if config.algorithm == "sft":
-        algorithm = SFT(config, _examples(config, stream), chat, loaded.tokenizer.eos_token_id, updater)
-    else:
-        kind = JointThinkTwice if config.thinktwice.pairing == "joint" else ThinkTwice
-        algorithm = kind(config, stream, sampler, updater)
+    adapters = {name: value.clone() for name, value in adapter_state(models.masters).items()}
+    algorithm = METHODS[config.algorithm].build(
+        Parts(
+            config,
+            stream,
+            sampler,
+            updater,
+            _examples(config, stream),
+            loaded.tokenizer.eos_token_id,
+            partial(_start_weights, config, adapters, loaded.model.device),
+        )
+    )
     return Run(config, loaded, sampler, updater, algorithm, ready.evaluation_sets, ready.notes, predicted.peak)
 
 
@@ -219,8 +225,14 @@ class _PromptLimit:
         self._stop_ids = stop_ids
         self.longest: dict[str, int] = {}  # tokens, by phase, of the source asked about last
 
-    def usable(self, source: Source, name: str, notes: list[str], *, refined: bool = True) -> list[int] | None:
+    def usable(
+        self, source: Source, name: str, notes: list[str], *, refined: bool = True, hint: str | None = None
+    ) -> list[int] | None:
         """Indices of the problems short enough, with a note of how many are not; None for an endless source.
+
+        Args:
+            refined: an answer will be refined.
+            hint: comes after the question (see `with_hint`).
 
         Raises:
             UserError: none is short enough.
@@ -228,11 +240,16 @@ class _PromptLimit:
         size = source.size
         beside = self._beside_question(source[0]) if refined else 0
         less = " less a response and the refine instruction" if refined else ""
+
+        def length(index: int) -> int:
+            problem = source[index]
+            return len(self._chat.prompt_ids(problem.messages if hint is None else with_hint(problem, hint)))
+
         if size is None:
-            self._require_room(name, len(self._chat.prompt_ids(source[0].messages)), beside)
-            self._note_longest((len(self._chat.prompt_ids(source[i].messages)) for i in range(_ENDLESS_SAMPLE)), beside)
+            self._require_room(name, length(0), beside)
+            self._note_longest(map(length, range(_ENDLESS_SAMPLE)), beside)
             return None
-        lengths = [len(self._chat.prompt_ids(source[index].messages)) for index in range(size)]
+        lengths = [length(index) for index in range(size)]
         room = self._limit - beside
         kept = [index for index, length in enumerate(lengths) if length <= room]
         if not kept:
@@ -326,10 +343,39 @@ def _check_context(loaded: LoadedModel, longest: int) -> None:
 
 def _optimizer_steps(config: Config) -> int:
     minibatch = config.update.minibatch_sequences
-    return config.run.steps * (samples_per_step(config) // minibatch if minibatch and config.algorithm != "sft" else 1)
+    return config.run.steps * (samples_per_step(config) // minibatch if minibatch else 1)
 
 
-def _examples(config: Config, stream: ProblemStream) -> Callable[[int], tuple[Sequence[Message], str]]:
+def _hint(config: Config) -> str | None:
+    return config.star.hint if config.star.rationalize else None
+
+
+def _start_weights(
+    config: Config, adapters: Mapping[str, torch.Tensor], device: torch.device
+) -> Mapping[str, torch.Tensor]:
+    """What the trained weights were before training, as `load_full_state` takes them; read again. Collective.
+
+    Args:
+        adapters: the same of LoRA's, which are kept; none without.
+        device: of the model.
+
+    Raises:
+        UserError: on every process, when the model can't be read any more.
+    """
+    weights, error = adapters, None
+    if parallel.rank() == 0 and not config.model.lora_rank:
+        # Random weights are other ones on another device.
+        place = device if config.model.random_init else torch.device("cpu")
+        try:
+            model = load_model(config.model, config.seed, place).model
+            weights = named_weights(model, model.state_dict())
+        except UserError as caught:
+            error = caught
+    parallel.agree(error)
+    return weights
+
+
+def _examples(config: Config, stream: ProblemStream) -> ExampleStream:
     if config.data.source.startswith(ARITHMETIC):
         options, variant = config.sft, config.data.source.removeprefix(ARITHMETIC)
         return lambda position: warm_start_example(

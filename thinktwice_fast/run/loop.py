@@ -10,8 +10,9 @@ from typing import Any
 import torch
 
 from thinktwice_fast import parallel
+from thinktwice_fast.algorithms.registry import METHODS
 from thinktwice_fast.algorithms.step import Step
-from thinktwice_fast.config import Config, samples_per_step
+from thinktwice_fast.config import Config
 from thinktwice_fast.errors import UserError
 from thinktwice_fast.model.loading import save_model
 from thinktwice_fast.model.sharding import adapter_state, full_state
@@ -147,8 +148,7 @@ class Trainer:
         except UserError as error:
             raise UserError(f"step {number}: {error}; {self._keep_progress()}") from error
         self._step = number
-        if self._config.algorithm != "sft":
-            self._generations += samples_per_step(self._config)
+        self._generations += step.generations
         self._log_step(step, time.perf_counter() - started)
 
     def _log_step(self, step: Step, seconds: float) -> None:
@@ -163,7 +163,7 @@ class Trainer:
         self._output.record(self._step, step.phase, metrics)
         every = self._config.run.transcripts_every
         # A whole pair each time, and the first one, which is what one looks at when trying something new.
-        ahead = 0 if step.halves else 1
+        ahead = int("refine" in METHODS[self._config.algorithm].phases and not step.halves)
         if every and (self._step <= 1 + ahead or _due(self._step, every) or _due(self._step + ahead, every)):
             for part in parts:
                 self._output.transcripts(self._step, part.phase, part.groups)

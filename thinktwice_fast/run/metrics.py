@@ -72,6 +72,22 @@ METRICS: tuple[Metric, ...] = (
     ),
     Metric("{phase}/grading_timeouts", "samples", "Samples whose grader was stopped at `reward_timeout`.", POLICY),
     Metric("{phase}/preemptions", "sequences", "Times a sequence had to leave a full KV cache and start over.", POLICY),
+    Metric(
+        "solve/draws",
+        "draws",
+        "DAPO: times that `problems_per_step` problems were sampled. Rewards, lengths and the like are those of every "
+        "sample drawn, figures of the loss those of the samples trained on.",
+    ),
+    Metric("solve/samples_discarded", "samples", "DAPO: samples drawn that were not trained on."),
+    Metric(
+        "solve/overlong_penalty",
+        "reward",
+        "DAPO: what `dapo.overlong_buffer_tokens` took off the rewards that advantages are made of, mean over the "
+        "samples trained on; `solve/reward` is what it was.",
+    ),
+    Metric("solve/kept", "samples", "STaR: answers of the step that are kept to be learned."),
+    Metric("solve/rationalized", "samples", "STaR: those of them that had the gold answer as a hint."),
+    Metric("{phase}/iteration", "", "STaR: which iteration the step belongs to, from 1.", ("solve", "sft")),
     Metric("{phase}/prompt_tokens", "tokens", "Mean prompt length, every sample counted.", SAMPLED),
     Metric("{phase}/response_tokens", "tokens", "Mean response length, stop token included.", SAMPLED),
     Metric("{phase}/response_tokens_max", "tokens", "Longest response, stop token included.", SAMPLED),
@@ -240,8 +256,8 @@ METRICS: tuple[Metric, ...] = (
     Metric(
         "generations",
         "samples",
-        "Training samples drawn since the start, solve and refine together: what methods are compared at, since half "
-        "of ThinkTwice's steps refine.",
+        "Training samples drawn since the start, refinements and discarded ones among them: what methods are compared "
+        "at, since half of ThinkTwice's steps refine and DAPO's draw until a batch is full.",
     ),
     Metric("eval/{set}/solve_accuracy", "share", "Solutions that are right, of all solutions."),
     Metric(

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from thinktwice_fast import launch
+from thinktwice_fast.algorithms.registry import METHODS
 from thinktwice_fast.config import Config
 from thinktwice_fast.model.flops import Flops
 from thinktwice_fast.model.loading import outline_model
@@ -87,7 +88,7 @@ def _run_rows(config: Config, ready: Prepared, load: Load, memory: Prediction, w
     yield "problems", f"{config.data.source}: {many}"
     for name, problems in ready.evaluation_sets.items():
         yield "evaluation", f"{name}: {len(problems):,} problems x {config.eval.samples}"
-    if config.algorithm != "sft" or ready.evaluation_sets:
+    if METHODS[config.algorithm].samples or ready.evaluation_sets:
         runner = planned_runner(model, config.rollout, ready.device, ready.dtype)
         yield "rollouts", f"{_RUNNERS[runner]}; at most {config.rollout.max_sequences:,} sequences at once"
         yield "KV cache", _cache_text(load.needed_blocks * BLOCK_SIZE, memory.cache_tokens)
@@ -116,11 +117,16 @@ def _phase_text(config: Config, phase: Phase) -> str:
     drawn = f"{sequences} examples"
     if phase.name != "sft":
         drawn = f"{phase.prompts} x {phase.samples} = {sequences} responses"
+    text = (
+        f"per process {drawn}, prompts of up to {phase.prompt_tokens} tokens, responses of up to "
+        f"{phase.response_tokens}"
+    )
+    if not phase.optimizer_steps:
+        return text
     recomputed = ", layers recomputed" if config.model.activation_checkpointing else ""
     return (
-        f"per process {drawn}, prompts of up to {phase.prompt_tokens} tokens, responses of up to "
-        f"{phase.response_tokens}; {_many(phase.optimizer_steps, 'optimizer step')} of "
-        f"{_many(phase.rows, 'micro-batch', 'es')} (of up to {phase.row_tokens:,} tokens){recomputed}"
+        f"{text}; {_many(phase.optimizer_steps, 'optimizer step')} of {_many(phase.rows, 'micro-batch', 'es')} (of up "
+        f"to {phase.row_tokens:,} tokens){recomputed}"
     )
 
 

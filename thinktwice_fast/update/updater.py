@@ -5,7 +5,7 @@ Letters: S sequences, T tokens of a row, N response tokens.
 
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import chain
 from typing import Any, TypeVar, cast
 
@@ -21,12 +21,12 @@ from thinktwice_fast.model.flops import Flops
 from thinktwice_fast.model.lists import float32
 from thinktwice_fast.model.policy import Policy
 from thinktwice_fast.model.products import WithValue, exact_logprobs, exact_product
-from thinktwice_fast.model.sharding import ModelPair
+from thinktwice_fast.model.sharding import ModelPair, load_full_state
 from thinktwice_fast.records import Rollout
 from thinktwice_fast.update.batches import Example, PackedRow, Trainable, pack, pack_shared
 from thinktwice_fast.update.microbatches import plan_microbatches
 from thinktwice_fast.update.objective import loss_arguments
-from thinktwice_fast.update.optimizer import few_threads
+from thinktwice_fast.update.optimizer import continue_schedule, few_threads
 from thinktwice_kernels import combine_metrics, grpo_loss, linear_grpo_loss, linear_logits, linear_logprobs
 
 S = TypeVar("S", bound=Trainable)
@@ -152,6 +152,18 @@ class Updater:
         self.models.updated()
         hits = sum(float(part["hits"]) for part in parallel.gather_flat(metrics))
         return {"token_accuracy": hits / tokens} | self._step_metrics([loss], [norm], started)
+
+    def restart(self, weights: Mapping[str, torch.Tensor]) -> None:
+        """Begin anew from other weights: optimizer and learning rate stand where they stood at the start. Collective.
+
+        Args:
+            weights: whole ones, as `load_full_state` takes them.
+        """
+        load_full_state(self.models.masters, dict(weights))
+        self.models.sync()
+        self.optimizer.state.clear()
+        continue_schedule(self.optimizer, self.schedule, 0)
+        self.version += 1
 
     def _optimizer_step(self, microbatches: list[list[S]], loss_of: LossOf[S]) -> tuple[float, float, list[Metrics]]:
         """The mini-batch's loss and gradient norm over all processes, and this process's micro-batch metrics."""
