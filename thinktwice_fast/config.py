@@ -333,7 +333,7 @@ class Config:
     folder."""
     seed: int = bounded(0, least=0)
     """Seed of problem order, sampling, base selection and random weights; 0 to 2147483647."""
-    algorithm: Literal["thinktwice", "grpo", "dr_grpo", "dapo", "star", "sft"] = "thinktwice"
+    algorithm: Literal["thinktwice", "grpo", "dr_grpo", "dapo", "star", "thinktuning", "sft"] = "thinktwice"
     """What to train by. Its published loss stands in for the defaults of the `loss` options."""
     problems_per_step: int = bounded(32, least=1)
     """Problems per step (P), over all processes; where a step fine-tunes (SFT, STaR): examples."""

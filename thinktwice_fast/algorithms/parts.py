@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from thinktwice_fast.algorithms.sampler import Sampler
+from thinktwice_fast.algorithms.thinktuning.teacher import Teacher
 from thinktwice_fast.config import Config
 from thinktwice_fast.records import Message
 from thinktwice_fast.tasks.stream import ProblemStream
@@ -26,3 +27,4 @@ class Parts:
     examples: ExampleStream
     end_id: int  # token that ends a response
     start_weights: Callable[[], Mapping[str, torch.Tensor]]  # as `Updater.restart` takes them; collective
+    teacher: Teacher | None = None  # of ThinkTuning

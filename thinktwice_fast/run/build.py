@@ -15,6 +15,7 @@ from thinktwice_fast.algorithms.registry import METHODS
 from thinktwice_fast.algorithms.sampler import Sampler
 from thinktwice_fast.algorithms.star import with_hint
 from thinktwice_fast.algorithms.step import Algorithm
+from thinktwice_fast.algorithms.thinktuning.teacher import Voice
 from thinktwice_fast.config import (
     ARITHMETIC,
     Config,
@@ -31,7 +32,7 @@ from thinktwice_fast.model.sharding import adapter_state, frozen_copy, pair_mode
 from thinktwice_fast.records import Message, Problem
 from thinktwice_fast.rollout.engine import Engine
 from thinktwice_fast.run.memory import SecondModel, device_bytes, held_bytes, keep_freed_memory, predict
-from thinktwice_fast.run.teacher import TeacherPlan, plan_teacher
+from thinktwice_fast.run.teacher import TeacherPlan, make_teacher, plan_teacher
 from thinktwice_fast.run.workload import Evaluated, Taught, heaviest_load, phases
 from thinktwice_fast.tasks.arithmetic import RECHECK, warm_start_example
 from thinktwice_fast.tasks.graders import GRADERS
@@ -196,6 +197,12 @@ def build_run(config: Config, resources: ExitStack) -> Run:
     optimizer, schedule = build_optimizer(models.masters, config.update, _optimizer_steps(config))
     updater = Updater(models, reference, optimizer, schedule, config)
     adapters = {name: value.clone() for name, value in adapter_state(models.masters).items()}
+    teacher = None
+    if ready.teacher is not None:
+        whole = reference.model if reference is not None and world == 1 else None
+        teacher = make_teacher(
+            ready.teacher, config, lambda: Voice(engine, chat, loaded.stop_ids, updater.version), whole, dtype
+        )
     algorithm = METHODS[config.algorithm].build(
         Parts(
             config,
@@ -205,6 +212,7 @@ def build_run(config: Config, resources: ExitStack) -> Run:
             _examples(config, stream),
             loaded.tokenizer.eos_token_id,
             partial(_start_weights, config, adapters, loaded.model.device),
+            teacher,
         )
     )
     return Run(config, loaded, sampler, updater, algorithm, ready.evaluation_sets, ready.notes, predicted.peak)

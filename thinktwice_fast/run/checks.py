@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from thinktwice_fast import launch
-from thinktwice_fast.algorithms.thinktuning.options import check_teacher, unused_options
 from thinktwice_fast.algorithms.registry import METHODS
+from thinktwice_fast.algorithms.thinktuning.options import check_teacher, unused_options
 from thinktwice_fast.bounds import check_bounds
 from thinktwice_fast.config import (
     ARITHMETIC,

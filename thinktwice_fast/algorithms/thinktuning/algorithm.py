@@ -9,6 +9,7 @@ from thinktwice_fast.algorithms.sampler import Sampler
 from thinktwice_fast.algorithms.step import Step
 from thinktwice_fast.algorithms.thinktuning.feedback import REFUSALS
 from thinktwice_fast.algorithms.thinktuning.guide import Guidance, Guide
+from thinktwice_fast.algorithms.thinktuning.prompt import load_prompt
 from thinktwice_fast.config import Config, samples_per_step
 from thinktwice_fast.tasks.stream import ProblemStream
 from thinktwice_fast.update.updater import Updater
@@ -17,7 +18,8 @@ from thinktwice_fast.update.updater import Updater
 def build(parts: Parts) -> "ThinkTuning":
     """ThinkTuning of a run's parts."""
     assert parts.teacher is not None
-    guide = Guide(parts.config, parts.sampler, parts.teacher, parts.behaviours)
+    behaviours = [shot.behaviour for shot in load_prompt(parts.config.thinktuning.shots).shots]
+    guide = Guide(parts.config, parts.sampler, parts.teacher, behaviours)
     return ThinkTuning(parts.config, parts.problems, parts.sampler, parts.updater, guide)
 
 
