@@ -161,8 +161,9 @@ class RolloutOptions:
 class LossOptions:
     """The policy-gradient loss; names and meanings as in `thinktwice_kernels.grpo_loss`."""
 
-    scale_rewards: Literal["none", "group", "batch"] = "none"
-    """Divide the advantage (reward minus group mean) by nothing, the group's or the batch's standard deviation."""
+    scale_rewards: Literal["none", "group", "batch", "mean"] = "none"
+    """Divide the advantage (reward minus group mean) by nothing, the group's or the batch's standard deviation, or the
+    group's mean (MaxRL; rewards must not be negative)."""
     policy_loss: Literal["clip", "cispo", "sapo"] = "clip"
     """Objective: clipped PPO surrogate, CISPO, or SAPO's soft gate."""
     importance_sampling_level: Literal["token", "sequence"] = "token"
@@ -182,6 +183,9 @@ class LossOptions:
     """Upper bound of that weight."""
     rollout_is_floor: float | None = None
     """Lower bound of that weight; null = none."""
+    rollout_is_denominator: Literal["all", "kept"] = "all"
+    """Whether what "token-mask" or "sequence-mask" drops still counts where the loss is divided ("all"), or is out of
+    the loss altogether ("kept"; takes a pass over all samples first, to know)."""
     beta: float = bounded(0.0, least=0)
     """Weight of the KL term to the initial policy; 0 = no reference model."""
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"
@@ -234,6 +238,17 @@ class ThinkTuningOptions:
     """Further attempts, with growing pauses, after a connection that failed, a time-out, or status 429 or 5xx."""
     endpoint_concurrency: int = bounded(8, least=1)
     """Most requests at once, per process."""
+    shaping_coefficient: float = bounded(2.5e-4, least=0, most=1)
+    """A guided token of probability p weighs p / (p + gamma), with gamma = this times the advantage."""
+    shaping_clamp: float = bounded(1e-3, least=0, most=1)
+    """Largest absolute value of gamma."""
+    shaping_min_probability: float = bounded(0.01, least=0, most=1)
+    """A guided token with a negative advantage is not shaped where it is less likely than this."""
+    guide_fallback: Literal["mask", "clip"] = "mask"
+    """What such a token gets instead: nothing, or the term of an ordinary one (the released code's)."""
+    released_code_compat: bool = False
+    """Do as the released code: gamma always minus `shaping_clamp`, weights 1.0001 and 0.9999 where p + gamma is below 0
+    and above 1, all tokens of a guided rollout guided, and no dual clip where no rollout is."""
 
 
 @dataclass

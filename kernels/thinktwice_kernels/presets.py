@@ -1,4 +1,7 @@
-"""The published algorithms as arguments of `group_advantages` and `grpo_loss`."""
+"""The published algorithms as arguments of `group_advantages` and `grpo_loss`: plain data.
+
+What belongs to a trainer (sampling, filtering, a teacher) is not here.
+"""
 
 from typing import Any, TypedDict
 
@@ -43,9 +46,11 @@ PRESETS: dict[str, Preset] = {
         sapo_temperature_neg=1.05,
         loss_agg_mode="seq-mean-token-mean",
     ),
-    # ThinkTwice, arXiv 2604.01591, as its released code trains.
+    # ThinkTwice, arXiv 2604.01591, as its released code trains; the paper's text also has a standard deviation
+    # (scale_rewards "group") and a KL term (beta), which its code uses neither of.
     "thinktwice": _preset("none", epsilon_low=0.2, epsilon_high=0.28, dual_clip=3.0, loss_agg_mode="token-mean"),
-    # ThinkTuning, arXiv 2508.07616; pass the spliced tokens as `guide_mask`.
+    # ThinkTuning, arXiv 2508.07616; pass the spliced tokens as `guide_mask`. As the released code computes it: also
+    # guide_fallback="clip", released_code_compat=True, and dual_clip=None where nothing is guided.
     "thinktuning": _preset("group", epsilon_low=0.2, epsilon_high=0.2, dual_clip=3.0, loss_agg_mode="token-mean"),
 }
 """Name -> arguments. To change one: ``grpo_loss(..., **{**PRESETS["grpo"]["grpo_loss"], "beta": 0.0})``."""

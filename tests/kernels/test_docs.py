@@ -31,8 +31,8 @@ def run(title: str, folder: Path, *launcher: str) -> str:
     return done.stdout
 
 
-def test_there_are_six() -> None:
-    assert len(PROGRAMS) == DOCS.count("```python") == 6
+def test_there_are_seven() -> None:
+    assert len(PROGRAMS) == DOCS.count("```python") == 7
 
 
 @pytest.mark.parametrize(
@@ -42,6 +42,7 @@ def test_there_are_six() -> None:
         ("In a TRL trainer", "'train_loss':"),
         ("In a trainer of verl's shape", "."),
         ("A decoder layer", "gradient of the keys' norm tensor("),
+        ("What rollout correction drops", "of 10 tokens, loss"),
         ("Guided tokens (ThinkTuning)", "tensor(["),
     ],
 )

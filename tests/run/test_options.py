@@ -14,12 +14,14 @@ import pytest
 import yaml
 
 from tests.command import LIMIT, ROOT, TRAIN, environment
-from thinktwice_fast.config import Config, evaluation_sources
+from thinktwice_fast.config import Config, LossOptions, evaluation_sources
 from thinktwice_fast.errors import UserError
 from thinktwice_fast.run.build import recipe_notes, refine_instruction
 from thinktwice_fast.run.checks import check_config, check_output
 from thinktwice_fast.run.options import from_yaml, parse_config, to_yaml
 from thinktwice_fast.update.objective import loss_arguments
+from thinktwice_kernels import PRESETS
+from thinktwice_kernels import LossOptions as OpOptions
 
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
 PAPER_CONFIGS = ("qwen3-4b", "olmo3-7b", "llama3.2-3b")
@@ -169,6 +171,7 @@ def test_the_tiny_configuration_is_the_default() -> None:
         "--data.split test",
         "--data.source mine.jsonl --data.subset main",
         "--loss.kl_estimator k1",
+        "--thinktuning.guide_fallback clip",
         "--eval.samples 4",
         "--eval.top_p 0.9",
         "--eval.sets {} --eval.temperature 0.5",
@@ -242,8 +245,29 @@ def test_an_option_with_effect_is_not(arguments: str) -> None:
 def test_bounds_that_an_objective_lacks_do_not_reach_it() -> None:
     bounds = {"epsilon_low", "epsilon_high", "dual_clip"}
     for objective, kept in (("clip", bounds), ("cispo", {"epsilon_high"}), ("sapo", set())):
-        options = parse_config(["--loss.policy_loss", objective]).loss
-        assert bounds & loss_arguments(options, 64).keys() == kept
+        config = parse_config(["--loss.policy_loss", objective])
+        assert bounds & loss_arguments(config.loss, 64, config.thinktuning, guided=False).keys() == kept
+
+
+def test_the_released_code_has_no_dual_clip_where_no_rollout_is_guided() -> None:
+    config = parse_config(["--thinktuning.released_code_compat", "true", "--thinktuning.guide_fallback", "clip"])
+    guided, other = (loss_arguments(config.loss, 64, config.thinktuning, guided=guided) for guided in (True, False))
+    shaping = {"shaping_coefficient", "shaping_clamp", "shaping_min_probability", "guide_fallback"}
+    assert guided.keys() - other.keys() == {"dual_clip", "released_code_compat"} | shaping
+    assert guided["released_code_compat"] and guided["dual_clip"] == 3.0
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_are_options_of_a_run(name: str) -> None:
+    """Its keywords are options of the same names (SAPO's temperatures aside, which a run leaves at their defaults)."""
+    config, preset = Config(), PRESETS[name]
+    wanted: dict[str, Any] = {**preset["group_advantages"], **preset["grpo_loss"]}
+    others = {"dual_clip": None, "epsilon_high": 0.2}  # where a run's default is not the op's
+    config.loss = LossOptions(**{key: value for key, value in (others | wanted).items() if hasattr(config.loss, key)})
+    arguments = loss_arguments(config.loss, 64, config.thinktuning, guided=False)
+    limit = {"max_response_length": 64} if name == "dr_grpo" else {}
+    assert config.loss.scale_rewards == wanted["scale_rewards"]
+    assert OpOptions(**arguments) == OpOptions(**{**preset["grpo_loss"], **limit})
 
 
 def test_evaluation_sets_follow_the_training_data() -> None:

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
+from tests.kernels.formulas import released_weight
 from tests.small_models import VOCABULARY, own_model
 from thinktwice_fast import parallel
-from thinktwice_fast.config import Config, ModelOptions
+from thinktwice_fast.config import Config, ModelOptions, ThinkTuningOptions
 from thinktwice_fast.model.lora import Adapters, add_adapters, is_adapter
 from thinktwice_fast.model.policy import Policy, named_weights
 from thinktwice_fast.model.sharding import frozen_copy, pair_models
@@ -141,15 +142,83 @@ def formula(
     ref_logps: torch.Tensor | None = None,  # [N]
     beta: float = 0.0,
 ) -> torch.Tensor:
-    """Token mean of the clipped surrogate (0.2 below, 0.28 above, dual clip 3) + beta * k3, written out."""
-    advantages = torch.tensor([r.advantage for r in batch for _ in r.response])
-    ratio = (logps - old_logps).exp()
-    loss = torch.maximum(-advantages * ratio, -advantages * ratio.clamp(0.8, 1.28))
-    loss = torch.where(advantages < 0, torch.minimum(loss, -3.0 * advantages), loss)
+    """Token mean of `surrogate` + beta * k3, written out."""
+    loss = surrogate(logps, old_logps, batch)
     if ref_logps is not None:
         difference = ref_logps - logps
         loss = loss + beta * (difference.exp() - difference - 1)
     return loss.mean()
+
+
+def advantages_of(batch: list[Rollout]) -> torch.Tensor:  # [N]
+    """Of each token."""
+    return torch.tensor([rollout.advantage for rollout in batch for _ in rollout.response])
+
+
+def surrogate(
+    logps: torch.Tensor,  # [N]
+    old_logps: torch.Tensor,  # [N]
+    batch: list[Rollout],
+) -> torch.Tensor:  # [N]
+    """The clipped surrogate of each token: 0.2 below, 0.28 above, dual clip 3."""
+    advantages = advantages_of(batch)
+    ratio = (logps - old_logps).exp()
+    loss = torch.maximum(-advantages * ratio, -advantages * ratio.clamp(0.8, 1.28))
+    return torch.where(advantages < 0, torch.minimum(loss, -3.0 * advantages), loss)
+
+
+def guide(batch: list[Rollout]) -> None:
+    """A teacher wrote the second half of every third response."""
+    for rollout in batch[::3]:
+        half = len(rollout.response) // 2
+        rollout.guide = [place >= half for place in range(len(rollout.response))]
+        rollout.logps[half:] = [0.0] * (len(rollout.response) - half)
+
+
+def shaped_formula(
+    logps: torch.Tensor,  # [N]
+    old_logps: torch.Tensor,  # [N]
+    batch: list[Rollout],
+    options: ThinkTuningOptions,
+) -> torch.Tensor:  # [N]
+    """`surrogate`, and ThinkTuning's shaping where a teacher wrote."""
+    whole = options.released_code_compat
+    flags = [whole or flag for r in batch for flag in (r.guide or [False] * len(r.response))]
+    flags = [flag and bool(r.guide) for flag, r in zip(flags, (r for r in batch for _ in r.response), strict=True)]
+    guided, advantages, p = torch.tensor(flags), advantages_of(batch), logps.detach().exp()
+    gamma = (options.shaping_coefficient * advantages).clamp(-options.shaping_clamp, options.shaping_clamp)
+    weight = p / (p + gamma)
+    if options.released_code_compat:
+        weight = torch.tensor([released_weight(own, options.shaping_clamp) for own in p.tolist()])
+    ordinary = surrogate(logps, old_logps, batch)
+    masked = (advantages < 0) & (p < options.shaping_min_probability)
+    instead = ordinary if options.guide_fallback == "clip" else torch.zeros_like(ordinary)
+    shaped = torch.where(masked, instead, -advantages * weight * (logps - logps.detach()).exp())
+    return torch.where(guided, shaped, ordinary)
+
+
+def change(made: Any, minibatches: list[list[Rollout]]) -> tuple[torch.Tensor, dict[str, float]]:
+    """What ``policy_update`` adds to the weights, and its metrics."""
+    before = weights(made.models.masters)
+    metrics = made.policy_update(minibatches)
+    return weights(made.models.masters) - before, metrics
+
+
+def descend(
+    model: Any,
+    minibatches: list[list[Rollout]],
+    learning_rate: float,
+    loss_of: Callable[[torch.Tensor, int], torch.Tensor],
+) -> torch.Tensor:
+    """What plain gradient descent adds to the weights; ``loss_of`` gets [N] and the number of the mini-batch."""
+    before = weights(model)
+    for number, minibatch in enumerate(minibatches):
+        model.zero_grad()
+        loss_of(padded_logps(model, minibatch), number).backward()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter -= learning_rate * parameter.grad
+    return weights(model) - before
 
 
 def assert_same_step(got: torch.Tensor, expected: torch.Tensor) -> None:

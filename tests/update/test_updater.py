@@ -12,7 +12,9 @@ from tests.small_models import FAMILIES, VOCABULARY, foreign_model, random_model
 from tests.update.cases import (
     TEMPERATURE,
     assert_same_step,
+    change,
     config,
+    descend,
     formula,
     gradients,
     padded_logps,
@@ -30,13 +32,6 @@ from thinktwice_kernels import rows as rows_of_logits
 pytestmark = pytest.mark.usefixtures("one_process")
 
 
-def change(made: Any, minibatches: list[list[Rollout]]) -> tuple[torch.Tensor, dict[str, float]]:
-    """What ``policy_update`` adds to the weights, and its metrics."""
-    before = weights(made.models.masters)
-    metrics = made.policy_update(minibatches)
-    return weights(made.models.masters) - before, metrics
-
-
 def plain_change(
     model: Any,
     minibatches: list[list[Rollout]],
@@ -47,19 +42,16 @@ def plain_change(
 ) -> torch.Tensor:
     """The same by gradient descent on `formula`. ``old`` [all tokens]: default, the first weights' own."""
     everything = [rollout for minibatch in minibatches for rollout in minibatch]
-    before = weights(model)
     with torch.no_grad():
         old = padded_logps(model, everything) if old is None else old
         ref = padded_logps(reference, everything) if reference is not None else None
     sizes = [sum(len(rollout.response) for rollout in minibatch) for minibatch in minibatches]
-    refs = ref.split(sizes) if ref is not None else [None] * len(sizes)
-    for minibatch, old_part, ref_part in zip(minibatches, old.split(sizes), refs, strict=True):
-        model.zero_grad()
-        formula(padded_logps(model, minibatch), old_part, minibatch, ref_part, beta).backward()
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter -= learning_rate * parameter.grad
-    return weights(model) - before
+    olds, refs = old.split(sizes), ref.split(sizes) if ref is not None else [None] * len(sizes)
+
+    def loss_of(logps: torch.Tensor, number: int) -> torch.Tensor:
+        return formula(logps, olds[number], minibatches[number], refs[number], beta)
+
+    return descend(model, minibatches, learning_rate, loss_of)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -366,9 +358,22 @@ def test_in_one_float32_process_rollouts_read_the_trained_weights() -> None:
     assert not torch.equal(weights(made.models.rollout), before)
 
 
-@pytest.mark.parametrize("kind", ["token-truncate", "token-mask", "sequence-truncate", "sequence-mask"])
-def test_importance_correction_weighs_by_training_over_rollout(kind: str) -> None:
-    """Ratio 1 and no clipping: the gradient is that of plain policy gradient with each advantage times its weight."""
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("token-truncate", {}),
+        ("token-mask", {}),
+        ("sequence-truncate", {}),
+        ("sequence-mask", {}),
+        ("token-mask", {"loss__rollout_is_denominator": "kept"}),
+        ("sequence-mask", {"loss__rollout_is_denominator": "kept", "update__microbatch_tokens": 60}),
+    ],
+)
+def test_importance_correction_weighs_by_training_over_rollout(kind: str, options: dict[str, Any]) -> None:
+    """Ratio 1 and no clipping: the gradient is that of plain policy gradient with each advantage times its weight.
+
+    With "kept" the tokens that are dropped do not count, those of samples without an advantage included.
+    """
     batch = rollouts(8)
     model = random_model("qwen3")
     with torch.no_grad():
@@ -382,11 +387,16 @@ def test_importance_correction_weighs_by_training_over_rollout(kind: str) -> Non
         weights_of = log_weights.exp()
         inside = (weights_of >= 0.7) & (weights_of <= 1.5)
         weighed.append(weights_of.clamp(0.7, 1.5) if kind.endswith("truncate") else weights_of * inside)
-    options = {"loss__rollout_is": kind, "loss__rollout_is_cap": 1.5, "loss__rollout_is_floor": 0.7}
-    got, _ = change(updater(config(**options)), [batch])
+    bounds = {"loss__rollout_is": kind, "loss__rollout_is_cap": 1.5, "loss__rollout_is_floor": 0.7}
+    got, metrics = change(updater(config(**bounds, **options)), [batch])
+    count = sum(len(rollout.response) for rollout in batch)
+    if options:
+        kept = sum(int((weight != 0).sum()) for weight in weighed)
+        assert 0 < metrics["tokens_dropped"] == count - kept and metrics["tokens"] == kept
+        count = kept
     before = weights(model)
     tokens = torch.cat([r.advantage * w for r, w in zip(batch, weighed, strict=True)])
-    loss = -(padded_logps(model, batch) * tokens).sum() / sum(len(rollout.response) for rollout in batch)
+    loss = -(padded_logps(model, batch) * tokens).sum() / count
     loss.backward()
     with torch.no_grad():
         for parameter in model.parameters():

@@ -40,8 +40,16 @@ def half_ungraded() -> list[list[Rollout]]:
     return [first[:4], []] if parallel.rank() == 0 else [[], second[4:]]
 
 
+def guided() -> list[list[Rollout]]:
+    """A teacher wrote into one response, of the first process."""
+    batch = rollouts(8)
+    batch[0].guide = [place % 2 == 1 for place in range(len(batch[0].response))]
+    return share([batch, rollouts(8, 1)])
+
+
 RANK_4 = ModelOptions(lora_rank=4, lora_alpha=6.0)
 SMALL = {"update__microbatch_tokens": 45}
+KEPT = {"loss__rollout_is_denominator": "kept", "loss__rollout_is_cap": 1.5, "loss__rollout_is_floor": 0.5}
 CASES: dict[str, tuple[dict[str, Any], Any]] = {
     "plain": ({}, lambda: share([rollouts(8)])),
     "uneven micro-batches": (SMALL, lambda: share([uneven()])),
@@ -50,6 +58,15 @@ CASES: dict[str, tuple[dict[str, Any], Any]] = {
     "several mini-batches": (SMALL, lambda: share([rollouts(8, seed) for seed in range(3)])),
     "reference": (SMALL | {"loss__beta": 0.2}, lambda: share([uneven(), rollouts(6, 9)])),
     "sequence means": ({"loss__loss_agg_mode": "seq-mean-token-mean"}, lambda: share([uneven()])),
+    "guided": (SMALL, guided),
+    "kept tokens": (
+        SMALL | KEPT | {"loss__rollout_is": "token-mask"},
+        lambda: share([uneven(), half_without_signal()]),
+    ),
+    "kept sequences": (
+        KEPT | {"loss__rollout_is": "sequence-mask", "loss__loss_agg_mode": "seq-mean-token-mean"},
+        lambda: share([rollouts(8, 1), rollouts(8, 2)]),
+    ),
     "entropy and clipped norm": ({"loss__entropy_coef": 0.1, "update__grad_clip": 0.3}, lambda: share([rollouts(8)])),
 }
 

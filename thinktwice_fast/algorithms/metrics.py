@@ -17,6 +17,7 @@ class Sample:
     slot: int
     reward: float | None
     tokens: int
+    sampled: int  # of these, those that the policy drew
     prompt_tokens: int
     finished: bool
     boxed: bool
@@ -30,6 +31,7 @@ class Sample:
                 group.slot,
                 rollout.reward,
                 len(rollout.response),
+                len(rollout.entropies),
                 len(group.prompt),
                 rollout.finished,
                 extract_boxed(rollout.text) is not None,
@@ -43,7 +45,7 @@ class Sample:
 def rollout_metrics(own: Sequence[Sample], times: SamplingTimes) -> dict[str, float]:
     """Figures of drawing this process's samples, which took it these times. Collective."""
     everyone = parallel.gather(times)
-    tokens = sum(parallel.gather(sum(sample.tokens for sample in own)))
+    tokens = sum(parallel.gather(sum(sample.sampled for sample in own)))
     slowest_rollout = max(other.rollout for other in everyone)
     return {
         "tokens_per_second": tokens / slowest_rollout,
@@ -64,7 +66,7 @@ def sample_metrics(own: Sequence[Sample]) -> dict[str, float]:
         "prompt_tokens": sum(sample.prompt_tokens for sample in samples) / count,
         "truncation_rate": sum(not sample.finished for sample in samples) / count,
         "boxed_rate": sum(sample.boxed for sample in samples) / count,
-        "entropy": sum(sample.entropy for sample in samples) / tokens,
+        "entropy": sum(sample.entropy for sample in samples) / sum(sample.sampled for sample in samples),
         "rewards_missing": float(sum(sample.reward is None for sample in samples)),
     }
     rewards: dict[int, list[float]] = {}

@@ -9,6 +9,7 @@ from thinktwice_fast import parallel
 from thinktwice_fast.algorithms.metrics import Sample, rollout_metrics, sample_metrics
 from thinktwice_fast.algorithms.sampler import Sampler, SampleSpec
 from thinktwice_fast.config import Config
+from thinktwice_fast.errors import UserError
 from thinktwice_fast.records import Group, Rollout, Sampling
 from thinktwice_fast.update.updater import Updater
 from thinktwice_kernels import group_advantages
@@ -127,13 +128,21 @@ def minibatch_slots(slots: int, size: int, rank: int, world: int) -> list[list[i
 
 def set_advantages(
     groups: Sequence[Group],
-    scale_rewards: Literal["none", "group", "batch"],
+    scale_rewards: Literal["none", "group", "batch", "mean"],
     reward_of: Callable[[Rollout], float] = raw_reward,
 ) -> None:
-    """Set each graded rollout's group-normalised advantage. Collective: ``batch`` scales over all processes."""
+    """Set each graded rollout's group-normalised advantage. Collective: ``batch`` scales over all processes.
+
+    Raises UserError, on every process, for a negative reward with ``mean``.
+    """
     own = [(group.slot, rollout) for group in groups for rollout in graded([group])]
     everyone = parallel.gather([(slot, reward_of(rollout)) for slot, rollout in own])
     slots, rewards = zip(*[pair for part in everyone for pair in part], strict=True) if any(everyone) else ((), ())
+    if scale_rewards == "mean" and min(rewards, default=0.0) < 0:
+        raise UserError(
+            f"--loss.scale_rewards mean divides by a group's mean reward, and a reward is {min(rewards):g}: let the "
+            "reward function return none below 0, or choose another scale"
+        )
     advantages = group_advantages(
         torch.tensor(rewards, dtype=torch.float64), torch.tensor(slots, dtype=torch.int64), scale_rewards=scale_rewards
     )

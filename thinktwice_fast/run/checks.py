@@ -276,7 +276,8 @@ def _check_loss(config: Config) -> None:
             rollout_logps=one,
             ref_logps=one if config.loss.beta else None,
             entropy=one if config.loss.entropy_coef else None,
-            **loss_arguments(config.loss, config.rollout.max_response_tokens),
+            guide_mask=one,
+            **loss_arguments(config.loss, config.rollout.max_response_tokens, config.thinktuning, guided=True),
         )
     except ValueError as error:
         raise UserError(f"loss options: {error}") from error

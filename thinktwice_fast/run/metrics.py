@@ -44,7 +44,7 @@ class Metric:
     def pattern(self) -> re.Pattern[str]:
         """Matches the keys that this metric may have in a record."""
         phase = f"(?:{'|'.join(self.phases)})"
-        fields = {"phase": phase, "set": "[^/]+", "k": "[1-9][0-9]*", "behaviour": "[A-Za-z_]+"}
+        fields = {"phase": phase, "set": "[^/]+", "k": "[1-9][0-9]*", "sign": "(?:pos|neg)", "behaviour": "[A-Za-z_]+"}
         return re.compile(re.sub(r"\{(\w+)\}", lambda found: fields[found[1]], self.name))
 
 
@@ -131,12 +131,12 @@ METRICS: tuple[Metric, ...] = (
         POLICY,
     ),
     Metric("{phase}/tokens_guided", "tokens", "Those that a teacher wrote, of the computed ones.", POLICY),
-    Metric(
-        "{phase}/tokens_with_gradient",
-        "tokens",
-        "Those that the gradient comes from: computed and not clipped.",
-        POLICY,
-    ),
+    Metric("{phase}/guided_share", "share", "Guided tokens, of the computed ones; only where there are any.", POLICY),
+    Metric("{phase}/masked_share", "share", "Too unlikely to be shaped, advantage negative; of the guided.", POLICY),
+    Metric("{phase}/shaping_weight_{sign}", "ratio", "Mean weight of shaped tokens, by the advantage's sign.", POLICY),
+    Metric("{phase}/tokens_dropped", "tokens", "What `loss.rollout_is` drops; with `all` among `tokens`.", POLICY),
+    Metric("{phase}/rollout_is_mean", "ratio", "Mean weight of `loss.rollout_is`; with `all` 0 if dropped.", POLICY),
+    Metric("{phase}/tokens_with_gradient", "tokens", "Those that the gradient comes from; clipped ones not.", POLICY),
     Metric(
         "{phase}/clip_fraction_low",
         "share",

@@ -2,11 +2,24 @@
 
 from typing import Any
 
-from thinktwice_fast.config import LOSS_BOUNDS, LossOptions
+from thinktwice_fast.config import LOSS_BOUNDS, LossOptions, ThinkTuningOptions
+
+_SHAPING = (
+    "shaping_coefficient",
+    "shaping_clamp",
+    "shaping_min_probability",
+    "guide_fallback",
+    "released_code_compat",
+)
 
 
-def loss_arguments(options: LossOptions, max_response_tokens: int) -> dict[str, Any]:
-    """The options as keywords of ``grpo_loss``, without the bounds that the objective does not have."""
+def loss_arguments(
+    options: LossOptions, max_response_tokens: int, thinktuning: ThinkTuningOptions, guided: bool
+) -> dict[str, Any]:
+    """The options as keywords of ``grpo_loss``, without the bounds that the objective does not have.
+
+    ``guided``: there are guided tokens, so that it gets a guide mask.
+    """
     arguments: dict[str, Any] = {
         "policy_loss": options.policy_loss,
         "importance_sampling_level": options.importance_sampling_level,
@@ -14,6 +27,7 @@ def loss_arguments(options: LossOptions, max_response_tokens: int) -> dict[str, 
         "rollout_is": options.rollout_is,
         "rollout_is_cap": options.rollout_is_cap,
         "rollout_is_floor": options.rollout_is_floor,
+        "rollout_is_denominator": options.rollout_is_denominator,
         "beta": options.beta,
         "kl_estimator": options.kl_estimator,
         "entropy_coef": options.entropy_coef,
@@ -21,4 +35,8 @@ def loss_arguments(options: LossOptions, max_response_tokens: int) -> dict[str, 
     }
     if options.loss_agg_mode == "seq-mean-token-sum-norm":
         arguments["max_response_length"] = max_response_tokens
+    if guided:
+        arguments |= {name: getattr(thinktuning, name) for name in _SHAPING}
+    elif thinktuning.released_code_compat:
+        arguments.pop("dual_clip", None)
     return arguments

@@ -18,7 +18,6 @@ from thinktwice_fast import parallel
 from thinktwice_fast.config import Config
 from thinktwice_fast.errors import UserError
 from thinktwice_fast.model.flops import Flops
-from thinktwice_fast.model.lists import float32
 from thinktwice_fast.model.policy import Policy
 from thinktwice_fast.model.products import WithValue, exact_logprobs, exact_product
 from thinktwice_fast.model.sharding import ModelPair, load_full_state
@@ -27,6 +26,7 @@ from thinktwice_fast.update.batches import Example, PackedRow, Trainable, pack, 
 from thinktwice_fast.update.microbatches import plan_microbatches
 from thinktwice_fast.update.objective import loss_arguments
 from thinktwice_fast.update.optimizer import continue_schedule, few_threads
+from thinktwice_fast.update.phase import Phase, noted, shaping_shares
 from thinktwice_kernels import combine_metrics, grpo_loss, linear_grpo_loss, linear_logits, linear_logprobs
 
 S = TypeVar("S", bound=Trainable)
@@ -69,6 +69,8 @@ class Updater:
         self.version = 0  # of the weights; grows with each optimizer step
         self._reference = reference
         self._loss = config.loss
+        self._counts_kept = config.loss.rollout_is_denominator == "kept"
+        self._thinktuning = config.thinktuning
         self._options = config.update
         self._temperature = config.rollout.temperature
         self._max_response_tokens = config.rollout.max_response_tokens
@@ -98,18 +100,20 @@ class Updater:
             NonFiniteLoss: on every process; the weights are those before the mini-batch that failed.
         """
         started = time.perf_counter()
-        minibatches, normalizers = self._graded(minibatches)
+        minibatches, normalizers, guided = self._graded(minibatches)
         with_signal = [[rollout for rollout in part if self._has_signal(rollout)] for part in minibatches]
         work = [self._microbatches(part) for part in with_signal]
-        old = self._old_logps(work)
-        reference = self._logps(self._reference, chain.from_iterable(work)) if self._reference is not None else {}
+        phase = self._phase(work, guided)
+        if self._counts_kept:
+            counts = [sum(phase.count(part) for part in parts if part) for parts in work]
+            normalizers = [sum(column) for column in zip(*parallel.gather(counts), strict=True)]
         collected: list[Metrics] = []
         losses: list[float] = []
         norms: list[float] = []
         for microbatches, normalizer in zip(work, normalizers, strict=True):
 
             def loss_of(part: list[Rollout], normalizer: int = normalizer, moved: bool = bool(losses)) -> Share:
-                loss, metrics = self._policy_loss(part, normalizer, old, reference)
+                loss, metrics = self._policy_loss(part, normalizer, phase)
                 if moved and self._takes_rollout_logps:
                     # The weights that sampled are gone, and what they made of these tokens was never computed.
                     del metrics["mismatch"]
@@ -121,6 +125,8 @@ class Updater:
             collected += parts
         self.models.updated()
         metrics = _combined(parallel.gather_flat(collected))
+        if "tokens_masked" in metrics:
+            metrics = shaping_shares(metrics)
         drawn, kept = (sum(len(r.response) for part in parts for r in part) for parts in (minibatches, with_signal))
         skipped = sum(parallel.gather(drawn - kept))
         for name in ("tokens", "tokens_skipped"):
@@ -197,19 +203,11 @@ class Updater:
         self.version += 1
         return total, norm, [{name: value.cpu() for name, value in metrics.items()} for metrics in collected]
 
-    def _policy_loss(
-        self, part: list[Rollout], normalizer: int, old: dict[int, torch.Tensor], reference: dict[int, torch.Tensor]
-    ) -> tuple[torch.Tensor, Metrics]:
+    def _policy_loss(self, part: list[Rollout], normalizer: int, phase: Phase) -> tuple[torch.Tensor, Metrics]:
         row = self._pack(part)
         advantages = torch.tensor([rollout.advantage for rollout in part], device=self._device)
-        rollout_logps = _noted(part, self._device)
-        arguments: dict[str, Any] = {
-            "old_logps": _gathered(part, old),
-            "ref_logps": _gathered(part, reference),
-            "rollout_logps": rollout_logps,
-            "normalizer": normalizer,
-            **loss_arguments(self._loss, self._max_response_tokens),
-        }
+        tensors = phase.tensors(part)
+        arguments: dict[str, Any] = {**tensors, **phase.arguments, "normalizer": max(normalizer, 1)}
 
         def fused(
             hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
@@ -231,7 +229,7 @@ class Updater:
                 logps = self._exact_value(logps, hidden, weight, bias, row)
             loss, metrics = grpo_loss(logps, advantages, row.cu_seqlens, entropy=entropy, **arguments)
             # grpo_loss takes the old ones for the trainer's; every token here is one that it computed.
-            metrics["mismatch"] = (logps.detach() - rollout_logps).abs().mean()
+            metrics["mismatch"] = _mismatch(logps.detach(), noted(part, self._device), tensors["guide_mask"])
             return loss, metrics
 
         return self._run(self.models.policy, row, head if self._takes_rollout_logps else fused)
@@ -263,16 +261,28 @@ class Updater:
         return (pack_shared if self._options.shared_prefix else pack)(part, self._device)
 
     def _has_signal(self, rollout: Rollout) -> bool:
-        return rollout.advantage != 0 or self._loss.beta != 0 or self._loss.entropy_coef != 0
+        return rollout.advantage != 0 or self._loss.beta != 0 or self._loss.entropy_coef != 0 or self._counts_kept
 
-    def _graded(self, minibatches: list[list[Rollout]]) -> tuple[list[list[Rollout]], list[int]]:
-        """The mini-batches that any process has tokens in, and what the loss of each is divided by. Collective."""
-        own = [(sum(len(rollout.response) for rollout in part), len(part)) for part in minibatches]
+    def _graded(self, minibatches: list[list[Rollout]]) -> tuple[list[list[Rollout]], list[int], bool]:
+        """The mini-batches that any process has tokens in, what the loss of each is divided by, and whether a teacher
+        wrote into any rollout. Collective."""
+        own = [(sum(len(r.response) for r in part), len(part), sum(any(r.guide) for r in part)) for part in minibatches]
         by_minibatch = zip(*parallel.gather(own), strict=True)
         totals = [tuple(sum(column) for column in zip(*counts, strict=True)) for counts in by_minibatch]
         kept = [(part, total) for part, total in zip(minibatches, totals, strict=True) if total[0]]
         divisor = 0 if self._loss.loss_agg_mode == "token-mean" else 1
-        return [part for part, _ in kept], [total[divisor] for _, total in kept]
+        guided = any(total[2] for total in totals)
+        return [part for part, _ in kept], [total[divisor] for _, total in kept], guided
+
+    def _phase(self, work: list[list[list[Rollout]]], guided: bool) -> Phase:
+        """Of the micro-batches of each mini-batch. Collective."""
+        old = self._old_logps(work)
+        if old and guided and self._takes_rollout_logps and self._thinktuning.guide_fallback == "clip":
+            old |= self._logps_with_guidance(work)
+        parts = chain.from_iterable(work)
+        reference = self._logps(self._reference, parts) if self._reference is not None else {}
+        arguments = loss_arguments(self._loss, self._max_response_tokens, self._thinktuning, guided)
+        return Phase(arguments, guided, old, reference, self._device)
 
     def _old_logps(self, work: list[list[list[Rollout]]]) -> dict[int, torch.Tensor]:
         """Of the rollouts whose loss needs them, by id(): recomputed ones are the first mini-batch's own.
@@ -280,12 +290,27 @@ class Updater:
         Args:
             work: micro-batches of each mini-batch.
         """
+        if self._counts_kept:
+            return self._logps(self.models.policy, chain.from_iterable(work))
         if len(work) < 2:
             return {}
         if self._takes_rollout_logps:
             rollouts = chain.from_iterable(chain.from_iterable(work))
-            return {id(rollout): _noted([rollout], self._device) for rollout in rollouts}
+            return {id(rollout): noted([rollout], self._device) for rollout in rollouts}
         return self._logps(self.models.policy, chain.from_iterable(work[1:]))
+
+    def _logps_with_guidance(self, work: list[list[list[Rollout]]]) -> dict[int, torch.Tensor]:
+        """Of guided rollouts, by id(): the noted ones, and recomputed ones where a teacher wrote and none was noted."""
+        guided = [[rollout for rollout in part if any(rollout.guide)] for parts in work for part in parts]
+        recomputed = self._logps(self.models.policy, guided)
+        return {
+            id(rollout): torch.where(
+                torch.tensor(rollout.guide, device=self._device),
+                recomputed[id(rollout)],
+                noted([rollout], self._device),
+            )
+            for rollout in chain.from_iterable(guided)
+        }
 
     @torch.no_grad()
     def _logps(self, policy: Policy, microbatches: Iterable[list[Rollout]]) -> dict[int, torch.Tensor]:
@@ -348,12 +373,16 @@ def _hits(
     return torch.stack([(linear_logits(h, weight, bias).argmax(-1) == t).sum() for h, t in pieces]).sum()
 
 
-def _noted(part: list[Rollout], device: torch.device) -> torch.Tensor:  # float32 [N]
-    return float32([logp for rollout in part for logp in rollout.logps]).to(device)
-
-
-def _gathered(part: list[Rollout], logps: dict[int, torch.Tensor]) -> torch.Tensor | None:
-    return torch.cat([logps[id(rollout)] for rollout in part]) if id(part[0]) in logps else None
+def _mismatch(
+    logps: torch.Tensor,  # [N]
+    rollout_logps: torch.Tensor,  # [N]
+    guide_mask: torch.Tensor | None,  # bool [N]
+) -> torch.Tensor:
+    """Mean absolute difference of the sampled tokens."""
+    difference = (logps - rollout_logps).abs()
+    if guide_mask is None:
+        return difference.mean()
+    return difference.masked_fill(guide_mask, 0).sum() / (~guide_mask).sum().clamp(min=1)
 
 
 def _combined(parts: list[Metrics]) -> dict[str, float]:
