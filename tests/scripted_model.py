@@ -9,11 +9,12 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3Config
 
+from thinktwice_fast.algorithms.thinktuning.feedback import Feedback
 from thinktwice_fast.tasks.arithmetic import RECHECK
 
 SCRIPT = ("<opinion>", "incorrect", "</opinion>", "<reason>", *"9-5=4", "</reason>", "<phrase>", "\\boxed{", "1", "}",
           "</phrase>", "<|end|>")  # fmt: skip
-GUIDANCE = "\n\n9-5=4\n\n\\boxed{1}"
+GUIDANCE = Feedback("incorrect", "9-5=4", "\\boxed{1}")
 _ROLES = ("<|system|>", "<|user|>", "<|assistant|>")
 _SPECIAL = ("<|pad|>", "<|end|>", "<|unk|>", *_ROLES)
 _CERTAINTY = 6.0  # logit of the next token of the script, 0 for all others: nine of ten draws follow it

@@ -161,6 +161,7 @@ def test_two_processes_do_the_steps_of_one(name: str, tmp_path: Path) -> None:
         finished = train("--algorithm", name, *BATCH, *RUNS[name], "--output", output, processes=processes)
         assert finished.returncode == 0, finished.stderr
         records.append(reproducible(read_metrics(output / "metrics.jsonl")))
+    assert records[0][0].get("solve/teacher_acceptance", 1.0) >= 0.5, "the example teaches the default task"
     for one, two in zip(*records, strict=True):
         assert one.keys() == two.keys()
         for key, value in one.items():
