@@ -2,7 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-CSRC := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inc' -o -name '*.cu' -o -name '*.cuh')
+CSRC := $(shell find csrc kernels/csrc -name '*.cpp' -o -name '*.h' -o -name '*.inc' -o -name '*.cu' -o -name '*.cuh')
+PACKAGING := $(foreach folder,. kernels,$(folder)/pyproject.toml $(folder)/setup.py) kernels/native_build.py
 RUN := $(BIN)/torchrun --standalone --nproc-per-node 1 thinktwice_fast/train.py
 
 .PHONY: setup train test lint types format headers learning bench bench-against warm-start tables performance clean
@@ -10,11 +11,11 @@ RUN := $(BIN)/torchrun --standalone --nproc-per-node 1 thinktwice_fast/train.py
 train: $(VENV)/built
 	$(RUN) --resume auto
 
-# What `train` and `test` do first: .venv with everything, and the extension.
+# What `train` and `test` do first: .venv with everything, and both extensions.
 setup: $(VENV)/built
 
-# mypy needs no extension and takes as long as building it: they run side by side. Then two files of tests at a time, the
-# long ones first (tests/conftest.py), each with one thread: threads of several processes would fight for the cores.
+# mypy needs no extension and takes as long as building them: they run side by side. Then two files of tests at a time,
+# the long ones first (tests/conftest.py), each with one thread: threads of several processes would fight for the cores.
 test:
 	$(MAKE) --no-print-directory --jobs=2 lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
@@ -34,7 +35,7 @@ format: $(VENV)/built
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CSRC)
 
-# csrc/ against the headers of the oldest versions of torch and of the newest; fetches 2 GB once, needs nvcc.
+# The C++ against the headers of the oldest versions of torch and of the newest; fetches 2 GB once, needs nvcc.
 headers: $(VENV)/installed
 	$(BIN)/python -m tests.csrc.stable_abi
 
@@ -71,7 +72,8 @@ warm-start: $(VENV)/built
 	cp -r runs/tiny-warm-start/model thinktwice_fast/assets/tiny
 
 clean:
-	rm -rf $(VENV) build *.egg-info thinktwice_fast/_csrc*.so kernels/thinktwice_kernels/_csrc*.so
+	rm -rf $(VENV) build *.egg-info thinktwice_fast/_csrc*.so
+	rm -rf kernels/build kernels/*.egg-info kernels/thinktwice_kernels/_csrc*.so
 
 $(VENV)/installed: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' \
@@ -80,6 +82,6 @@ $(VENV)/installed: requirements.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	touch $@
 
-$(VENV)/built: $(VENV)/installed pyproject.toml setup.py $(CSRC)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps -e .
+$(VENV)/built: $(VENV)/installed $(PACKAGING) $(CSRC)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps -e ./kernels -e .
 	touch $@

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bench import extensions
 from bench.line_process import LineProcess
 from bench.report import table
 from bench.rollout_cases import untrained_folder
@@ -92,8 +93,7 @@ def build(ref: str) -> Path:
     if not tree.exists():
         subprocess.run(["git", "worktree", "prune"], cwd=ROOT, check=True)
         subprocess.run(["git", "worktree", "add", "--detach", str(tree), name], cwd=ROOT, check=True)
-    if not list(tree.glob("kernels/thinktwice_kernels/_csrc*.so")):
-        subprocess.run([sys.executable, "setup.py", "build_ext", "--inplace"], cwd=tree, check=True)
+    extensions.build(tree)
     return tree
 
 

@@ -75,9 +75,9 @@ part() {
   return "$status"
 }
 
-# What the extension is built from: a file's time says little where a tree was copied.
+# What the extensions are built from: a file's time says little where a tree was copied.
 sources() {
-  find csrc -type f -print0 | sort -z | xargs -0 cat setup.py | sha256sum
+  find csrc kernels/csrc -type f -print0 | sort -z | xargs -0 cat setup.py kernels/*.py | sha256sum
   "$PYTHON" -c 'import importlib.metadata; print(importlib.metadata.version("torch"))'
 }
 
@@ -87,7 +87,7 @@ build() {
     if [ -n "$CPU" ] || [ "$(cat $built 2>/dev/null)" = "$(sources)" ]; then return; fi
   fi
   rm -f thinktwice_fast/_csrc*.so kernels/thinktwice_kernels/_csrc*.so
-  part build 120 "$PYTHON" setup.py build_ext --inplace && sources >$built
+  part build 120 "$PYTHON" -m bench.extensions && sources >$built
 }
 
 tests() {

@@ -9,7 +9,7 @@
 #include <unordered_map>
 #include <vector>
 
-#include "tensor_utils.h"
+#include "common/tensor_utils.h"
 
 namespace thinktwice {
 namespace {

@@ -13,8 +13,8 @@
 #include <utility>
 #include <vector>
 
-#include "cpu/parallel.h"
-#include "tensor_utils.h"
+#include "common/parallel.h"
+#include "common/tensor_utils.h"
 
 namespace thinktwice {
 namespace {
@@ -23,7 +23,7 @@ using c10::BFloat16;
 using c10::Half;
 
 #define THINKTWICE_KERNELS "cpu/attention_kernels.inc"
-#include "cpu/for_each_isa.h"
+#include "common/for_each_isa.h"
 #undef THINKTWICE_KERNELS
 
 void check_sequence(const char* op, const Attention& a, int64_t num_blocks, int64_t sequence, int64_t queries,

@@ -3,8 +3,8 @@
 
 #include <cstring>
 
-#include "cpu/parallel.h"
-#include "tensor_utils.h"
+#include "common/parallel.h"
+#include "common/tensor_utils.h"
 
 namespace thinktwice {
 namespace {

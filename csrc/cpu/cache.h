@@ -1,7 +1,7 @@
 // What the ops that write into the cache ask of their arguments.
 #pragma once
 
-#include "tensor_utils.h"
+#include "common/tensor_utils.h"
 
 namespace thinktwice {
 

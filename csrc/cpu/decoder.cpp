@@ -12,7 +12,7 @@
 #include <cmath>
 #include <cstring>
 
-#include "cpu/parallel.h"
+#include "common/parallel.h"
 
 namespace thinktwice {
 namespace {
@@ -27,7 +27,7 @@ constexpr int64_t kLogitBytes = 256 << 20;  // of logits that a thread makes roo
 constexpr int64_t kSharedKeys = 64;         // keys that sequences must share to be read together
 
 #define THINKTWICE_KERNELS "cpu/decoder_kernels.inc"
-#include "cpu/for_each_isa.h"
+#include "common/for_each_isa.h"
 #undef THINKTWICE_KERNELS
 
 int64_t padded(int64_t n) { return (n + kPanel - 1) / kPanel * kPanel; }

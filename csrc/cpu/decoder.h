@@ -5,9 +5,9 @@
 #include <optional>
 #include <vector>
 
+#include "common/tensor_utils.h"
 #include "cpu/attention.h"
 #include "cpu/matmul.h"
-#include "tensor_utils.h"
 
 namespace thinktwice {
 

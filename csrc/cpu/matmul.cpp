@@ -8,8 +8,8 @@
 #include <cstring>
 #include <type_traits>
 
-#include "cpu/parallel.h"
-#include "tensor_utils.h"
+#include "common/parallel.h"
+#include "common/tensor_utils.h"
 
 namespace thinktwice {
 namespace {
@@ -22,7 +22,7 @@ constexpr int64_t kRowsAtOnce = 256;    // so that their inputs stay in the seco
 constexpr int64_t kTaskWork = 1 << 18;  // multiplications worth taking as a task
 
 #define THINKTWICE_KERNELS "cpu/matmul_kernels.inc"
-#include "cpu/for_each_isa.h"
+#include "common/for_each_isa.h"
 #undef THINKTWICE_KERNELS
 
 void begin_sums(const Rows& rows, int64_t begin, int64_t end, Start start, const float* bias) {

@@ -16,8 +16,8 @@
 #include <utility>
 #include <vector>
 
-#include "cpu/parallel.h"
-#include "tensor_utils.h"
+#include "common/parallel.h"
+#include "common/tensor_utils.h"
 
 namespace thinktwice {
 namespace {
@@ -26,7 +26,7 @@ using c10::BFloat16;
 using c10::Half;
 
 #define THINKTWICE_KERNELS "cpu/prefix_attention_kernels.inc"
-#include "cpu/for_each_isa.h"
+#include "common/for_each_isa.h"
 #undef THINKTWICE_KERNELS
 
 // Where a row has few families, one with many members is divided until there are about so many tasks. Sums

@@ -8,8 +8,8 @@
 #include <optional>
 #include <string>
 
+#include "common/parallel.h"
 #include "cpu/cache.h"
-#include "cpu/parallel.h"
 
 namespace thinktwice {
 namespace {

@@ -13,9 +13,9 @@
 #include <tuple>
 #include <vector>
 
-#include "cpu/parallel.h"
+#include "common/parallel.h"
+#include "common/tensor_utils.h"
 #include "philox.h"
-#include "tensor_utils.h"
 
 namespace thinktwice {
 namespace {
@@ -24,7 +24,7 @@ using c10::BFloat16;
 using c10::Half;
 
 #define THINKTWICE_KERNELS "cpu/sampler_kernels.inc"
-#include "cpu/for_each_isa.h"
+#include "common/for_each_isa.h"
 #undef THINKTWICE_KERNELS
 
 // A token's rank as one number: the higher, the earlier. Weights are not negative, so their bits sort as they

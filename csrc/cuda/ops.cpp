@@ -11,8 +11,8 @@
 #include <tuple>
 #include <vector>
 
+#include "common/tensor_utils.h"
 #include "cuda/kernels.h"
-#include "tensor_utils.h"
 
 namespace thinktwice::gpu {
 namespace {

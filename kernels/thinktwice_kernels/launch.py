@@ -22,7 +22,7 @@ from torch import Tensor
 NAMESPACE = "thinktwice_kernels"  # of the ops in torch.library
 Gradients = tuple[Tensor | None, ...]
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton, too, looks once, when it is imported
-_REMEDY = "run `make`, or `pip install .` in the repository"
+_REMEDY = "run `make`, or `pip install ./kernels` in the repository"
 # Where the interpreter or the ahead-of-time compiler stands in for a GPU.
 _PROCESSORS_WITHOUT_GPU = 132
 

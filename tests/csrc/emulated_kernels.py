@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from torch.utils.cpp_extension import include_paths
 
-ROOT = Path(__file__).parents[2]
+from tests.csrc.stable_abi import INCLUDES
+
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 SPLIT = 256  # keys per part of a row's softmax
 
@@ -27,7 +28,7 @@ def build(folder: Path, compiler: str) -> Path:
     flags = [*fused, "-std=c++17", "-O1", "-ffp-contract=off", "-fPIC", "-shared", "-fsanitize=undefined"]
     warnings = ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-fno-sanitize-recover=all"]
     emulated = Path(__file__).parent / "emulated"
-    includes = [f"-I{emulated}", f"-I{ROOT / 'csrc'}", *(f"-isystem{path}" for path in include_paths())]
+    includes = [f"-I{emulated}", *INCLUDES, *(f"-isystem{path}" for path in include_paths())]
     source = emulated / "kernels.cpp"
     command = [compiler, *flags, *warnings, *includes, str(source), "-o", str(library)]
     built = subprocess.run(command, capture_output=True, text=True)

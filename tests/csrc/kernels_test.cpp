@@ -28,7 +28,7 @@ using c10::Half;
 
 namespace attention {
 #define THINKTWICE_KERNELS "cpu/attention_kernels.inc"
-#include "cpu/for_each_isa.h"
+#include "common/for_each_isa.h"
 #undef THINKTWICE_KERNELS
 }  // namespace attention
 
@@ -38,7 +38,7 @@ namespace attention {
 
 namespace sampler {
 #define THINKTWICE_KERNELS "cpu/sampler_kernels.inc"
-#include "cpu/for_each_isa.h"
+#include "common/for_each_isa.h"
 #undef THINKTWICE_KERNELS
 }  // namespace sampler
 
@@ -49,7 +49,7 @@ namespace sampler {
 namespace matmul {
 constexpr int64_t kInputsAtOnce = 40;  // of a size that few inputs go beyond
 #define THINKTWICE_KERNELS "cpu/matmul_kernels.inc"
-#include "cpu/for_each_isa.h"
+#include "common/for_each_isa.h"
 #undef THINKTWICE_KERNELS
 }  // namespace matmul
 
@@ -59,7 +59,7 @@ constexpr int64_t kInputsAtOnce = 40;  // of a size that few inputs go beyond
 
 namespace decoder {
 #define THINKTWICE_KERNELS "cpu/decoder_kernels.inc"
-#include "cpu/for_each_isa.h"
+#include "common/for_each_isa.h"
 #undef THINKTWICE_KERNELS
 }  // namespace decoder
 

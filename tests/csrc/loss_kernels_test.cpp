@@ -24,7 +24,7 @@ using c10::BFloat16;
 using c10::Half;
 
 #define THINKTWICE_KERNELS "loss/rows_kernels.inc"
-#include "cpu/for_each_isa.h"
+#include "common/for_each_isa.h"
 #undef THINKTWICE_KERNELS
 
 #define REQUIRE(condition)                                               \

@@ -24,7 +24,7 @@ using c10::BFloat16;
 using c10::Half;
 
 #define THINKTWICE_KERNELS "cpu/prefix_attention_kernels.inc"
-#include "cpu/for_each_isa.h"
+#include "common/for_each_isa.h"
 #undef THINKTWICE_KERNELS
 
 std::mt19937 random_bits(0);

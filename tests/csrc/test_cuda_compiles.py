@@ -12,7 +12,17 @@ from typing import NamedTuple
 import pytest
 from torch.utils.cpp_extension import include_paths
 
-from tests.csrc.stable_abi import LIST, NVCC, VERSIONS, compile_gpu_ops, known_names, used_names
+from tests.csrc.stable_abi import (
+    CSRC,
+    INCLUDES,
+    LIST,
+    NVCC,
+    VERSIONS,
+    compile_gpu_ops,
+    known_names,
+    sources,
+    used_names,
+)
 
 ROOT = Path(__file__).parents[2]
 SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"), key=lambda path: -path.stat().st_size)
@@ -43,7 +53,7 @@ class Kernel(NamedTuple):
 
 def compile_source(source: Path, folder: Path) -> str:
     targets = [f"-gencode=arch=compute_{gpu},code=sm_{gpu}" for gpu in GPUS]
-    flags = ["-std=c++17", "-O3", "-Xptxas=-v", "-Werror=all-warnings", f"-I{ROOT / 'csrc'}", *TORCH_MACROS, *targets]
+    flags = ["-std=c++17", "-O3", "-Xptxas=-v", "-Werror=all-warnings", *INCLUDES, *TORCH_MACROS, *targets]
     command = [str(NVCC), "-c", *flags, str(source), "-o", str(folder / f"{source.stem}.o")]
     built = subprocess.run(command, capture_output=True, text=True)
     assert built.returncode == 0, built.stderr
@@ -98,8 +108,8 @@ def test_the_ops_compile_against_torch(tmp_path: Path) -> None:
     assert not compile_gpu_ops(INCLUDE, tmp_path)
 
 
-def test_csrc_uses_no_name_that_an_older_torch_lacks() -> None:
-    new = used_names(ROOT / "csrc", INCLUDE) - set(LIST.read_text().split())
+def test_the_sources_use_no_name_that_an_older_torch_lacks() -> None:
+    new = used_names(sources(*CSRC), INCLUDE) - set(LIST.read_text().split())
     assert not new, f"run `make headers`, which looks whether torch {', '.join(VERSIONS)} have {sorted(new)}"
 
 
@@ -109,7 +119,7 @@ def test_names_of_torch_are_found_in_sources(tmp_path: Path) -> None:
         "STD_CUDA_CHECK(call(x.numel(), y->mutable_data_ptr<float>(), z.own()), aoti_torch_some);\n"
     )
     expected = {"Tensor", "STD_CUDA_CHECK", "numel", "mutable_data_ptr", "aoti_torch_some"}
-    assert used_names(tmp_path, INCLUDE) == expected
+    assert used_names(sources(tmp_path), INCLUDE) == expected
     assert expected - known_names(INCLUDE) == {"aoti_torch_some"}
 
 

@@ -10,16 +10,18 @@ from pathlib import Path
 import pytest
 from torch.utils.cpp_extension import include_paths
 
+from tests.csrc.stable_abi import CSRC, INCLUDES, sources
+
 ROOT = Path(__file__).parents[2]
 HERE = Path(__file__).parent
 COMPILER = os.environ.get("CXX", "g++")
 
 
-def build_and_run(folder: Path, sources: list[Path]) -> None:
+def build_and_run(folder: Path, files: list[Path]) -> None:
     flags = ["-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", "-fsanitize=address,undefined"]
-    includes = [f"-I{ROOT / 'csrc'}", *(f"-isystem{path}" for path in include_paths())]
+    includes = [*INCLUDES, *(f"-isystem{path}" for path in include_paths())]
     program = folder / "program"
-    command = [COMPILER, *flags, "-fno-sanitize-recover=all", *includes, *map(str, sources), "-o", str(program)]
+    command = [COMPILER, *flags, "-fno-sanitize-recover=all", *includes, *map(str, files), "-o", str(program)]
     built = subprocess.run(command, capture_output=True, text=True)
     assert built.returncode == 0, built.stderr
     ran = subprocess.run([program], capture_output=True, text=True, timeout=120)
@@ -37,10 +39,8 @@ def test_kernels_of_every_instruction_set(program: str, tmp_path: Path) -> None:
 
 def test_no_stream_formats_a_message() -> None:
     """Built by g++ 13 and run beside a torch built by an older one, streams crashed at the first number."""
-    sources = [path for path in (ROOT / "csrc").rglob("*") if path.suffix in (".cpp", ".h", ".inc", ".cu", ".cuh")]
-    assert not [
-        path for path in sources if re.search(r"<(sstream|iostream|ostream|locale)>|stringstream", path.read_text())
-    ]
+    streams = re.compile(r"<(sstream|iostream|ostream|locale)>|stringstream")
+    assert not [path for path in sources(*CSRC) if streams.search(path.read_text())]
 
 
 def test_library_needs_only_the_stable_abi() -> None:

@@ -32,6 +32,7 @@ def run(title: str, folder: Path, *launcher: str) -> str:
 
 
 def test_there_are_seven() -> None:
+    """The first is run where nothing but the ops is installed, by ../test_distributions.py."""
     assert len(PROGRAMS) == DOCS.count("```python") == 7
 
 

@@ -295,6 +295,6 @@ def test_a_missing_library_is_one_clear_line(tmp_path: Path) -> None:
     )
     assert ran.returncode != 0
     assert ran.stderr.strip().splitlines()[-1] == (
-        "RuntimeError: the C++ extension of thinktwice_kernels is not built: run `make`, or `pip install .` in the "
-        "repository"
+        "RuntimeError: the C++ extension of thinktwice_kernels is not built: run `make`, or `pip install ./kernels` in "
+        "the repository"
     )

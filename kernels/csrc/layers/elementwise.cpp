@@ -8,8 +8,8 @@
 #include <tuple>
 #include <vector>
 
-#include "cpu/parallel.h"
-#include "tensor_utils.h"
+#include "common/parallel.h"
+#include "common/tensor_utils.h"
 
 namespace thinktwice {
 namespace {
@@ -20,7 +20,7 @@ using c10::Half;
 constexpr int64_t kPart = 8192;  // elements that a task takes
 
 #define THINKTWICE_KERNELS "layers/elementwise_kernels.inc"
-#include "cpu/for_each_isa.h"
+#include "common/for_each_isa.h"
 #undef THINKTWICE_KERNELS
 
 const float* floats(const Tensor& x) { return x.const_data_ptr<float>(); }

@@ -13,8 +13,8 @@
 #include <tuple>
 #include <type_traits>
 
-#include "cpu/parallel.h"
-#include "tensor_utils.h"
+#include "common/parallel.h"
+#include "common/tensor_utils.h"
 
 namespace thinktwice {
 namespace {
@@ -25,7 +25,7 @@ using c10::Half;
 constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
 
 #define THINKTWICE_KERNELS "loss/rows_kernels.inc"
-#include "cpu/for_each_isa.h"
+#include "common/for_each_isa.h"
 #undef THINKTWICE_KERNELS
 
 // Beside the double ones: the float kernels of this machine's instruction set.
