@@ -57,7 +57,7 @@ def metrics_table() -> str:
     ]
     legend = (
         "`{phase}` is the phase that the record belongs to, `{set}` the name of an evaluation set or "
-        f"{_code(AVERAGE)}: the plain mean over the sets that have the metric. "
+        f"{_code(AVERAGE)}: the plain mean over the sets that have the metric; `{{sign}}` is pos or neg. "
         "\\* differs between two runs of one seed."
     )
     return f"{_table(('Metric', 'Phases', 'Unit', 'Definition'), rows)}\n\n{legend}"

@@ -200,8 +200,8 @@ class LossOptions:
 
 @dataclass
 class ThinkTuningOptions:
-    """ThinkTuning: a teacher's feedback, spliced into some of each group's rollouts. What the loss does with its tokens
-    is named as in `thinktwice_kernels.grpo_loss`."""
+    """ThinkTuning: a teacher's feedback in some of each group's rollouts; names of the loss as in
+    `thinktwice_kernels.grpo_loss`."""
 
     teacher: str | None = None
     """Who gives feedback: "frozen" (the initial policy), "live" (the policy as it is), "checkpoint:PATH" (another

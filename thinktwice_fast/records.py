@@ -49,7 +49,7 @@ class Rollout:
     prompt: tuple[int, ...]  # token ids
     response: list[int] = field(default_factory=list)  # token ids as sampled, stop token included
     logps: list[float] = field(default_factory=list)  # of each response token, under the sampling temperature
-    entropies: list[float] = field(default_factory=list)  # nats, of the distribution each sampled token was drawn from
+    entropies: list[float] = field(default_factory=list)  # nats, of the distribution each token was drawn from
     finished: bool = False  # ended by a stop token or string; False = cut off at max_tokens, or not ended yet
     stop_string: str | None = None  # the one that ended it
     text: str = ""  # the response decoded, without stop token or string; for graders and transcripts
@@ -58,6 +58,11 @@ class Rollout:
     ended: bool = False  # nothing more will be drawn: a stop token or string came, or max_tokens were drawn
     cached: int | None = None  # name of its cache, where that is kept for a request that extends it (`Request.keep`)
     guide: list[bool] = field(default_factory=list)  # which response tokens a teacher wrote (logp 0); empty = none
+
+    @property
+    def sampled(self) -> int:
+        """Response tokens that the policy drew."""
+        return len(self.response) - sum(self.guide)
 
 
 @dataclass(frozen=True)

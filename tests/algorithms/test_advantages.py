@@ -8,6 +8,7 @@ from tests.algorithms.stubs import problem
 from thinktwice_fast.algorithms.metrics import Sample, rollout_metrics, sample_metrics
 from thinktwice_fast.algorithms.policy_step import set_advantages
 from thinktwice_fast.algorithms.sampler import SamplingTimes
+from thinktwice_fast.errors import UserError
 from thinktwice_fast.records import Group, Rollout
 
 pytestmark = pytest.mark.usefixtures("one_process")
@@ -30,7 +31,7 @@ def test_reward_minus_the_mean_of_its_own_group() -> None:
     assert advantages(second) == [0.25, 0.25, -0.75, 0.25]
 
 
-@pytest.mark.parametrize("scale", ["none", "group", "batch"])
+@pytest.mark.parametrize("scale", ["none", "group", "batch", "mean"])
 def test_equal_rewards_give_exactly_nothing(scale: str) -> None:
     right, wrong, mixed = group(0, 1, 1, 1), group(1, 0, 0, 0), group(2, 0.1, 0.1, 0.1)
     set_advantages([right, wrong, mixed], scale)  # type: ignore[arg-type]
@@ -48,6 +49,14 @@ def test_scaling_by_the_deviation_of_the_group_or_the_batch() -> None:
     assert advantages(second) == pytest.approx([1.5 / deviation, -1.5 / deviation], rel=1e-5)
 
 
+def test_dividing_by_the_mean_takes_rewards_that_are_not_negative() -> None:
+    first, second = group(0, 1, 0, 0, 0), group(1, 0, 0)
+    set_advantages([first, second], "mean")
+    assert advantages(first) == [3.0, -1.0, -1.0, -1.0] and advantages(second) == [0.0, 0.0]
+    with pytest.raises(UserError, match=r"a reward is -0\.5: let the reward function return none below 0"):
+        set_advantages([first, group(1, 1, -0.5)], "mean")
+
+
 def test_samples_without_reward_are_left_out() -> None:
     some, none = group(0, None, 1, 0, None), group(1, None, None)
     set_advantages([some, none], "none")
@@ -61,10 +70,11 @@ def test_metrics_by_hand() -> None:
     first, second, third = group(0, 1, 0, 0, None), group(1, 1, 1), group(2, None)
     first.rollouts[0].response = [4, 5, 6, 7]
     first.rollouts[0].text = "so \\boxed{3}"
+    second.rollouts[0].guide = [False, True]
     for made in (first, second, third):
         for rollout in made.rollouts:
             rollout.finished = rollout is not third.rollouts[0]
-            rollout.entropies = [0.5] * len(rollout.response)
+            rollout.entropies = [0.5] * rollout.sampled
     third.prompt = tuple(range(10))
     groups = [first, second, third]
     samples = Sample.of(groups)
@@ -80,7 +90,7 @@ def test_metrics_by_hand() -> None:
             "boxed_rate": 1 / 7,
             "entropy": 0.5,
             "rewards_missing": 2,
-            "tokens_per_second": 8,
+            "tokens_per_second": 7.5,
             "seconds_rollout": 2,
             "seconds_grading": 0.25,
             "grading_timeouts": 3,

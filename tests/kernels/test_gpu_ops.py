@@ -113,7 +113,8 @@ def plain_logprobs(
 @pytest.mark.parametrize("scale", ["none", "group", "batch", "mean"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_group_advantages(scale: Any, dtype: torch.dtype) -> None:
-    rewards = torch.cat([normal(200), torch.full((8,), 0.3, dtype=torch.float64)]).to(dtype)
+    drawn = normal(200).abs() if scale == "mean" else normal(200)
+    rewards = torch.cat([drawn, torch.full((8,), 0.3, dtype=torch.float64)]).to(dtype)
     ids = torch.cat([torch.arange(200) * 7 % 23 - 4, torch.full((7,), 99), torch.tensor([-77])])  # groups of 1 too
     want = reference.group_advantages(rewards.double(), ids, scale_rewards=scale)
     got = group_advantages(rewards.to(DEVICE), ids.to(DEVICE), scale_rewards=scale)

@@ -39,7 +39,7 @@ def test_every_declaration_is_complete_and_unambiguous() -> None:
         assert metric.definition.endswith("."), metric.name
         assert ("{phase}" in metric.name) == bool(metric.phases), metric.name
         for phase in metric.phases or ("",):
-            example = metric.name.format(phase=phase, set="held_out", k=4)
+            example = metric.name.format(phase=phase, set="held_out", k=4, sign="pos")
             assert [other.name for other in METRICS if other.pattern.fullmatch(example)] == [metric.name]
             examples.add(example)
     assert {"solve/reward", "refine/reward", "sft/loss", "sft/grad_norm", "eval/held_out/refine_pass@4"} <= examples
@@ -48,8 +48,10 @@ def test_every_declaration_is_complete_and_unambiguous() -> None:
 
 
 def test_every_metric_of_the_loss_has_a_place() -> None:
-    for name in LOSS_METRICS:
-        assert find_metric(f"refine/{name}").name == f"{{phase}}/{name}"
+    """Counts of shaped tokens become shares before."""
+    for name in LOSS_METRICS.keys() - {"tokens_masked", "tokens_shaped_pos", "tokens_shaped_neg"}:
+        assert find_metric(f"refine/{name}").name.format(phase="refine", sign=name[-3:]) == f"refine/{name}"
+    assert find_metric("refine/guided_share") and find_metric("refine/masked_share")
 
 
 @pytest.mark.parametrize(

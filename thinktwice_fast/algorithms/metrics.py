@@ -31,7 +31,7 @@ class Sample:
                 group.slot,
                 rollout.reward,
                 len(rollout.response),
-                len(rollout.entropies),
+                rollout.sampled,
                 len(group.prompt),
                 rollout.finished,
                 extract_boxed(rollout.text) is not None,

@@ -277,7 +277,8 @@ class Updater:
     def _phase(self, work: list[list[list[Rollout]]], guided: bool) -> Phase:
         """Of the micro-batches of each mini-batch. Collective."""
         old = self._old_logps(work)
-        if old and guided and self._takes_rollout_logps and self._thinktuning.guide_fallback == "clip":
+        falls_back = guided and self._thinktuning.guide_fallback == "clip"
+        if falls_back and self._takes_rollout_logps and len(work) > 1:  # on every process, also where it has nothing
             old |= self._logps_with_guidance(work)
         parts = chain.from_iterable(work)
         reference = self._logps(self._reference, parts) if self._reference is not None else {}
