@@ -91,10 +91,9 @@ def agree(error: UserError | OtherFailed | None) -> None:
 
     Those that call `look_for_failure` until they come here come soon.
     """
-    own = error if isinstance(error, UserError) else None
-    if own is not None and _Board.store is not None:
-        _Board.store.set(_FAILED, str(own))
-    said = None if own is None else (own.what, *own.remedies)
+    said = (error.what, *error.remedies) if isinstance(error, UserError) else None
+    if said is not None and _Board.store is not None:
+        _Board.store.set(_FAILED, "")
     for number, parts in enumerate(gather(said)):
         if parts is not None:
             found = UserError(*parts)

@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -110,12 +111,32 @@ def reward(prompts, completions, **columns):
     assert [record["step"] for record in records if record["phase"] == "eval"] == [0, 2]
 
 
-def test_a_reward_that_fails_in_one_of_two_processes_stops_both(tmp_path: Path) -> None:
-    wrong = "def reward(completions, **_): return [1 / (1 - int(__import__('os').environ['RANK']))] * len(completions)"
-    mine = text(tmp_path, "mine.py", wrong)
-    settings = ("--run.steps", "1", "--reward", f"{mine}:reward")
-    finished = train("--output", tmp_path / "run", *SMALL, *settings, processes=2)
-    refused_by_torchrun(finished, "step 1: process 1: reward", "raised ZeroDivisionError", "sample 0")
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [("time.sleep(600)", "took longer than 1 s"), ("os._exit(3)", "ended its process (exit status 3)")],
+)
+def test_a_reward_that_fails_in_one_of_two_processes_stops_both_at_once(tmp_path: Path, wrong: str, says: str) -> None:
+    """Within twice the call's time, a process start and an exit, while the other has most samples yet to draw."""
+    code = """
+import os, time
+from pathlib import Path
+
+def reward(completions, **columns):
+    rank = os.environ["RANK"]
+    with Path(__file__).with_name(f"calls {rank}").open("a") as file:
+        print(time.time(), file=file)
+    if rank == "1":
+        {wrong}
+    return [1.0] * len(completions)
+"""
+    mine = text(tmp_path, "mine.py", code.replace("{wrong}", wrong))
+    long = ("--eval.sets", '{"held_out": "arithmetic:tm5"}', "--eval.limit", "4000", "--run.steps", "1")
+    settings = (*SMALL, *long, "--reward", f"{mine}:reward", "--reward_timeout", "1")
+    finished = train("--output", tmp_path / "run", *settings, processes=2)
+    calls, failing = ((tmp_path / f"calls {rank}").read_text().split() for rank in (0, 1))
+    assert time.time() - float(failing[0]) < 2 * 1 + 16
+    assert len(calls) < 2000 + 2000, "it graded all solutions and refinements"
+    refused_by_torchrun(finished, "evaluation after step 0: process 1: reward", says, "sample 0")
 
 
 def test_a_loss_that_is_not_finite_saves_what_led_to_it(tmp_path: Path) -> None:

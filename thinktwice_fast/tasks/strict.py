@@ -76,12 +76,6 @@ def settle(answer: str, gold: str) -> bool | None:
     return None
 
 
-def prepare() -> None:
-    """Import what `equal` needs, so that the seconds that takes do not count as grading time."""
-    import pylatexenc.latex2text  # noqa: F401
-    import sympy.parsing.sympy_parser  # noqa: F401
-
-
 def equal(answer: str, gold: str) -> bool:
     """Whether an answer is right. May run for ever (``9**9**9``): call it in a process that can be killed."""
     return first_form(answer) == first_form(gold) or _equal_parts(second_form(answer), second_form(gold))
@@ -198,8 +192,9 @@ def second_form(answer: str) -> str:
 def _latex_as_text(text: str) -> str:
     text = text.replace("\\tfrac", "\\frac").replace("\\dfrac", "\\frac")
     text = text.replace("\\frac", " \\frac")  # 1\frac12 is a mixed number
+    converter = _converter()
     try:
-        text = _converter().latex_to_text(text)
+        text = converter.latex_to_text(text)
     except Exception:  # of whatever kind: a model may write anything
         return text
     for sign, name in _AS_TEXT:
