@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from tests.command import train
-from thinktwice_fast.run.metrics import read_metrics
+from thinktwice_fast.run.metrics_file import read_metrics
 
 SOLVE_POINTS, REFINE_POINTS, SECONDS = 25, 15, 300
 

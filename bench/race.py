@@ -28,7 +28,8 @@ from bench.rollout_cases import shape_config, untrained_folder
 from bench.shapes import LARGE
 from bench.stage_notes import Line, Notes, result
 from bench.step_cases import StepWorkload, flop_of
-from thinktwice_fast.run.metrics import Record, read_metrics
+from thinktwice_fast.run.metrics import Record
+from thinktwice_fast.run.metrics_file import read_metrics
 
 RACE = ROOT / "configs" / "race" / "qwen3-1.7b-gsm8k.yaml"
 _STEPS = 4

@@ -8,6 +8,7 @@ import pytest
 from tests.algorithms.stubs import END, Grader, World, problem
 from tests.small_models import bpe_tokenizer
 from thinktwice_fast.algorithms.dapo import has_signal, overlong_share
+from thinktwice_fast.algorithms.policy_step import raw_reward
 from thinktwice_fast.algorithms.star import finetune_steps, shuffled_batch
 from thinktwice_fast.algorithms.step import Step
 from thinktwice_fast.config import DapoOptions, StarOptions, UpdateOptions
@@ -19,7 +20,7 @@ pytestmark = pytest.mark.usefixtures("one_process")
 
 def asked(world: World) -> list[str]:
     """The question of each group that was sampled."""
-    return [bpe_tokenizer().decode(request.prompt, skip_special_tokens=True) for request, _ in world.engine.asked]
+    return [str(bpe_tokenizer().decode(request.prompt)) for request, _ in world.engine.asked]
 
 
 def responses(step: Step) -> list[Any]:
@@ -53,10 +54,9 @@ def test_dapo_draws_until_the_batch_is_full_of_groups_with_signal() -> None:
     position = 0
     for number, step in enumerate(steps):
         drawn = range(position, position + 4 * draws[number])
-        rewards = {
-            asked.index: [Grader()._reward(text) for text in texts] for asked, _, texts in world.grader.submitted
-        }
-        signal = [index for index in drawn if len(set(rewards[index])) > 1]
+        graded = {solved.index: texts for solved, _, texts in world.grader.submitted}
+        rewards = {index: [Grader()._reward(text) or 0.0 for text in texts] for index, texts in graded.items()}
+        signal = [index for index in drawn if sum(rewards[index]) == 1]
         assert [group.problem.index for group in step.groups] == signal[:4]
         assert len([index for index in signal if index < drawn[-4]]) < 4, "drew more than it had to"
         assert all(map(has_signal, step.groups))
@@ -93,7 +93,7 @@ def test_overlong_answers_are_rewarded_less_in_the_advantage_alone() -> None:
         assert all(0 < value < 1 for value in share)
         shares += share
         for rollouts, penalty in ((before.rollouts, 0.0), (after.rollouts, 0.5)):
-            rewards = [rollout.reward - penalty * value for rollout, value in zip(rollouts, share, strict=True)]
+            rewards = [raw_reward(r) - penalty * value for r, value in zip(rollouts, share, strict=True)]
             assert [r.advantage for r in rollouts] == pytest.approx([r - sum(rewards) / 2 for r in rewards])
     assert plain.metrics["overlong_penalty"] == 0
     assert shaped.metrics["overlong_penalty"] == pytest.approx(0.5 * sum(shares) / len(shares))

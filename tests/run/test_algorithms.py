@@ -15,7 +15,8 @@ from thinktwice_fast.config import Config, LossOptions
 from thinktwice_fast.errors import UserError
 from thinktwice_fast.records import Problem
 from thinktwice_fast.run.checks import check_config
-from thinktwice_fast.run.metrics import read_metrics, reproducible
+from thinktwice_fast.run.metrics import reproducible
+from thinktwice_fast.run.metrics_file import read_metrics
 from thinktwice_fast.run.options import from_yaml, parse_config, to_yaml
 
 # What each published loss differs in from the options' defaults, which are ThinkTwice's.
@@ -62,7 +63,9 @@ def test_the_command_line_goes_before_what_was_published() -> None:
     assert (loss.beta, loss.epsilon_high, loss.scale_rewards) == (0.0, 0.28, "group")
 
 
-OVERLAYS = [(path, {}) for path in sorted((ROOT / "configs" / "algorithms").glob("*.yaml"))]
+OVERLAYS: list[tuple[Path, dict[str, Any]]] = [
+    (path, {}) for path in sorted((ROOT / "configs" / "algorithms").glob("*.yaml"))
+]
 BASELINES = [(ROOT / "configs" / "paper" / f"{name}.yaml", {"beta": 0.0}) for name in ("grpo", "dr_grpo", "dapo")]
 
 

@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import load_file
 
 from tests.command import LIMIT, ROOT, TRAIN, quick_start, train
-from thinktwice_fast.run.metrics import read_metrics, reproducible
+from thinktwice_fast.run.metrics import reproducible
+from thinktwice_fast.run.metrics_file import read_metrics
 
 OPTIONS = (
     *("--problems_per_step", "4", "--samples_per_problem", "4", "--seed", "5", "--resume", "auto"),

@@ -8,7 +8,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.command import train
-from thinktwice_fast.run.metrics import Record, read_metrics
+from thinktwice_fast.run.metrics import Record
+from thinktwice_fast.run.metrics_file import read_metrics
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,8 @@ from thinktwice_fast.model.loading import model_folder
 from thinktwice_fast.model.lora import add_adapters
 from thinktwice_fast.model.sharding import pair_models
 from thinktwice_fast.run.checkpoint import load_checkpoint, save_checkpoint
-from thinktwice_fast.run.metrics import read_metrics, reproducible
+from thinktwice_fast.run.metrics import reproducible
+from thinktwice_fast.run.metrics_file import read_metrics
 from thinktwice_fast.update.optimizer import build_optimizer
 from thinktwice_fast.update.updater import Updater
 

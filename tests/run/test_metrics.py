@@ -11,14 +11,12 @@ from hypothesis import strategies as st
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from thinktwice_fast.errors import UserError
-from thinktwice_fast.run.metrics import (
-    METRICS,
+from thinktwice_fast.run.metrics import METRICS, find_metric, reproducible
+from thinktwice_fast.run.metrics_file import (
     MetricsWriter,
     append_json_lines,
-    find_metric,
     read_json_lines,
     read_metrics,
-    reproducible,
     truncate_json_lines,
 )
 from thinktwice_kernels.metrics import METRICS as LOSS_METRICS

@@ -11,7 +11,8 @@ from matplotlib.image import imread
 
 from thinktwice_fast.errors import UserError
 from thinktwice_fast.run import progress
-from thinktwice_fast.run.metrics import Record, read_json_lines, truncate_json_lines
+from thinktwice_fast.run.metrics import Record
+from thinktwice_fast.run.metrics_file import read_json_lines, truncate_json_lines
 from thinktwice_fast.run.progress import Progress, clock
 from thinktwice_fast.run.report import (
     COLOURS,

@@ -14,7 +14,7 @@ from tests.command import LIMIT, ROOT, TRAIN, environment, train
 from thinktwice_fast.config import UpdateOptions
 from thinktwice_fast.errors import UserError
 from thinktwice_fast.run.checkpoint import check_room, checkpoints
-from thinktwice_fast.run.metrics import read_metrics
+from thinktwice_fast.run.metrics_file import read_metrics
 
 BATCH = ("--problems_per_step", "4", "--samples_per_problem", "4", "--update.warmup_steps", "0")
 SMALL = (

@@ -8,7 +8,7 @@ from typing import Self
 from thinktwice_fast import parallel
 from thinktwice_fast.config import Config
 from thinktwice_fast.records import Group
-from thinktwice_fast.run.metrics import MetricsWriter, read_metrics, truncate_json_lines
+from thinktwice_fast.run.metrics_file import MetricsWriter, read_metrics, truncate_json_lines
 from thinktwice_fast.run.options import to_yaml
 from thinktwice_fast.run.progress import Progress
 from thinktwice_fast.run.report import Transcript, plot_curves, summary, write_transcripts
