@@ -8,9 +8,8 @@ what combinations are refused.
 from dataclasses import dataclass, field
 from typing import Literal
 
-from thinktwice_fast.bounds import bounded
-
-_MOST_SECONDS = 1_000_000  # beyond, timers overflow
+from thinktwice_fast.bounds import MOST_SECONDS, bounded
+from thinktwice_fast.thinktuning_options import ThinkTuningOptions
 
 
 @dataclass
@@ -199,59 +198,6 @@ class LossOptions:
 
 
 @dataclass
-class ThinkTuningOptions:
-    """ThinkTuning: a teacher's feedback in some of each group's rollouts; names of the loss as in
-    `thinktwice_kernels.grpo_loss`."""
-
-    teacher: str | None = None
-    """Who gives feedback: "frozen" (the initial policy), "live" (the policy as it is), "checkpoint:PATH" (another
-    model, by folder or hub name), "endpoint" (a server, see `endpoint_url`) or my_file.py:function (called with a
-    question and a response, gives an answer in the teacher's format or None)."""
-    shots: str = "default"
-    """YAML file with what models and servers read before question and response: system message, examples, answer format
-    (as the shipped thinktwice_fast/assets/teacher.yaml, "default")."""
-    one_behaviour: bool = False
-    """Ask for one behaviour per request, drawn at random, so that they can be counted; off, the teacher chooses."""
-    fraction: float = bounded(0.1, least=0, most=1)
-    """Share of a group's properly ended rollouts that the teacher is asked about in the first step; at least one."""
-    min_fraction: float = bounded(0.01, least=0, most=1)
-    """What that share falls to, linearly."""
-    decay_steps: int = bounded(0, least=0)
-    """Steps that it takes to fall; 0 = the first third of the run."""
-    cutoff: float = bounded(0.0, least=0, most=1)
-    """The teacher is not asked any more once that share has fallen to this; 0 = asked to the end."""
-    guidance_tokens: int = bounded(512, least=1)
-    """Longest reason and phrase together; a rollout whose guidance is longer stays as it is."""
-    teacher_prompt_tokens: int = bounded(3072, least=1)
-    """Longest prompt of a teacher that is a model here; longer ones are cut on the left."""
-    teacher_answer_tokens: int = bounded(1024, least=1)
-    """Longest answer of a model or server; answers are greedy."""
-    teacher_timeout: float = bounded(60.0, above=0, most=_MOST_SECONDS)
-    """Seconds that a server or function may take for one answer."""
-    endpoint_url: str | None = None
-    """Base address of a server with OpenAI's chat completions, such as http://localhost:8000/v1."""
-    endpoint_model: str | None = None
-    """Name of the model there."""
-    endpoint_key_variable: str = "OPENAI_API_KEY"
-    """Environment variable that holds the server's key, where it wants one."""
-    endpoint_retries: int = bounded(3, least=0)
-    """Further attempts, with growing pauses, after a connection that failed, a time-out, or status 429 or 5xx."""
-    endpoint_concurrency: int = bounded(8, least=1)
-    """Most requests at once, per process."""
-    shaping_coefficient: float = bounded(2.5e-4, least=0, most=1)
-    """A guided token of probability p weighs p / (p + gamma), with gamma = this times the advantage."""
-    shaping_clamp: float = bounded(1e-3, least=0, most=1)
-    """Largest absolute value of gamma."""
-    shaping_min_probability: float = bounded(0.01, least=0, most=1)
-    """A guided token with a negative advantage is not shaped where it is less likely than this."""
-    guide_fallback: Literal["mask", "clip"] = "mask"
-    """What such a token gets instead: nothing, or the term of an ordinary one (the released code's)."""
-    released_code_compat: bool = False
-    """Do as the released code: gamma always minus `shaping_clamp`, weights 1.0001 and 0.9999 where p + gamma is below 0
-    and above 1, all tokens of a guided rollout guided, and no dual clip where no rollout is."""
-
-
-@dataclass
 class UpdateOptions:
     """Optimizer and batches."""
 
@@ -333,7 +279,7 @@ class RunOptions:
     """Write checkpoints and the trained model. Off, as where only speed is of interest, the run can't be continued."""
     transcripts_every: int = bounded(20, least=0)
     """Write a sample of transcripts of the first pair of steps, then every so many; 0 = none."""
-    distributed_timeout: float = bounded(1800.0, least=1, most=_MOST_SECONDS)
+    distributed_timeout: float = bounded(1800.0, least=1, most=MOST_SECONDS)
     """Seconds a process waits for the others before it gives up."""
 
 
@@ -357,7 +303,7 @@ class Config:
     reward: str = "math"
     """"math" (last \\boxed{}, math-verify), "math_strict" (the same by the rules of ThinkTwice's released code),
     "choice" (multiple-choice letter), "exact" (stripped text), or my_file.py:function with TRL's reward signature."""
-    reward_timeout: float = bounded(10.0, above=0, most=_MOST_SECONDS)
+    reward_timeout: float = bounded(10.0, above=0, most=MOST_SECONDS)
     """Seconds a grader may take for one answer before it is stopped (math: graded 0; own function: an error)."""
     reward_workers: int | None = bounded(None, least=1)
     """Grader processes, per training process. Default: for math one per two CPU cores, at most 8; for an own function

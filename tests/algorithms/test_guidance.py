@@ -5,21 +5,25 @@ import pytest
 from tests.small_models import bpe_tokenizer
 from thinktwice_fast.algorithms.thinktuning.feedback import Feedback, parse, splice, tagged
 from thinktwice_fast.algorithms.thinktuning.guided import choose_guided, guided_count, guided_fraction
-from thinktwice_fast.config import Config, ThinkTuningOptions
+from thinktwice_fast.config import Config
 from thinktwice_fast.records import Group, Problem, Rollout
 from thinktwice_fast.tasks.arithmetic import build_tokenizer
 from thinktwice_fast.tasks.prompts import ChatFormat
+from thinktwice_fast.thinktuning_options import ThinkTuningOptions
 
 GOOD = Feedback("incorrect", "8 + 5 is 13,\nnot 14", "So: \\boxed{13}")
 
 
 def test_the_fraction_falls_over_a_third_of_the_run_and_the_cutoff_ends_it() -> None:
-    released = ThinkTuningOptions(cutoff=0.06)
-    assert [number for number in range(1, 51) if guided_fraction(released, 50, number)] == [*range(1, 9)]
     never = ThinkTuningOptions()
     assert guided_fraction(never, 50, 1) == 0.1 and guided_fraction(never, 30, 6) == pytest.approx(0.055)
     assert guided_fraction(never, 50, 18) == guided_fraction(never, 50, 50) == pytest.approx(0.01)
     assert guided_fraction(ThinkTuningOptions(decay_steps=2), 50, 2) == pytest.approx(0.055)
+    assert (
+        guided_fraction(ThinkTuningOptions(cutoff=0.055), 30, 6)
+        == 0
+        < guided_fraction(ThinkTuningOptions(cutoff=0.055), 30, 5)
+    )
     assert [guided_count(n, 0.1) for n in (0, 1, 5, 20, 29)] == [0, 1, 1, 2, 2] and guided_count(5, 0.0) == 0
 
 

@@ -16,12 +16,12 @@ from thinktwice_fast.algorithms.thinktuning.endpoint import EndpointTeacher
 from thinktwice_fast.algorithms.thinktuning.function import FunctionTeacher
 from thinktwice_fast.algorithms.thinktuning.prompt import load_prompt, teacher_ids
 from thinktwice_fast.algorithms.thinktuning.teacher import Answer, Asked, answer_prompts
-from thinktwice_fast.config import ThinkTuningOptions
 from thinktwice_fast.errors import UserError
 from thinktwice_fast.records import Request, Sampling
 from thinktwice_fast.rollout.prefix_cache import Counts
 from thinktwice_fast.tasks.arithmetic import build_tokenizer
 from thinktwice_fast.tasks.prompts import ChatFormat
+from thinktwice_fast.thinktuning_options import ThinkTuningOptions
 
 PROMPT = load_prompt("default")
 ASKED = [Asked("1+2?", "\\boxed{4}"), Asked("3+4?", "\\boxed{7}", behaviour=1)]

@@ -6,8 +6,9 @@ import pytest
 
 from tests.algorithms.stubs import END, Grader, World
 from thinktwice_fast.algorithms.thinktuning.teacher import Answer, Asked
-from thinktwice_fast.config import RolloutOptions, ThinkTuningOptions
+from thinktwice_fast.config import RolloutOptions
 from thinktwice_fast.errors import UserError
+from thinktwice_fast.thinktuning_options import ThinkTuningOptions
 
 pytestmark = pytest.mark.usefixtures("one_process")
 

@@ -4,22 +4,27 @@ import copy
 import re
 import shutil
 from contextlib import ExitStack
+from operator import attrgetter
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.command import train
+from tests.command import ROOT, train
 from tests.run.refusals import SMALL
 from tests.scripted_model import GUIDANCE, write_scripted_model
 from thinktwice_fast.algorithms.thinktuning.feedback import parse
+from thinktwice_fast.algorithms.thinktuning.guided import guided_count, guided_fraction
 from thinktwice_fast.algorithms.thinktuning.teacher import Asked, Voice
 from thinktwice_fast.model.loading import load_model
 from thinktwice_fast.rollout.engine import Engine
 from thinktwice_fast.run import teacher as teacher_module
-from thinktwice_fast.run.metrics import Record, read_metrics, reproducible
-from thinktwice_fast.run.options import parse_config
+from thinktwice_fast.run.checks import check_config
+from thinktwice_fast.run.metrics import Record, reproducible
+from thinktwice_fast.run.metrics_file import read_metrics
+from thinktwice_fast.run.options import from_yaml, parse_config
 from thinktwice_fast.run.teacher import make_teacher, plan_teacher
 from thinktwice_fast.tasks.prompts import ChatFormat
 
@@ -46,6 +51,28 @@ shots:
 - {behaviour: agreement, request: 3=3, question: 1+1+1+1+1, response: 1+1=3, opinion: correct, reason: 1+1, phrase: "2"}
 """
 REWARD = "def score(completions, **columns):\n    return [len(c[0]['content']) % 7 / 7 for c in completions]\n"
+
+# The released script, and what the paper says of its runs.
+RELEASED: dict[str, Any] = {
+    "algorithm": "thinktuning", "problems_per_step": 128, "samples_per_problem": 5, "reward": "math",
+    "model.path": "meta-llama/Llama-3.2-3B-Instruct", "data.source": "openai/gsm8k", "data.split": "train",
+    "thinktuning.teacher": "frozen", "thinktuning.fraction": 0.1, "thinktuning.min_fraction": 0.01,
+    "thinktuning.cutoff": 0.06, "thinktuning.guidance_tokens": 512, "thinktuning.teacher_prompt_tokens": 3072,
+    "thinktuning.teacher_answer_tokens": 1024, "rollout.temperature": 1.0, "rollout.top_p": 1.0, "rollout.top_k": 0,
+    "rollout.max_prompt_tokens": 512, "rollout.max_response_tokens": 1024, "loss.scale_rewards": "group",
+    "loss.epsilon_low": 0.2, "loss.epsilon_high": 0.2, "loss.dual_clip": 3.0, "loss.beta": 0.0,
+    "loss.entropy_coef": 0.0, "loss.loss_agg_mode": "token-mean", "update.learning_rate": 1e-6,
+    "update.warmup_steps": 0, "update.lr_schedule": "constant", "update.weight_decay": 0.01, "update.grad_clip": 1.0,
+    "update.minibatch_sequences": 32 * 5, "run.steps": 50,
+}  # fmt: skip
+
+
+def test_the_papers_configuration_is_the_released_script() -> None:
+    config = from_yaml(ROOT / "configs" / "paper" / "thinktuning-llama3.2-3b.yaml")
+    assert {option: attrgetter(option)(config) for option in RELEASED} == RELEASED
+    check_config(config, 2)
+    guided = [number for number in range(1, 51) if guided_fraction(config.thinktuning, config.run.steps, number)]
+    assert guided == [*range(1, 9)] and guided_count(config.samples_per_problem, config.thinktuning.fraction) == 1
 
 
 @pytest.fixture(scope="module")

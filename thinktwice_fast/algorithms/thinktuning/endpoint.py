@@ -12,9 +12,9 @@ from typing import Any, NoReturn
 
 from thinktwice_fast.algorithms.thinktuning.prompt import TeacherPrompt
 from thinktwice_fast.algorithms.thinktuning.teacher import Answer, Asked
-from thinktwice_fast.config import ThinkTuningOptions
 from thinktwice_fast.errors import UserError, one_line
 from thinktwice_fast.records import Message
+from thinktwice_fast.thinktuning_options import ThinkTuningOptions
 
 _FIRST_PAUSE = 1.0  # seconds before the first retry; each further one takes twice as long
 _LONGEST_PAUSE = 30.0

@@ -3,8 +3,8 @@
 import random
 from collections.abc import Collection
 
-from thinktwice_fast.config import ThinkTuningOptions
 from thinktwice_fast.records import Group, Rollout
+from thinktwice_fast.thinktuning_options import ThinkTuningOptions
 
 
 def guided_fraction(options: ThinkTuningOptions, steps: int, number: int) -> float:

@@ -6,10 +6,10 @@ from typing import Protocol
 
 from thinktwice_fast.algorithms.thinktuning.feedback import Refusal
 from thinktwice_fast.algorithms.thinktuning.prompt import TeacherPrompt, shared_prefix, teacher_ids
-from thinktwice_fast.config import ThinkTuningOptions
 from thinktwice_fast.records import Request, Rollout, Sampling
 from thinktwice_fast.rollout.engine import Engine
 from thinktwice_fast.tasks.prompts import ChatFormat
+from thinktwice_fast.thinktuning_options import ThinkTuningOptions
 
 _LEAST_SHARED = 16  # tokens, from which on a common prefix is worth a request of its own
 
