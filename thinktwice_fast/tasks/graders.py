@@ -137,4 +137,4 @@ GRADERS = {
     "choice": BuiltIn(grade_choice, check=gold_letter),
     "exact": BuiltIn(grade_exact),
 }
-"""The built-in rewards by the name that `--reward` takes."""
+"""The built-in rewards by the name that the option `reward` takes."""
