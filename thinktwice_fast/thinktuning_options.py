@@ -20,7 +20,7 @@ class ThinkTuningOptions:
     (as the shipped thinktwice_fast/assets/teacher.yaml, "default")."""
     one_behaviour: bool = False
     """Ask for one behaviour per request, drawn at random, so that they can be counted; off, the teacher chooses."""
-    fraction: float = bounded(0.1, least=0, most=1)
+    fraction: float = bounded(0.1, above=0, most=1)
     """Share of a group's properly ended rollouts that the teacher is asked about in the first step; at least one."""
     min_fraction: float = bounded(0.01, least=0, most=1)
     """What that share falls to, linearly."""

@@ -11,7 +11,8 @@ V vocabulary; S sequences that decode at once; T tokens and R response tokens of
     gathered weights     b (rest + 2 l) + (b + 4) max(rest, l), in updates, where FSDP2 gathers them: the rest of the
                          model (embedding and head) throughout, two layers at a time, and a gradient until it is reduced
     compute weights      b n, where rollouts (and one process's updates) do not read the masters
-    teacher              b n of its model, its packed weights and graphs, and a KV cache where the policy's does not fit
+    teacher              b n of its model, its packed weights and graphs, a KV cache where the policy's does not fit it,
+                         and what its activations take more than the policy's
     packed weights       b (n - V H, or n where the head is the embedding), for the C++ decoder
     KV cache             2 L K b a token, of the tokens that all sequences which are there together take at their
                          longest, the full blocks of a prompt once (``workload.needed_blocks``); on a GPU at most what
@@ -195,7 +196,7 @@ def predict(
     parts = [Part("program", base, base, base), *_weights(config, shape, model, device, dtype, world)]
     parts += _working(config, shape, model, device, dtype, load)
     if second is not None:
-        parts += _second(config, second, device, dtype, load)
+        parts += _second(config, shape, second, device, dtype, load)
     if device.type == "cuda":
         if config.rollout.decoder != "modules":
             graphs = _sampling_bytes(shape, dtype, load.sequences, load.sequences)
@@ -257,15 +258,17 @@ def _working(
 
 
 def _second(
-    config: Config, second: SecondModel, device: torch.device, dtype: torch.dtype, load: Load
+    config: Config, policy: Shape, second: SecondModel, device: torch.device, dtype: torch.dtype, load: Load
 ) -> Iterator[Part]:
     shape = Shape.of(second.model, ModelOptions())
+    theirs, ours = (_sampling_bytes(one, dtype, load.pass_tokens, load.sequences) for one in (shape, policy))
     weights = dtype.itemsize * shape.parameters if second.copied else 0
     packed = _packed_bytes(replace(config.rollout, exact=False), shape, second.model, device, dtype)
     cache = second.cache_blocks * _block_bytes(shape, dtype)
     yield Part("teacher weights", weights, weights)
     yield Part("teacher packed weights", packed, packed)
     yield Part("teacher KV cache", cache, cache)
+    yield Part("teacher activations", max(0, theirs - ours), 0)
     if device.type == "cuda" and config.rollout.decoder != "modules":
         graphs = _sampling_bytes(shape, dtype, load.sequences, load.sequences)
         yield Part("teacher CUDA graphs", graphs, graphs)

@@ -65,11 +65,11 @@ class Guide:
         started = time.perf_counter()
         fraction = guided_fraction(self._config.thinktuning, self._config.run.steps, number)
         outcomes: list[_Outcome] = []
-        error: UserError | None = None
+        error: UserError | parallel.OtherFailed | None = None
         try:
             outcomes = self._guide(groups, fraction, number)
             self._grade(groups)
-        except UserError as caught:
+        except (UserError, parallel.OtherFailed) as caught:
             error = caught
         parallel.agree(error)
         metrics = {"guided_fraction": fraction, **_member_metrics(groups)}
