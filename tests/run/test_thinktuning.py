@@ -42,7 +42,7 @@ OPTIONS = (
     ),
     *("--run.checkpoint_every", "1", "--run.keep_checkpoints", str(STEPS), "--run.transcripts_every", "1"),
     *("--eval.sets", "{}", "--update.minibatch_sequences", "8", "--update.warmup_steps", "0", "--resume", "auto"),
-    *("--update.learning_rate", "1e-3"),
+    *("--update.learning_rate", "1e-3", "--thinktuning.cutoff", "0"),
 )
 SHOTS = """
 system: 1+1
@@ -157,7 +157,7 @@ def test_a_checkpoint_of_another_shape_and_tokenizer_teaches_with_a_cache_of_its
 def test_a_run_that_can_use_no_answer_says_so(tmp_path: Path) -> None:
     (tmp_path / "teacher.py").write_text("def teach(question, response):\n    return 'Well done.'\n")
     options = (*SMALL, "--algorithm", "thinktuning", "--run.steps", "3", "--output", tmp_path / "run")
-    done = train(*options, "--thinktuning.teacher", f"{tmp_path / 'teacher.py'}:teach")
+    done = train(*options, "--thinktuning.teacher", f"{tmp_path / 'teacher.py'}:teach", "--thinktuning.cutoff", "0")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("until one can, this is GRPO under another name") == 2  # after steps 1 and 2
     assert "solve/refused/unparsed" in done.stdout
