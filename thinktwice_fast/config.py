@@ -6,7 +6,7 @@ what combinations are refused.
 """
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from thinktwice_fast.bounds import MOST_SECONDS, bounded
 from thinktwice_fast.thinktuning_options import ThinkTuningOptions
@@ -22,6 +22,10 @@ class ModelOptions:
     """Keep the config and tokenizer of `path` but start from random weights drawn from `seed`."""
     chat_template: str | None = None
     """File with a Jinja chat template, for a tokenizer that has none (or to replace its own)."""
+    chat_template_args: dict[str, Any] = field(default_factory=dict)
+    """Variables for the chat template (Qwen3: {enable_thinking: false})."""
+    strip_default_system: bool = False
+    """Leave out the system block that the chat template writes where a chat has none of its own (OLMo-3)."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute; "auto" takes a GPU when there is one."""
     compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -43,20 +47,32 @@ class DataOptions:
 
     source: str = "arithmetic:tm5"
     """A jsonl, parquet or csv file, a hub dataset name, or "arithmetic:tm5" / "arithmetic:te5" made by the program."""
-    subset: str | None = None
-    """Configuration name of a hub dataset (GSM8K: "main")."""
+    subset: tuple[str, ...] | str | None = None
+    """Configuration name of a hub dataset (GSM8K: "main"), or several, whose problems follow each other."""
     split: str = "train"
     """Split of a hub dataset."""
     question_column: str | None = None
-    """Column with the question text. Default: the verl schema's `prompt`, else `question`, else `problem`."""
+    """Column with the question text, or a field `column.field` in one. Default: the verl schema's `prompt`, else
+    `question`, else `problem`."""
+    context_column: str | None = None
+    """Column with text that is put before the question where there is any."""
     answer_column: str | None = None
-    """Column with the gold answer. Default: the verl schema's `reward_model.ground_truth`, else `answer`; of an
-    answer in GSM8K's form the part after the last "####" is taken."""
+    """Column with the gold answer, a field `column.field` or a place in a list `column.0`. Default: the verl schema's
+    `reward_model.ground_truth`, else `answer`, else `solution`. Of an answer in GSM8K's form the part after the last
+    "####" is taken, of a worked one the content of the last \\boxed{}; true and false are yes and no."""
+    choices_column: str | None = None
+    """Column with the options of a multiple-choice question, a list of texts or {label: [...], text: [...]}: they are
+    shown as A, B, C, ..., and the answer column names the right one."""
+    wrong_columns: tuple[str, ...] = ()
+    """Columns with a wrong option each, where the answer column holds the right option's text; shown in an order drawn
+    from `choices_seed`."""
+    choices_seed: int = bounded(0, least=0)
+    """Seed of the order of options from `wrong_columns`; the run's `seed` does not touch it."""
     target_column: str | None = None
     """Column with a full worked response, for `algorithm: sft`."""
     instruction: str = ""
-    """Text appended to every question, after a space (how to reason, how to give the answer). verl-schema prompts
-    usually hold one already."""
+    """Text appended to every question, after a space, or a blank line after options (how to reason, how to give the
+    answer); not to one that holds it already, or asks for a \\boxed{} as it does, such as most verl-schema prompts."""
     limit: int = bounded(0, least=0)
     """Use only the first so many problems; 0 = all."""
     shuffle: bool = True
@@ -74,8 +90,8 @@ class ThinkTwiceOptions:
     """Which of a problem's solutions becomes the base of its refine group: any one at random, or a wrong one
     where there is one."""
     refine_instruction: str = "default"
-    """The user message after the base solution; "default" = the paper-style task-agnostic instruction, or the word
-    "recheck" for the shipped model and arithmetic."""
+    """The user message after the base solution, or a .txt or .md file with it; "default" = the paper-style
+    task-agnostic instruction, or the word "recheck" for the shipped model and arithmetic."""
 
 
 @dataclass
@@ -83,8 +99,8 @@ class DapoOptions:
     """Dynamic sampling and overlong shaping (`algorithm: dapo`)."""
 
     max_draws: int | Literal["off"] = bounded(10, least=1)
-    """Draws of `problems_per_step` problems in which a step has to find as many whose samples are not all rewarded
-    alike, before the run stops with an error; "off" = no bound. (In a YAML file write 'off' with quotes.)"""
+    """Draws, each of up to `problems_per_step` problems, in which a step has to find as many whose samples are not all
+    rewarded alike, before the run stops with an error; "off" = no bound. (In a YAML file write 'off' with quotes.)"""
     overlong_buffer_tokens: int | None = bounded(None, least=0)
     """Rewards fall over so many tokens before `rollout.max_response_tokens`, linearly; null = a fifth of these, as
     published (4096 of 20480); 0 = off."""
@@ -237,11 +253,18 @@ class UpdateOptions:
 class EvalOptions:
     """Held-out evaluation: solve, then refine each solution once."""
 
-    sets: dict[str, str] | None = None
-    """Name and source of each evaluation set (as `data.source`; of arithmetic ones the held-out part). Default: the
-    held-out part of an arithmetic `data.source`, none for others; {} = none."""
-    subset: str | None = None
-    """Configuration name of hub datasets among the sets."""
+    sets: dict[str, str | dict[str, Any]] | tuple[str, ...] | None = None
+    """Name of each evaluation set with a ready set's name, a source (as `data.source`; of arithmetic ones the held-out
+    part) or {source: ..., options as of `data`, reward: ...}; or a list of ready sets. Default: the held-out part of an
+    arithmetic `data.source`, none for others; {} = none."""
+    ready_sets: str | None = None
+    """YAML file with more ready sets, written as in `thinktwice_fast/assets/ready_sets.yaml`; its names go first."""
+    data_root: str | None = None
+    """Folder to read ready sets from instead of the hub: aime.parquet or .jsonl, .json, .csv for `aime`, ..., with the
+    hub's columns or in the verl schema."""
+    subset: tuple[str, ...] | str | None = None
+    """Configuration name of hub datasets among the sets; this and the next four are for sets that are not ready and do
+    not say it themselves."""
     split: str = "test"
     """Split of hub datasets among the sets."""
     question_column: str | None = None
@@ -302,7 +325,8 @@ class Config:
     """Samples per problem (G): the group that an advantage is taken over."""
     reward: str = "math"
     """"math" (last \\boxed{}, math-verify), "math_strict" (the same by the rules of ThinkTwice's released code),
-    "choice" (multiple-choice letter), "exact" (stripped text), or my_file.py:function with TRL's reward signature."""
+    "choice" (multiple-choice letter), "yes_no", "exact" (stripped text), or my_file.py:function with TRL's reward
+    signature. Evaluation sets may have one of their own."""
     reward_timeout: float = bounded(10.0, above=0, most=MOST_SECONDS)
     """Seconds a grader may take for one answer before it is stopped (math: graded 0; own function: an error)."""
     reward_workers: int | None = bounded(None, least=1)
@@ -343,10 +367,3 @@ def overlong_buffer(config: Config) -> int:
     """``dapo.overlong_buffer_tokens``, its default resolved."""
     tokens = config.dapo.overlong_buffer_tokens
     return config.rollout.max_response_tokens // 5 if tokens is None else tokens
-
-
-def evaluation_sources(config: Config) -> dict[str, str]:
-    """Name and source of each evaluation set, where `eval.sets` leaves it open those of `data.source`."""
-    if config.eval.sets is not None:
-        return config.eval.sets
-    return {"held_out": config.data.source} if config.data.source.startswith(ARITHMETIC) else {}

@@ -17,6 +17,7 @@ class Problem:
     answer: str  # the gold answer that the reward compares with
     target: str | None = None  # a full worked response, where the source has one (needed by SFT)
     columns: dict[str, Any] = field(default_factory=dict)  # every column of the row, for user rewards
+    reward: str | None = None  # how to grade it, of its evaluation set; None = as the run does
 
     @property
     def question(self) -> str:

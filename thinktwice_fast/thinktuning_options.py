@@ -27,7 +27,7 @@ class ThinkTuningOptions:
     decay_steps: int = bounded(0, least=0)
     """Steps that it takes to fall; 0 = the first third of the run."""
     cutoff: float = bounded(0.06, least=0, most=1)
-    """The teacher is not asked any more once that share has fallen to this (by default after some 15 % of the run, as
+    """The teacher is not asked any more once that share has fallen to this (by default after a seventh of the run, as
     in the released code); 0 = asked to the end."""
     guidance_tokens: int = bounded(512, least=1)
     """Longest reason and phrase together; a rollout whose guidance is longer stays as it is."""

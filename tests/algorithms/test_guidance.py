@@ -18,7 +18,7 @@ def test_the_fraction_falls_over_a_third_of_the_run_and_the_cutoff_ends_it() -> 
     never = ThinkTuningOptions(cutoff=0)
     assert guided_fraction(never, 50, 1) == 0.1 and guided_fraction(never, 30, 6) == pytest.approx(0.055)
     assert guided_fraction(never, 50, 18) == guided_fraction(never, 50, 50) == pytest.approx(0.01)
-    assert guided_fraction(ThinkTuningOptions(decay_steps=2), 50, 2) == pytest.approx(0.055)
+    assert guided_fraction(ThinkTuningOptions(decay_steps=2, cutoff=0), 50, 2) == pytest.approx(0.055)
     assert (
         guided_fraction(ThinkTuningOptions(cutoff=0.055), 30, 6)
         == 0

@@ -63,9 +63,9 @@ DATA_CASES = [
         fresh=True,
     ),
     Case(
-        "numbers as answers",
-        ("row 0", "column answer", "of type int, not text", "make it a string"),
-        source(*({"question": row["question"], "answer": int(row["answer"])} for row in ROWS)),
+        "lists as answers",
+        ("row 0", "column answer", "of type list, not text", "make it a string"),
+        source(*({"question": row["question"], "answer": [row["answer"]]} for row in ROWS)),
     ),
     Case(
         "one answer is a number",
@@ -254,7 +254,7 @@ REWARD_CASES = [
     ),
     Case(
         "unknown reward",
-        ("unknown reward 'maths'", "use math, math_strict, choice, exact, or"),
+        ("unknown reward 'maths'", "use math, math_strict, choice, yes_no,"),
         options("--reward", "maths"),
     ),
     Case(

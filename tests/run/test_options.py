@@ -14,46 +14,17 @@ import pytest
 import yaml
 
 from tests.command import LIMIT, ROOT, TRAIN, environment
-from thinktwice_fast.config import Config, LossOptions, evaluation_sources
+from thinktwice_fast.config import Config, LossOptions
 from thinktwice_fast.errors import UserError
 from thinktwice_fast.run.build import recipe_notes, refine_instruction
 from thinktwice_fast.run.checks import check_config, check_output
 from thinktwice_fast.run.options import from_yaml, parse_config, to_yaml
+from thinktwice_fast.tasks.evaluation_sets import evaluation_sets
 from thinktwice_fast.update.objective import loss_arguments
 from thinktwice_kernels import PRESETS
 from thinktwice_kernels import LossOptions as OpOptions
 
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
-PAPER_CONFIGS = ("qwen3-4b", "olmo3-7b", "llama3.2-3b")
-# ThinkTwice, arXiv 2604.01591, hyperparameters of its runs.
-PAPER = {
-    "algorithm": "thinktwice",
-    "problems_per_step": 32,
-    "samples_per_problem": 8,
-    "reward": "math",
-    "thinktwice.base_selection": "uniform",
-    "thinktwice.refine_instruction": "default",
-    "rollout.temperature": 1.0,
-    "rollout.top_p": 1.0,
-    "rollout.top_k": 0,
-    "rollout.max_prompt_tokens": 5120,
-    "rollout.max_response_tokens": 3000,
-    "loss.scale_rewards": "none",
-    "loss.epsilon_low": 0.2,
-    "loss.epsilon_high": 0.28,
-    "loss.dual_clip": 3.0,
-    "loss.beta": 0.0,
-    "loss.entropy_coef": 0.0,
-    "loss.loss_agg_mode": "token-mean",
-    "update.learning_rate": 1e-6,
-    "update.warmup_steps": 0,
-    "update.lr_schedule": "constant",
-    "update.adam_betas": (0.9, 0.999),
-    "update.weight_decay": 0.01,
-    "update.grad_clip": 1.0,
-    "update.minibatch_sequences": 64,
-    "run.steps": 300,
-}
 
 
 def leaves(owner: type = Config, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -65,13 +36,6 @@ def leaves(owner: type = Config, prefix: str = "") -> Iterator[tuple[str, Any]]:
         else:
             factory = field.default_factory
             yield prefix + field.name, field.default if factory is dataclasses.MISSING else factory()
-
-
-def value(config: Config, name: str) -> Any:
-    found: Any = config
-    for part in name.split("."):
-        found = getattr(found, part)
-    return found
 
 
 def written(path: Path) -> set[str]:
@@ -143,16 +107,6 @@ def test_ready_configurations_are_valid(path: Path, processes: int) -> None:
     check_config(from_yaml(path), processes)
 
 
-@pytest.mark.parametrize("name", PAPER_CONFIGS)
-def test_ready_configurations_state_what_the_paper_fixes(name: str) -> None:
-    path = ROOT / "configs" / f"{name}.yaml"
-    config = from_yaml(path)
-    assert {option: value(config, option) for option in PAPER} == PAPER
-    assert set(PAPER) <= written(path)
-    # Options the paper does not name stay off.
-    assert (config.rollout.min_p, config.update.lr_decay_steps, config.loss.policy_loss) == (0.0, 0, "clip")
-
-
 def test_the_tiny_configuration_is_the_default() -> None:
     assert from_yaml(ROOT / "configs" / "tiny.yaml") == Config()
 
@@ -203,6 +157,11 @@ def test_the_tiny_configuration_is_the_default() -> None:
         "--eval.instruction think",
         '--eval.sets {"a":"mine.jsonl","b":"arithmetic:tm5"} --eval.split train',
         '--eval.sets {"a":"mine.jsonl"} --eval.subset main',
+        "--eval.sets [amc] --eval.split train",
+        "--eval.sets [amc] --eval.question_column text",
+        '--eval.sets {"a":{"source":"openai/gsm8k","split":"test"}} --eval.split train',
+        "--eval.data_root data",
+        "--data.wrong_columns ['a','b']",
         "--eval.sets {} --eval.limit 10",
         "--eval.sets {} --eval.every 10",
         "--run.save false --resume auto",
@@ -227,6 +186,8 @@ def test_an_option_without_effect_is_an_error(arguments: str) -> None:
         "--update.old_logps rollout --update.minibatch_sequences 64",
         "--update.old_logps rollout --update.minibatch_sequences 256 --thinktwice.pairing joint",
         '--eval.sets {"a":"mine.jsonl"} --eval.question_column text',
+        '--eval.sets {"a":{"source":"openai/gsm8k","subset":"main"},"b":"amc"} --eval.split train',
+        "--reward exact --eval.sets [amc] --reward_timeout 3 --reward_workers 4",  # for the set's own grader
         '--eval.sets {"a":"openai/gsm8k","b":"arithmetic:tm5"} --eval.split train --eval.subset main',
         "--algorithm sft --data.source mine.jsonl --data.target_column solution --sft.refine_fraction 0",
         "--update.lr_schedule linear --update.lr_decay_steps 6",
@@ -272,13 +233,18 @@ def test_presets_are_options_of_a_run(name: str) -> None:
 
 def test_evaluation_sets_follow_the_training_data() -> None:
     def sets(*arguments: str) -> dict[str, str]:
-        return evaluation_sources(parse_config([*arguments]))
+        return {name: entry.data.source for name, entry in evaluation_sets(parse_config([*arguments])).items()}
 
     assert sets() == {"held_out": "arithmetic:tm5"}
     assert sets("--data.source", "arithmetic:te5") == {"held_out": "arithmetic:te5"}
     assert sets("--data.source", "mine.jsonl") == {}
     assert sets("--eval.sets", "{}") == {}
     assert sets("--data.source", "mine.jsonl", "--eval.sets", '{"a": "b.csv"}') == {"a": "b.csv"}
+    assert sets("--eval.sets", "[amc, gsm8k]") == {"amc": "AI-MO/aimo-validation-amc", "gsm8k": "openai/gsm8k"}
+    assert sets("--eval.sets.mine", "b.csv", "--eval.sets.few", "{source: amc, limit: 3}") == {
+        "mine": "b.csv",
+        "few": "AI-MO/aimo-validation-amc",
+    }
 
 
 @pytest.mark.parametrize(
@@ -327,7 +293,8 @@ def test_evaluation_sets_follow_the_training_data() -> None:
         ("--loss.dual_clip 0.9", 1, "dual_clip is 0.9: choose a number above 1"),
         ("--update.shard_processes 3", 2, "does not divide 2 processes: take a divisor of 2, or 0"),
         ('--eval.sets {"average":"a.jsonl"}', 1, "rename it"),
-        ('--eval.sets {"a/b":"a.jsonl"}', 1, "rename it"),
+        ('--eval.sets {"a/b":"a.jsonl"}', 1, "can't name a set"),
+        ('--eval.sets {"a":{"source":"amc","limit":-1}}', 1, "--eval.sets.a.limit -1: must be at least 0"),
     ],
 )
 def test_values_that_can_not_work_are_refused(arguments: str, processes: int, says: str) -> None:
@@ -360,7 +327,7 @@ def test_the_refine_instruction_follows_task_and_model(arguments: str, instructi
         ("--model.path Qwen/Qwen3-0.6B", True),
         ("--model.path Qwen/Qwen3-0.6B --update.learning_rate 1e-6", False),
         ("--model.path Qwen/Qwen3-0.6B --rollout.max_response_tokens 500", False),
-        (f"--config {ROOT / 'configs' / 'qwen3-4b.yaml'}", False),
+        (f"--config {ROOT / 'configs' / 'paper' / 'math.yaml'} --model.path Qwen/Qwen3-4B", False),
         (f"--config {ROOT / 'configs' / 'tiny-warm-start.yaml'}", False),
     ],
 )

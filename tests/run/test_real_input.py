@@ -30,7 +30,7 @@ SIZES = (
 )
 REAL = (
     *SIZES,
-    *("--data.instruction", "Put your final answer inside \\boxed{}.", "--eval.instruction", "", "--eval.limit", "2"),
+    *("--data.instruction", "Put your final answer inside \\boxed{}.", "--eval.limit", "2"),
     *("--eval.every", "0", "--thinktwice.refine_instruction", "default"),
 )
 
@@ -40,16 +40,16 @@ class Problems:
     """What to train and to evaluate on."""
 
     train: Path
-    evaluation: dict[str, Path]
+    evaluation: dict[str, Any]  # eval.sets
+    more: tuple[str | Path, ...] = ()
 
     def options(self) -> tuple[str | Path, ...]:
-        sets = json.dumps({name: str(path) for name, path in self.evaluation.items()})
-        return "--data.source", self.train, "--eval.sets", sets
+        return "--data.source", self.train, "--eval.sets", json.dumps(self.evaluation), *self.more
 
 
 OWN_FILE = Path(__file__).parent.parent / "data" / "word_problems.jsonl"
-OWN = Problems(OWN_FILE, {"first": OWN_FILE, "again": OWN_FILE})
-SHARED = Problems(DATA / "gsm8k_train.jsonl", {name: DATA / f"{name}.parquet" for name in BENCHMARKS})
+OWN = Problems(OWN_FILE, {"first": str(OWN_FILE), "again": {"source": str(OWN_FILE), "limit": 1, "reward": "exact"}})
+SHARED = Problems(DATA / "gsm8k_train.jsonl", {name: name for name in BENCHMARKS}, ("--eval.data_root", DATA))
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason=f"no {DATA}: the data sets are no part of the project")
 
 

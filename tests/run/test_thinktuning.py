@@ -4,9 +4,7 @@ import copy
 import re
 import shutil
 from contextlib import ExitStack
-from operator import attrgetter
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -52,24 +50,9 @@ shots:
 """
 REWARD = "def score(completions, **columns):\n    return [len(c[0]['content']) % 7 / 7 for c in completions]\n"
 
-# The released script, and what the paper says of its runs.
-RELEASED: dict[str, Any] = {
-    "algorithm": "thinktuning", "problems_per_step": 128, "samples_per_problem": 5, "reward": "math",
-    "model.path": "meta-llama/Llama-3.2-3B-Instruct", "data.source": "openai/gsm8k", "data.split": "train",
-    "thinktuning.teacher": "frozen", "thinktuning.fraction": 0.1, "thinktuning.min_fraction": 0.01,
-    "thinktuning.cutoff": 0.06, "thinktuning.guidance_tokens": 512, "thinktuning.teacher_prompt_tokens": 3072,
-    "thinktuning.teacher_answer_tokens": 1024, "rollout.temperature": 1.0, "rollout.top_p": 1.0, "rollout.top_k": 0,
-    "rollout.max_prompt_tokens": 512, "rollout.max_response_tokens": 1024, "loss.scale_rewards": "group",
-    "loss.epsilon_low": 0.2, "loss.epsilon_high": 0.2, "loss.dual_clip": 3.0, "loss.beta": 0.0,
-    "loss.entropy_coef": 0.0, "loss.loss_agg_mode": "token-mean", "update.learning_rate": 1e-6,
-    "update.warmup_steps": 0, "update.lr_schedule": "constant", "update.weight_decay": 0.01, "update.grad_clip": 1.0,
-    "update.minibatch_sequences": 32 * 5, "run.steps": 50,
-}  # fmt: skip
 
-
-def test_the_papers_configuration_is_the_released_script() -> None:
+def test_the_released_script_guides_one_of_five_in_eight_steps() -> None:
     config = from_yaml(ROOT / "configs" / "paper" / "thinktuning-llama3.2-3b.yaml")
-    assert {option: attrgetter(option)(config) for option in RELEASED} == RELEASED
     check_config(config, 2)
     guided = [number for number in range(1, 51) if guided_fraction(config.thinktuning, config.run.steps, number)]
     assert guided == [*range(1, 9)] and guided_count(config.samples_per_problem, config.thinktuning.fraction) == 1
@@ -127,7 +110,7 @@ def test_a_kl_terms_reference_is_the_frozen_teacher(
     loaded = load_model(config.model, 0, torch.device("cpu"))
     monkeypatch.setattr(teacher_module, "load_model", None)
     with ExitStack() as stack:
-        plan = plan_teacher(config, loaded, 20, 1, stack)
+        plan = plan_teacher(config, loaded, ChatFormat(loaded.tokenizer), 20, 1, stack)
     assert plan.second is not None and not plan.second.copied and plan.taught is not None
     moved = copy.deepcopy(loaded.model)
     for parameter in moved.parameters():

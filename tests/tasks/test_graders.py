@@ -8,6 +8,8 @@ from thinktwice_fast.tasks.graders import (
     grade_choice,
     grade_exact,
     grade_math,
+    grade_yes_no,
+    yes_or_no,
 )
 
 
@@ -54,6 +56,29 @@ def test_choice_compares_letters() -> None:
 def test_choice_needs_a_letter_as_gold_answer() -> None:
     with pytest.raises(UserError, match=r"row 7 \(from 0\): the gold answer '42' is no letter .* use --reward exact"):
         grade_choice("A", problem("42"))
+
+
+@pytest.mark.parametrize(
+    ("completion", "word"),
+    [
+        ("so \\boxed{Yes}", "yes"),
+        ("\\boxed{\\text{no.}}", "no"),
+        ("\\boxed{true}", "yes"),
+        ("yes \\boxed{perhaps}", None),
+        ("Weighing it.\n**No**", "no"),
+        ("The answer is yes, as no one", "yes"),
+        ("Answer: No", "no"),
+        ("no idea", None),
+    ],
+)
+def test_yes_or_no(completion: str, word: str | None) -> None:
+    assert yes_or_no(completion) == word
+    assert grade_yes_no(completion, problem("True")) == (word == "yes")
+
+
+def test_yes_no_needs_one_of_them_as_gold_answer() -> None:
+    with pytest.raises(UserError, match=r"the gold answer 'maybe' is neither yes nor no"):
+        grade_yes_no("yes", problem("maybe"))
 
 
 def test_exact_strips() -> None:

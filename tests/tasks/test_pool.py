@@ -191,7 +191,12 @@ def test_a_problem_that_choice_cannot_grade_is_found_before_training() -> None:
 @pytest.mark.parametrize(
     ("reward", "timeout", "workers", "message"),
     [
-        ("maths", 1.0, 1, "unknown reward 'maths'; use math, math_strict, choice, exact, or my_file.py:function"),
+        (
+            "maths",
+            1.0,
+            1,
+            "unknown reward 'maths'; use math, math_strict, choice, yes_no, exact, or my",
+        ),
         ("math", 0.0, 1, "reward_timeout is 0.0"),
         ("math", 1.0, 0, "reward_workers is 0"),
     ],

@@ -5,7 +5,7 @@ from transformers import PreTrainedTokenizerFast
 
 from thinktwice_fast.errors import UserError
 from thinktwice_fast.tasks.arithmetic import build_tokenizer, terse_solution
-from thinktwice_fast.tasks.prompts import DEFAULT_REFINE_INSTRUCTION, ChatFormat, refine_messages
+from thinktwice_fast.tasks.prompts import DEFAULT_REFINE_INSTRUCTION, ChatFormat, instruction_text, refine_messages
 
 QUESTION = ({"role": "user", "content": "What is one and one?"},)
 
@@ -115,8 +115,9 @@ def test_thinking_moves_in_front_of_the_instruction(base: str, opened: bool, sol
     prompt = refine_messages(QUESTION, base, "recheck", opened)
     assert not prompt.verbatim
     assert prompt.messages[1]["content"] == solution
-    quoted = f"Your previous reasoning was:\n{thought}\n\nrecheck" if thought else "recheck"
-    assert prompt.messages[2]["content"] == quoted
+    quoted = {"Your previous reasoning was:": thought, "Your previous answer was:": solution}
+    parts = [f"{title}\n{text}\n\n" for title, text in quoted.items() if text]
+    assert prompt.messages[2]["content"] == "".join(parts) + "recheck"
 
 
 def test_arithmetic_chat() -> None:
@@ -177,14 +178,68 @@ def test_an_opened_thought_does_not_stay_open(make) -> None:
     base = chat.encode("One and one.\n</think>\n\nTwo.")
     expected = (
         "<|im_start|>user\nWhat is one and one?<|im_end|>\n<|im_start|>assistant\n{}<|im_end|>\n"
-        "<|im_start|>user\nYour previous reasoning was:\nOne and one.\n\nrecheck<|im_end|>\n"
+        "<|im_start|>user\nYour previous reasoning was:\nOne and one.\n\n{}recheck<|im_end|>\n"
         "<|im_start|>assistant\n<think>\n"
     )
     stop = tokenizer.eos_token_id
     ids = refine(chat, [*base, stop], chat.response_text([*base, stop], [stop]), [stop])
-    assert tokenizer.decode(ids) == expected.format("Two.")
+    assert tokenizer.decode(ids) == expected.format("Two.", "Your previous answer was:\nTwo.\n\n")
     cut_off = chat.encode("One and one.")
-    assert tokenizer.decode(refine(chat, cut_off, "One and one.", [stop])) == expected.format("")
+    assert tokenizer.decode(refine(chat, cut_off, "One and one.", [stop])) == expected.format("", "")
+
+
+def test_what_is_quoted_fits_the_longest_prompt(make) -> None:
+    tokenizer = make(QWEN3_THINKING)
+    base = "one and " * 40 + "two.</think>Two."
+    whole = len(refine(ChatFormat(tokenizer), [], base, []))
+    bare = len(refine(ChatFormat(tokenizer), [], "</think>Two.", [])) - len(
+        tokenizer.encode("Your previous answer was:\nTwo.\n\n", add_special_tokens=False)
+    )
+    for longest in range(bare, whole, 3):
+        ids = refine(ChatFormat(tokenizer, longest_prompt=longest), [], base, [])
+        text = tokenizer.decode(ids)
+        assert len(ids) <= longest and "<|im_start|>assistant\nTwo.<|im_end|>" in text and "recheck" in text
+        assert "previous answer" not in text
+        assert (".\n\nrecheck" in text) == ("previous reasoning" in text)  # its end is kept
+    assert "one and" in text  # only the answer had to go
+
+
+DEFAULT_SYSTEM = (  # as OLMo-3's template does
+    "{% if messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nYou are helpful.<|im_end|>\n' }}{% endif %}"
+)
+
+
+@pytest.mark.parametrize("begin", ["", "{{ bos_token }}"])
+def test_a_default_system_block_is_left_out(make, begin: str) -> None:
+    chat = ChatFormat(make(begin + DEFAULT_SYSTEM + CHATML), strip_default_system=True)
+    plain = ChatFormat(make(begin + CHATML))
+    assert chat.prompt_ids(QUESTION) == plain.prompt_ids(QUESTION)
+    base = chat.encode("two")
+    assert refine(chat, base, "two", []) == refine(plain, base, "two", [])
+    own = [{"role": "system", "content": "Be brief."}, *QUESTION]
+    assert chat.prompt_ids(own) == plain.prompt_ids(own)
+    with pytest.raises(UserError, match=r"strip_default_system: .* by itself: leave it out"):
+        ChatFormat(make(begin + CHATML), strip_default_system=True)
+
+
+def test_template_arguments(make) -> None:
+    template = CHATML + "{% if add_generation_prompt and enable_thinking is false %}{{ '<think></think>' }}{% endif %}"
+    tokenizer = make(template)
+    assert tokenizer.decode(ChatFormat(tokenizer, {"enable_thinking": False}).prompt_ids(QUESTION)).endswith("</think>")
+    assert not ChatFormat(tokenizer, {"enable_thinking": False}).notes
+    assert "no use for thinking_budget" in ChatFormat(tokenizer, {"thinking_budget": 5}).notes[0]
+    with pytest.raises(UserError, match="tokenize is not for you to set"):
+        ChatFormat(tokenizer, {"tokenize": True})
+
+
+def test_an_instruction_from_a_file(tmp_path) -> None:
+    (tmp_path / "again.txt").write_text("Once more,\nplease.\n")
+    assert instruction_text(str(tmp_path / "again.txt")) == "Once more,\nplease."
+    assert instruction_text("Look at notes.txt") == "Look at notes.txt"
+    (tmp_path / "empty.md").touch()
+    for name, what in (("empty.md", "is empty"), ("gone.txt", "can't read it")):
+        with pytest.raises(UserError, match=what):
+            instruction_text(str(tmp_path / name))
 
 
 def test_a_question_shown_in_another_way_once_answered(make) -> None:

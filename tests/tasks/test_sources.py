@@ -96,6 +96,50 @@ def test_columns_named_by_options(write: Write) -> None:
     assert (problem.question, problem.answer, problem.target) == ("q", "7", "It is 7.")
 
 
+@pytest.mark.parametrize(
+    ("answer", "gold"),
+    [(7, "7"), (142.0, "142"), (0.5, "0.5"), (True, "yes"), ("$2n-2$", "2n-2"), ("a \\$5", "a \\$5")],
+)
+def test_what_is_taken_for_a_gold_answer(write: Write, answer: Any, gold: str) -> None:
+    (problem,) = load_source(DataOptions(source=write("a.jsonl", [{"question": "q", "answer": answer}])))
+    assert problem.answer == gold
+
+
+MATH = [  # how boxes are written in the MATH data set
+    ("First $\\boxed{1}$, then $\\boxed{\\frac{1}{2}}$.", "\\frac{1}{2}"),
+    ("So $x = \\boxed 2$ it is.", "2"),
+    ("Thus \\fbox{C} holds.", "C"),
+]
+
+
+def test_gold_answers_out_of_worked_solutions_of_several_subsets(monkeypatch: pytest.MonkeyPatch) -> None:
+    parts = dict(zip(("algebra", "geometry"), (MATH[:1], MATH[1:]), strict=True))
+
+    def subset(name: str, part: str, split: str) -> datasets.Dataset:
+        assert (name, split) == ("EleutherAI/hendrycks_math", "train")
+        return datasets.Dataset.from_list([{"problem": "q", "solution": text} for text, _ in parts[part]])
+
+    monkeypatch.setattr(datasets, "load_dataset", subset)
+    problems = load_source(DataOptions("EleutherAI/hendrycks_math", subset=("algebra", "geometry")))
+    assert [(problem.index, problem.answer) for problem in problems] == list(enumerate(gold for _, gold in MATH))
+
+
+@pytest.mark.parametrize(
+    ("question", "instruction", "appended"),
+    [
+        ("q", "Box it.", True),
+        ("q  Box\nit, like so.", "Box it.", False),
+        ("q Put it inside \\boxed{}, please.", "Give it in a \\boxed{}.", False),
+        ("q $\\boxed{3}$", "Give it in a \\boxed{}.", True),
+    ],
+)
+def test_an_instruction_is_not_said_twice(write: Write, question: str, instruction: str, appended: bool) -> None:
+    path = write("t.jsonl", [{"question": question, "answer": "1"}])
+    source = load_source(DataOptions(source=path, instruction=instruction))
+    assert source[0].question == (f"{question} {instruction}" if appended else question)
+    assert [path in note and "1 of 1 prompts" in note for note in source.notes] == [True] * (not appended)
+
+
 def test_csv_answers_stay_text(write: Write) -> None:
     problems = load_source(DataOptions(source=write("t.csv", "question,answer\nq,007\nr,NA\n")))
     assert [problem.answer for problem in problems] == ["007", "NA"]
@@ -192,10 +236,9 @@ def test_remedies_for_an_evaluation_set_name_its_options(write: Write, monkeypat
             [{"question": "q", "answer": "1"}, {"question": "r", "answer": 2}],
             "row 1 (from 0), column answer: of type int",
         ),
-        (
-            [{"question": "q", "answer": 1}, {"question": "r", "answer": 2}],
-            "row 0 (from 0), column answer: of type int",
-        ),
+        ([{"question": "q", "answer": float("nan")}], "row 0 (from 0), column answer: of type float"),
+        ([{"question": "q", "solution": "It is 7."}], "row 0 (from 0), column solution: no answer in a \\boxed{}"),
+        ([{"question": "q", "answer": "so \\boxed{7"}], "row 0 (from 0), column answer: no answer"),
         ([{"question": "q", "answer": "1"}, {"question": "r"}], "row 1 (from 0), column answer: empty (null)"),
         ([{"question": "q", "answer": ["1"]}], "row 0 (from 0), column answer: of type list"),
         ([{"question": "q", "answer": "so #### "}], "row 0 (from 0), column answer: no answer"),
@@ -207,8 +250,8 @@ def test_remedies_for_an_evaluation_set_name_its_options(write: Write, monkeypat
             "row 1 (from 0), column x",
         ),
         (
-            [{"prompt": "q", "reward_model": {"ground_truth": 4}}],
-            "row 0 (from 0), column reward_model.ground_truth: of type int",
+            [{"prompt": "q", "reward_model": {"ground_truth": None}}, {"prompt": "q", "reward_model": {}}],
+            "row 0 (from 0), column reward_model.ground_truth: empty (null)",
         ),
     ],
 )

@@ -58,7 +58,7 @@ CASES: dict[str, tuple[dict[str, Any], Any]] = {
     "several mini-batches": (SMALL, lambda: share([rollouts(8, seed) for seed in range(3)])),
     "reference": (SMALL | {"loss__beta": 0.2}, lambda: share([uneven(), rollouts(6, 9)])),
     "sequence means": ({"loss__loss_agg_mode": "seq-mean-token-mean"}, lambda: share([uneven()])),
-    "guided": (SMALL, guided),
+    "guided": (SMALL | {"thinktuning__guide_fallback": "clip", "update__old_logps": "rollout"}, guided),
     "kept tokens": (
         SMALL | KEPT | {"loss__rollout_is": "token-mask"},
         lambda: share([uneven(), half_without_signal()]),

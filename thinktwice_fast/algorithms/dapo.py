@@ -21,11 +21,12 @@ def build(parts: Parts) -> "DAPO":
 
 
 class DAPO:
-    """Each step draws problems, ``problems_per_step`` at a time, until as many have samples of unequal reward.
+    """Each step draws problems until ``problems_per_step`` of them have samples of unequal reward, and trains on these.
 
-    It trains on the first of these, in the order in which they were drawn; what else was drawn is discarded. So between
-    steps there is only the position in the problem stream, and a step sees the same samples whatever the number of
-    processes.
+    The first draw is of ``problems_per_step`` problems, each later one of as many as seem to be missing, going by those
+    before, and no more than the first. The batch is the first of them in the problem stream's order, whatever the
+    draws' sizes and the number of processes; what else was drawn is discarded. So between steps there is only the
+    position in the stream.
     """
 
     def __init__(self, config: Config, problems: ProblemStream, sampler: Sampler, updater: Updater):
@@ -46,25 +47,29 @@ class DAPO:
         kept: dict[int, Group] = {}  # this process's groups with signal, by slot
         found: list[int] = []  # slots of those of all processes, in order
         times = SamplingTimes(0.0, 0.0, 0, 0)
-        draws = 0
+        draws, drawn = 0, 0  # problems drawn
         while len(found) < batch:
-            self._check_bound(draws, len(found))
+            self._check_bound(draws, drawn, len(found))
             # Slots go on from draw to draw: no two samples of the step share random numbers.
-            groups = [self._group(draws * batch + slot) for slot in self._policy_step.slots]
+            size = next_draw(batch, drawn, len(found))
+            slots = range(drawn + parallel.rank(), drawn + size, parallel.world_size())
+            groups = [self._sampler.solve_group(slot, self._problems[self._position + slot]) for slot in slots]
             times += self._sampler.fill(groups, self._policy_step.spec(number))
             samples += Sample.of(groups)
             kept |= {group.slot: group for group in groups if has_signal(group)}
             found = sorted(parallel.gather_flat([*kept]))
-            draws += 1
+            draws, drawn = draws + 1, drawn + size
         metrics = sample_metrics(samples) | rollout_metrics(samples, times)
         chosen = [kept[slot] for slot in found[:batch] if slot in kept]
-        metrics |= self._selection_metrics(chosen, draws)
+        generations = drawn * self._config.samples_per_problem
+        metrics |= {"draws": float(draws), "samples_discarded": float(generations - samples_per_step(self._config))}
+        metrics["overlong_penalty"] = self._mean_penalty(chosen)
         places = {slot: place for place, slot in enumerate(found[:batch])}
         for group in chosen:
             group.slot = places[group.slot]  # within the batch: what mini-batches are cut by
         metrics |= self._policy_step.learn([chosen])
-        self._position += draws * batch
-        return Step("solve", metrics, chosen, generations=draws * samples_per_step(self._config))
+        self._position += drawn
+        return Step("solve", metrics, chosen, generations=generations)
 
     def state(self) -> dict[str, Any]:
         """What ``load_state`` needs to continue, as plain JSON values; the same on every process."""
@@ -74,28 +79,18 @@ class DAPO:
         """Continue where ``state()`` was taken."""
         self._position = state["position"]
 
-    def _group(self, slot: int) -> Group:
-        return self._sampler.solve_group(slot, self._problems[self._position + slot])
-
-    def _check_bound(self, draws: int, found: int) -> None:
+    def _check_bound(self, draws: int, drawn: int, found: int) -> None:
         bound = self._config.dapo.max_draws
         if draws == bound:
-            batch = self._config.problems_per_step
             raise UserError(
-                f"--dapo.max_draws {bound}: of {draws * batch} problems drawn {found} have samples that are not all "
-                f"rewarded alike, and a batch takes {batch}: raise it (off = no bound) or --samples_per_problem, or "
-                "take problems that are neither too easy nor too hard"
+                f"--dapo.max_draws {bound}: of {drawn} problems drawn {found} have samples that are not all rewarded "
+                f"alike, and a batch takes {self._config.problems_per_step}: raise it (off = no bound) or "
+                "--samples_per_problem, or take problems that are neither too easy nor too hard"
             )
 
-    def _selection_metrics(self, chosen: list[Group], draws: int) -> dict[str, float]:
-        rollouts = graded(chosen)
-        everyone = parallel.gather((sum(map(self._overlong, rollouts)), len(rollouts)))
-        penalty, count = (sum(column) for column in zip(*everyone, strict=True))
-        return {
-            "draws": float(draws),
-            "samples_discarded": float((draws - 1) * samples_per_step(self._config)),
-            "overlong_penalty": penalty / count,
-        }
+    def _mean_penalty(self, chosen: list[Group]) -> float:
+        everyone = parallel.gather_flat([self._overlong(rollout) for rollout in graded(chosen)])
+        return sum(everyone) / len(everyone)
 
     def _shaped(self, rollout: Rollout) -> float:
         return raw_reward(rollout) - self._overlong(rollout)
@@ -104,6 +99,11 @@ class DAPO:
         return self._config.dapo.overlong_penalty * overlong_share(
             len(rollout.response), self._config.rollout.max_response_tokens, overlong_buffer(self._config)
         )
+
+
+def next_draw(batch: int, drawn: int, found: int) -> int:
+    """Problems to draw where ``found`` of those drawn so far have signal, and ``batch`` have to."""
+    return min(batch, -(-(batch - found) * drawn // found)) if found else batch
 
 
 def has_signal(group: Group) -> bool:

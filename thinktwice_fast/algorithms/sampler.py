@@ -8,7 +8,8 @@ from thinktwice_fast import parallel
 from thinktwice_fast.errors import UserError
 from thinktwice_fast.records import Base, Group, Problem, Request, Rollout, Sampling
 from thinktwice_fast.rollout.engine import Engine, OnEnd
-from thinktwice_fast.tasks.pool import Grader, Grading
+from thinktwice_fast.tasks.grading import Graders
+from thinktwice_fast.tasks.pool import Grading
 from thinktwice_fast.tasks.prompts import ChatFormat
 
 Gradings = list[tuple[Group, Grading]]  # complete groups with their rewards on the way
@@ -66,7 +67,7 @@ class Sampler:
 
     engine: Engine
     chat: ChatFormat
-    grader: Grader
+    grader: Graders
     refine_instruction: str
     stop_ids: frozenset[int]
 

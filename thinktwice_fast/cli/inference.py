@@ -31,7 +31,7 @@ class Inference:
         self.model = cast_parameters(loaded.model, pick_dtype(options, device))
         self.tokenizer = loaded.tokenizer
         self.stop_ids = loaded.stop_ids
-        self.chat = ChatFormat(loaded.tokenizer)
+        self.chat = ChatFormat(loaded.tokenizer, choice.chat_template_args, choice.strip_default_system)
 
     def engine(self, sequences: int, max_tokens: int, needed: int | None = None) -> Engine:
         """An engine with a KV cache for so many sequences at once, as far as the GPU has room.

@@ -1,11 +1,13 @@
 """Options that several commands share."""
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 MODEL_NAMES = {
     "model.path": "model",
     "model.chat_template": "chat_template",
+    "model.chat_template_args": "chat_template_args",
+    "model.strip_default_system": "strip_default_system",
     "model.device": "device",
     "model.compute_dtype": "dtype",
 }
@@ -21,6 +23,10 @@ class ModelChoice:
     but sums such as 8-8+5+6-9."""
     chat_template: str | None = None
     """File with a Jinja chat template, for a tokenizer that has none (or to replace its own)."""
+    chat_template_args: dict[str, Any] = field(default_factory=dict)
+    """Variables for the chat template, as in training."""
+    strip_default_system: bool = False
+    """Leave out the system block that the chat template writes by itself, as in training."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute; "auto" takes a GPU when there is one."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"

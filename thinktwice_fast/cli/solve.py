@@ -35,7 +35,8 @@ class SolveOptions(ModelChoice):
     instruction: str = ""
     """Text appended to every question, after a space (how to give the answer)."""
     refine_instruction: str = "default"
-    """The user message after a solution; "default" = the one that training takes by default."""
+    """The user message after a solution, or a .txt or .md file with it; "default" = the one that training takes by
+    default."""
     passes: int = bounded(1, least=0, most=100)
     """Refinements of each solution, one after another."""
     max_tokens: int = bounded(2048, least=1)
@@ -73,6 +74,8 @@ def run(options: SolveOptions) -> None:
     solver = Solver(
         options.model,
         chat_template=options.chat_template,
+        chat_template_args=options.chat_template_args,
+        strip_default_system=options.strip_default_system,
         refine_instruction=options.refine_instruction,
         device=options.device,
         dtype=options.dtype,

@@ -27,7 +27,7 @@ from thinktwice_fast.records import Message, Request, Rollout, Sampling
 from thinktwice_fast.rollout.prefix_cache import Counts
 from thinktwice_fast.tasks.answers import extract_boxed
 from thinktwice_fast.tasks.arithmetic import RECHECK, build_tokenizer, running_totals
-from thinktwice_fast.tasks.prompts import ChatFormat, RefinePrompt
+from thinktwice_fast.tasks.prompts import ChatFormat, RefinePrompt, instruction_text
 
 GREEDY = Sampling(temperature=0.0, max_tokens=2048)
 _TERMS = 5  # of the arithmetic that the shipped model knows
@@ -130,7 +130,10 @@ class Solver:
     Args:
         model: folder in transformers format, hub name, or "tiny" for the shipped model.
         chat_template: file with a Jinja chat template, for a tokenizer that has none.
-        refine_instruction: the user message after a solution; "default" = the task-agnostic one that training takes.
+        chat_template_args: variables for it.
+        strip_default_system: leave out the system block that it writes by itself.
+        refine_instruction: the user message after a solution, or a .txt or .md file with it; "default" = the
+            task-agnostic one that training takes.
         device: "auto", "cpu" or "cuda".
         dtype: "auto" (bfloat16 on a GPU, float32 on the CPU), "float32" or "bfloat16".
         max_sequences: problems worked on at once.
@@ -144,17 +147,22 @@ class Solver:
         model: str = "tiny",
         *,
         chat_template: str | None = None,
+        chat_template_args: dict[str, Any] | None = None,
+        strip_default_system: bool = False,
         refine_instruction: str = "default",
         device: str = "auto",
         dtype: str = "auto",
         max_sequences: int = 16,
     ):
         names: Any = {"device": device, "dtype": dtype}
-        self._inference = Inference(ModelChoice(model, chat_template, **names))
+        choice = ModelChoice(model, chat_template, chat_template_args or {}, strip_default_system, **names)
+        self._inference = Inference(choice)
         self._chat, self._stop_ids = self._inference.chat, self._inference.stop_ids
         self._max_sequences = max_sequences
         self._arithmetic = self._inference.tokenizer.get_vocab() == build_tokenizer().get_vocab()
-        self._instruction = RECHECK if self._arithmetic and refine_instruction == "default" else refine_instruction
+        self._instruction = (
+            RECHECK if self._arithmetic and refine_instruction == "default" else instruction_text(refine_instruction)
+        )
         self.counts = Counts()  # of the last call: how many refinements extended their solution's cache
 
     def solve(

@@ -1,9 +1,8 @@
 """Puts a run together: problems, model, engine, grader, optimizer, algorithm."""
 
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -16,13 +15,7 @@ from thinktwice_fast.algorithms.sampler import Sampler
 from thinktwice_fast.algorithms.star import with_hint
 from thinktwice_fast.algorithms.step import Algorithm
 from thinktwice_fast.algorithms.thinktuning.teacher import Voice
-from thinktwice_fast.config import (
-    ARITHMETIC,
-    Config,
-    DataOptions,
-    evaluation_sources,
-    samples_per_step,
-)
+from thinktwice_fast.config import ARITHMETIC, Config, samples_per_step
 from thinktwice_fast.errors import UserError
 from thinktwice_fast.model.flops import Flops
 from thinktwice_fast.model.loading import SHIPPED, LoadedModel, load_model, pick_device, pick_dtype
@@ -35,10 +28,11 @@ from thinktwice_fast.run.memory import SecondModel, device_bytes, held_bytes, ke
 from thinktwice_fast.run.teacher import TeacherPlan, make_teacher, plan_teacher
 from thinktwice_fast.run.workload import Evaluated, Taught, heaviest_load, phases
 from thinktwice_fast.tasks.arithmetic import RECHECK, warm_start_example
-from thinktwice_fast.tasks.graders import GRADERS
-from thinktwice_fast.tasks.pool import Grader
-from thinktwice_fast.tasks.prompts import ChatFormat
-from thinktwice_fast.tasks.sources import Source, load_source
+from thinktwice_fast.tasks.evaluation_sets import evaluation_sets
+from thinktwice_fast.tasks.grading import Graders
+from thinktwice_fast.tasks.prompts import ChatFormat, instruction_text
+from thinktwice_fast.tasks.source import Source
+from thinktwice_fast.tasks.sources import load_source
 from thinktwice_fast.tasks.stream import ProblemStream
 from thinktwice_fast.update.optimizer import build_optimizer, check_optimizer
 from thinktwice_fast.update.updater import Updater
@@ -68,7 +62,7 @@ class Prepared:
     dtype: torch.dtype  # to compute in
     loaded: LoadedModel
     chat: ChatFormat
-    grader: Grader
+    grader: Graders
     instruction: str  # to refine
     stream: ProblemStream
     usable: int | None  # problems; None = endless
@@ -109,28 +103,27 @@ def prepare(
     """
     check_library(config.model)
     train = load_source(config.data)
-    sets = {
-        name: load_source(_evaluation_data(config, source), held_out=True, prefix="eval")
-        for name, source in evaluation_sources(config).items()
-    }
-    workers = config.reward_workers
-    if workers is None:
-        workers = min(8, max(1, (os.cpu_count() or 1) // 2)) if config.reward in GRADERS else 1
+    entries = evaluation_sets(config)
+    sets = {name: entry.load() for name, entry in entries.items()}
+    others = [entry.reward for entry in entries.values() if entry.reward is not None]
     stop = parallel.look_for_failure
-    grader = resources.enter_context(Grader(config.reward, config.reward_timeout, workers, stop))
+    grader = resources.enter_context(Graders(config.reward, others, config.reward_timeout, config.reward_workers, stop))
     device = device or pick_device(config.model, launch.env_local_rank())
     dtype = pick_dtype(config.model, device)
     sharded = shards_weights(launch.env_world_size(), dtype, lora=bool(config.model.lora_rank))
     check_optimizer(config.update, sharded=sharded)
     before = held_bytes(device)
     loaded = load(device)
-    chat = ChatFormat(loaded.tokenizer)
+    options = config.model
+    chat = ChatFormat(
+        loaded.tokenizer, options.chat_template_args, options.strip_default_system, config.rollout.max_prompt_tokens
+    )
     longest = config.rollout.max_prompt_tokens + config.rollout.max_response_tokens
     _check_context(loaded, longest)
 
     instruction = refine_instruction(config)
     prompts = _PromptLimit(config, chat, instruction, loaded.stop_ids)
-    notes = recipe_notes(config)
+    notes = [*recipe_notes(config), *chat.notes, *(note for source in (train, *sets.values()) for note in source.notes)]
     method = METHODS[config.algorithm]
     usable = prompts.usable(train, config.data.source, notes, refined="refine" in method.phases, hint=_hint(config))
     longest_prompts = {phase: prompts.longest["refine" if phase == "refine" else "solve"] for phase in method.phases}
@@ -138,11 +131,12 @@ def prepare(
     if method.samples:  # else it grades nothing that it learns from
         _check_answers(grader, config.data.source, (train[i] for i in ((0,) if usable is None else usable)))
     stream = ProblemStream(train, usable, config.seed, config.data.shuffle)
-    evaluation_sets, evaluated = {}, Evaluated()
+    held_out, evaluated = {}, Evaluated()
     for name, source in sets.items():
-        problems = [source[i] for i in prompts.usable(source, name, notes) or ()]
+        usable_here = prompts.usable(source, name, notes) or ()
+        problems = [replace(source[i], reward=entries[name].reward) for i in usable_here]
         _check_answers(grader, name, problems)
-        evaluation_sets[name] = problems
+        held_out[name] = problems
         evaluated = Evaluated(
             max(evaluated.problems, len(problems)),
             config.eval.samples,
@@ -150,10 +144,10 @@ def prepare(
         )
     teacher = None
     if config.algorithm == "thinktuning":
-        teacher = plan_teacher(config, loaded, longest_prompts["solve"], launch.env_world_size(), resources)
+        teacher = plan_teacher(config, loaded, chat, longest_prompts["solve"], launch.env_world_size(), resources)
     return Prepared(
         device, dtype, loaded, chat, grader, instruction, stream,
-        None if usable is None else len(usable), longest_prompts, evaluation_sets, evaluated, teacher, notes, before,
+        None if usable is None else len(usable), longest_prompts, held_out, evaluated, teacher, notes, before,
     )  # fmt: skip
 
 
@@ -272,7 +266,8 @@ class _PromptLimit:
 
     def _note_longest(self, lengths: Iterable[int], beside: int) -> None:
         longest = max(lengths)
-        self.longest = {"solve": longest, "refine": longest + beside}
+        quoted = self._response if self._chat.thinks and beside else 0  # an answer stands there twice
+        self.longest = {"solve": longest, "refine": min(self._limit, longest + beside + quoted)}
 
     def _beside_question(self, problem: Problem) -> int:
         prompt = self._chat.prompt_ids(problem.messages)
@@ -290,8 +285,13 @@ class _PromptLimit:
 
 
 def refine_instruction(config: Config) -> str:
-    """``thinktwice.refine_instruction``, its default resolved: arithmetic and the shipped model have their own word."""
-    instruction = config.thinktwice.refine_instruction
+    """``thinktwice.refine_instruction``, read where it is a file; arithmetic and the shipped model default to their own
+    word.
+
+    Raises:
+        UserError: a file that can't be read, or is empty.
+    """
+    instruction = instruction_text(config.thinktwice.refine_instruction)
     at_home = config.data.source.startswith(ARITHMETIC) or config.model.path == SHIPPED
     return RECHECK if instruction == "default" and at_home else instruction
 
@@ -307,29 +307,12 @@ def recipe_notes(config: Config) -> list[str]:
     ]
 
 
-def _check_answers(grader: Grader, name: str, problems: Iterable[Problem]) -> None:
+def _check_answers(grader: Graders, name: str, problems: Iterable[Problem]) -> None:
     for problem in problems:
         try:
             grader.check(problem)
         except UserError as error:
             raise error.within(name) from error
-
-
-def _evaluation_data(config: Config, source: str) -> DataOptions:
-    options = config.eval
-    if source.startswith(ARITHMETIC):
-        if not options.limit:
-            raise UserError(f"--eval.limit 0 has no end with {source}: give a number of problems")
-        return DataOptions(source, limit=options.limit)
-    return DataOptions(
-        source,
-        options.subset,
-        options.split,
-        options.question_column,
-        options.answer_column,
-        instruction=config.data.instruction if options.instruction is None else options.instruction,
-        limit=options.limit,
-    )
 
 
 def _check_enough(config: Config, usable: Sequence[int] | None) -> None:

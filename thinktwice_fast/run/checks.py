@@ -14,18 +14,13 @@ from thinktwice_fast import launch
 from thinktwice_fast.algorithms.registry import METHODS
 from thinktwice_fast.algorithms.thinktuning.options import check_teacher, unused_options
 from thinktwice_fast.bounds import check_bounds
-from thinktwice_fast.config import (
-    ARITHMETIC,
-    LOSS_BOUNDS,
-    Config,
-    evaluation_sources,
-    overlong_buffer,
-    samples_per_step,
-)
+from thinktwice_fast.config import ARITHMETIC, LOSS_BOUNDS, Config, overlong_buffer, samples_per_step
 from thinktwice_fast.errors import UserError
 from thinktwice_fast.run.metrics import AVERAGE
 from thinktwice_fast.run.options import default_config
-from thinktwice_fast.tasks.tables import FILE_LOADERS, check_file
+from thinktwice_fast.tasks.evaluation_sets import FROM_EVAL, evaluation_sets, source_kind
+from thinktwice_fast.tasks.graders import GRADERS
+from thinktwice_fast.tasks.tables import check_file
 from thinktwice_fast.update.objective import loss_arguments
 
 RUN_FILES = ("metrics.jsonl", "checkpoints")  # there from the first record on
@@ -47,8 +42,8 @@ def check_config(config: Config, world_size: int) -> None:
 
 def check_files(config: Config) -> None:
     """Raise UserError for a file of problems that is missing, empty or of a kind that is not read."""
-    for source in (config.data.source, *evaluation_sources(config).values()):
-        if _kind(source) == "file":
+    for source in (config.data.source, *(entry.data.source for entry in evaluation_sets(config).values())):
+        if source_kind(source) == "file":
             check_file(Path(source).expanduser(), source)
 
 
@@ -100,9 +95,10 @@ def _check_meanings(config: Config) -> None:
         check_teacher(config)
     if not config.sft.draft_error_rates:
         raise UserError("--sft.draft_error_rates []: give at least one rate")
-    for name in evaluation_sources(config):
-        if "/" in name or name == AVERAGE:
-            raise UserError(f"--eval.sets: {name!r} can't name a set (no '/', and not {AVERAGE!r}): rename it")
+    for name, entry in evaluation_sets(config).items():
+        if name == AVERAGE:
+            raise UserError(f"--eval.sets: {AVERAGE!r} can't name a set, it names their mean: rename it")
+        check_bounds(entry.data, f"{entry.section}.")
     if config.rollout.exact and config.model.lora_rank:
         raise UserError(
             "--rollout.exact and --model.lora_rank: rollouts read merged weights, whose products round otherwise than "
@@ -195,22 +191,25 @@ def _check_ignored(config: Config) -> None:
 
 
 def _ignored_in_training(config: Config) -> list[_Ignored]:
-    name, kind = config.algorithm, _kind(config.data.source)
+    name, kind = config.algorithm, source_kind(config.data.source)
     method, sft = METHODS[name], name == "sft"
     arithmetic = kind == "arithmetic"
     lacking = [bound for bound in LOSS_BOUNDS["clip"] if bound not in LOSS_BOUNDS[config.loss.policy_loss]]
-    file_only = ("data.question_column", "data.answer_column", "data.target_column", "data.instruction")
-    sections = {other.section for other in METHODS.values() if other.section} - {method.section}
+    rewards = {config.reward} | {entry.reward for entry in evaluation_sets(config).values()} - {None}
+    file_only = ("data.question_column", "data.context_column", "data.answer_column", "data.choices_column",
+                 "data.wrong_columns", "data.choices_seed", "data.target_column", "data.instruction")  # fmt: skip
+    sections = {other.section for other in METHODS.values() if other.section} | {"thinktuning"}
     return [
-        *((True, _own_options(config, section), f"with --algorithm {name}") for section in sorted(sections)),
+        *((True, _own_options(config, section), f"with --algorithm {name}")
+          for section in sorted(sections - {method.section})),
         (method.preset is None, ("loss", "rollout.exact", "update.minibatch_sequences", "update.old_logps"),
          f"with --algorithm {name}"),
         (sft, ("samples_per_problem", "rollout.temperature", "rollout.top_p", "rollout.top_k", "rollout.min_p"),
          "with --algorithm sft"),
-        (sft and not evaluation_sources(config), ("reward", "reward_timeout", "reward_workers", "rollout.max_sequences",
+        (sft and not evaluation_sets(config), ("reward", "reward_timeout", "reward_workers", "rollout.max_sequences",
                "rollout.max_batch_tokens", "rollout.cache_tokens", "rollout.decoder", "rollout.stop_strings"),
          "with --algorithm sft and no --eval.sets"),
-        ("refine" not in method.phases and not evaluation_sources(config), (_REFINE_INSTRUCTION,),
+        ("refine" not in method.phases and not evaluation_sets(config), (_REFINE_INSTRUCTION,),
          f"with --algorithm {name} and no --eval.sets"),
         (not sft, ("data.target_column",), "without --algorithm sft"),
         (overlong_buffer(config) == 0, ("dapo.overlong_penalty",), "with --dapo.overlong_buffer_tokens 0"),
@@ -222,7 +221,8 @@ def _ignored_in_training(config: Config) -> list[_Ignored]:
         (kind != "hub", ("data.subset", "data.split"), "unless --data.source is a hub dataset"),
         *((True, (f"thinktuning.{name}",), when) for name, when in unused_options(config)),
         (config.model.lora_rank == 0, ("model.lora_alpha", "model.lora_targets"), "without --model.lora_rank"),
-        (config.reward in ("exact", "choice"), ("reward_timeout", "reward_workers"), f"with --reward {config.reward}"),
+        (all(reward in GRADERS and GRADERS[reward].verify is None for reward in rewards),
+         ("reward_timeout", "reward_workers"), f"with --reward {config.reward}"),
         (True, tuple(f"loss.{name}" for name in lacking), f"with --loss.policy_loss {config.loss.policy_loss}"),
         (config.loss.beta == 0, ("loss.kl_estimator",), "with --loss.beta 0"),
         (config.update.minibatch_sequences in (0, samples_per_step(config)), ("update.old_logps",),
@@ -241,23 +241,17 @@ def _own_options(config: Config, section: str) -> tuple[str, ...]:
 
 
 def _ignored_in_evaluation(config: Config) -> list[_Ignored]:
-    kinds = {_kind(source) for source in evaluation_sources(config).values()}
-    hub_only, drawn_only = ("eval.subset", "eval.split"), ("eval.top_p", "eval.top_k", "eval.samples")
-    table_only = (*hub_only, "eval.question_column", "eval.answer_column", "eval.instruction")
+    sets = evaluation_sets(config).values()
+    followed = {option for entry in sets for option in entry.from_eval}
+    drawn_only = ("eval.top_p", "eval.top_k", "eval.samples")
     return [
-        (not kinds, ("eval.every", "eval.limit", "eval.temperature", *table_only, *drawn_only), "without --eval.sets"),
+        (not sets, ("eval.every", "eval.temperature", *drawn_only), "without --eval.sets"),
         (config.eval.temperature == 0, drawn_only, "with --eval.temperature 0"),
-        (kinds <= {"arithmetic"}, table_only, "where every one of --eval.sets is arithmetic"),
-        ("hub" not in kinds, hub_only, "where none of --eval.sets is a hub dataset"),
-    ]
-
-
-def _kind(source: str) -> str:
-    """ "arithmetic", "file" or "hub", as `load_source` will take it."""
-    if source.startswith(ARITHMETIC):
-        return "arithmetic"
-    path = Path(source).expanduser()
-    return "file" if path.suffix in FILE_LOADERS or path.exists() else "hub"
+        (True, tuple(f"eval.{option}" for option in FROM_EVAL if option not in followed),
+         "where none of --eval.sets leaves it open (arithmetic ones, files and ready sets have no use for some)"),
+        (not any(entry.ready for entry in sets), ("eval.ready_sets", "eval.data_root"),
+         "where --eval.sets names no ready set"),
+    ]  # fmt: skip
 
 
 def _check_loss(config: Config) -> None:

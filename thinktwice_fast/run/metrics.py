@@ -68,8 +68,8 @@ METRICS: tuple[Metric, ...] = (
     Metric(
         "solve/draws",
         "draws",
-        "DAPO: times that `problems_per_step` problems were sampled. Rewards, lengths and the like are those of every "
-        "sample drawn, figures of the loss those of the samples trained on.",
+        "DAPO: times that problems were sampled until the batch was full. Rewards, lengths and the like are those of "
+        "every sample drawn, figures of the loss those of the samples trained on.",
     ),
     Metric("solve/samples_discarded", "samples", "DAPO: samples drawn that were not trained on."),
     Metric(

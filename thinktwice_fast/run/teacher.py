@@ -4,7 +4,7 @@ import sys
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -45,12 +45,15 @@ class TeacherPlan:
         return None if self.second is not None and self.second.cache_blocks else self.taught
 
 
-def plan_teacher(config: Config, policy: LoadedModel, longest_prompt: int, world: int, stack: ExitStack) -> TeacherPlan:
+def plan_teacher(
+    config: Config, policy: LoadedModel, chat: ChatFormat, longest_prompt: int, world: int, stack: ExitStack
+) -> TeacherPlan:
     """Check all of a teacher that can be checked now; one that is no model here is ready then.
 
     Args:
         config: of the run.
         policy: may be on the meta device.
+        chat: the policy's.
         longest_prompt: tokens of the longest question's.
         world: number of processes.
         stack: ends a function's process.
@@ -67,8 +70,11 @@ def plan_teacher(config: Config, policy: LoadedModel, longest_prompt: int, world
         endpoint = EndpointTeacher(prompt, options)
         endpoint.check()
         return TeacherPlan(kind, endpoint)
-    model = policy if kind != "checkpoint" else _as_teacher(partial(outline_model, _model_options(config)))
-    taught = _taught(config, prompt, ChatFormat(model.tokenizer), longest_prompt, world)
+    model = policy
+    if kind == "checkpoint":
+        model = _as_teacher(partial(outline_model, _model_options(config)))
+        chat = ChatFormat(model.tokenizer)
+    taught = _taught(config, prompt, chat, longest_prompt, world)
     _check_room(config, model, taught)
     second = None
     if kind == "checkpoint":
@@ -97,7 +103,7 @@ def make_teacher(
     if plan.ready is not None:
         return plan.ready
     assert plan.prompt is not None
-    policy, voice = live(), live
+    policy = live()
 
     def spoken_by(model: Model, chat: ChatFormat, stop_ids: frozenset[int]) -> Voice:
         """A model that does not change."""
@@ -108,19 +114,18 @@ def make_teacher(
         shared = None if own else policy.engine.cache
         return Voice(Engine(still, stop_ids, options, plan.taught.tokens, cache=shared), chat, stop_ids, version=0)
 
-    def loaded(options: ModelOptions) -> Voice:
-        other = load_model(options, config.seed, policy.engine.model.device)
-        return spoken_by(other.model, ChatFormat(other.tokenizer), other.stop_ids)
+    def loaded(options: ModelOptions) -> LoadedModel:
+        return load_model(options, config.seed, policy.engine.model.device)
+
+    def initial() -> Voice:
+        model = reference or loaded(replace(config.model, activation_checkpointing=False)).model
+        return spoken_by(model, policy.chat, policy.stop_ids)
 
     if plan.kind == "checkpoint":
-        voice = cache(partial(_as_teacher, partial(loaded, _model_options(config))))
-        voice()  # what is wrong with it shows now
-    elif plan.kind == "frozen":
-        initial = partial(loaded, replace(config.model, activation_checkpointing=False))
-        if reference is not None:
-            initial = partial(spoken_by, reference, policy.chat, policy.stop_ids)
-        voice = _Frozen(live, initial)
-    return ModelTeacher(voice, plan.prompt, config.thinktuning)
+        other = _as_teacher(partial(loaded, _model_options(config)))
+        spoken = spoken_by(other.model, ChatFormat(other.tokenizer), other.stop_ids)
+        return ModelTeacher(lambda: spoken, plan.prompt, config.thinktuning)
+    return ModelTeacher(_Frozen(live, initial) if plan.kind == "frozen" else live, plan.prompt, config.thinktuning)
 
 
 class _Frozen:

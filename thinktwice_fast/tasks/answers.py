@@ -23,6 +23,8 @@ _NUMBER = re.compile(
     )(?P<percent>%?)""",
     re.VERBOSE,
 )
+_BOX = re.compile(r"\\(?:boxed|fbox)\s*(?:\{|(?P<bare>[^\s{}$][^$]*))")
+_ONE_FORMULA = re.compile(r"\$([^$]+)\$")
 TEXT_COMMAND = re.compile(r"\\text(?:bf|rm|it)?\s*\{([^{}]*)\}")
 MATH_FONT = re.compile(r"\\(?:math(?:rm|bf|it|sf)|boldsymbol|bm)\s*\{([^{}]*)\}")
 
@@ -61,6 +63,27 @@ class Number(NamedTuple):
     percent: bool
 
 
+def final_answer(text: str) -> str | None:
+    r"""The gold answer itself out of a text that a source gives for it.
+
+    The part after the last ``####`` (GSM8K), else the content of the last box of a worked solution (``\boxed{5}``,
+    ``\boxed 5`` up to the end of its formula, ``\fbox{5}``: MATH has all three), else the text as it is; each without
+    surrounding white space and dollar signs. None where there is a box without content that can be told.
+    """
+    _, marked, after = text.rpartition("####")
+    if marked:
+        return after.strip()
+    box = max(text.rfind("\\boxed"), text.rfind("\\fbox"))
+    if box < 0:
+        formula = _ONE_FORMULA.fullmatch(text.strip())
+        return formula[1].strip() if formula else text.strip()
+    opening = _BOX.match(text, box)
+    if opening is None:
+        return None
+    inner = _braced(text, opening.end()) if opening["bare"] is None else opening["bare"].rstrip(" .\n")
+    return inner and inner.strip()
+
+
 def extract_boxed(text: str) -> str | None:
     r"""Content of the last ``\boxed{...}``, with its inner braces balanced (``\{`` and ``\}`` do not count).
 
@@ -68,9 +91,12 @@ def extract_boxed(text: str) -> str | None:
     """
     start = text.rfind("\\boxed")
     opening = re.compile(r"\\boxed\s*\{").match(text, start) if start >= 0 else None
-    if opening is None:
-        return None
-    depth, position = 1, opening.end()
+    return None if opening is None else _braced(text, opening.end())
+
+
+def _braced(text: str, start: int) -> str | None:
+    """What stands from ``start``, behind an opening brace, to the brace that closes it; None where none does."""
+    depth, position = 1, start
     while position < len(text):
         character = text[position]
         if character == "\\":
@@ -80,7 +106,7 @@ def extract_boxed(text: str) -> str | None:
         elif character == "}":
             depth -= 1
             if depth == 0:
-                return text[opening.end() : position]
+                return text[start:position]
         position += 1
     return None
 

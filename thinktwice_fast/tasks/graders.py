@@ -13,6 +13,10 @@ from thinktwice_fast.tasks.answers import MATH_FONT, TEXT_COMMAND, extract_boxed
 _BOXED_LETTER = re.compile(r"\(?\s*([A-Za-z])(?:\s*[).:].*)?", re.DOTALL)
 _ANSWER_LETTER = re.compile(r"(?i:\banswer)(?i:\s+is|\s*:|\s+option|\s+choice)*[\s*:]*\(?([A-Z])\b(?!['’])")
 _OPTION_LETTER = re.compile(r"(?i:\boption|\bchoice)(?i:\s+is|\s*:)*[\s*:]*\(?([A-Z])\b(?!['’])")
+_YES_NO = {"yes": "yes", "true": "yes", "no": "no", "false": "no"}
+_WORD = rf"(?i:{'|'.join(_YES_NO)})"
+_WORD_LINE = re.compile(rf"[\s*]*({_WORD})[.!]?[\s*]*")
+_ANSWER_WORD = re.compile(rf"(?i:\banswer)(?i:\s+is|\s*:)*[\s*:]*({_WORD})\b")
 _LETTER_LINE = re.compile(r"[\s*]*\(?([A-Z])\)?[.:]?[\s*]*")
 
 
@@ -68,16 +72,61 @@ def choice_letter(completion: str) -> str | None:
     a last line that is only a letter, the last "answer is C" / "Answer: (C)", or the last "option C" / "choice C".
     """
     if "\\boxed" in completion:
-        boxed = extract_boxed(completion)
-        inner = MATH_FONT.sub(r"\1", TEXT_COMMAND.sub(r"\1", boxed)).replace("$", "").strip() if boxed else ""
-        match = _BOXED_LETTER.fullmatch(inner)
+        match = _BOXED_LETTER.fullmatch(_boxed_text(completion))
         return match.group(1).upper() if match else None
-    last_line = completion.strip().rpartition("\n")[2]
-    alone = _LETTER_LINE.fullmatch(last_line)
+    alone = _LETTER_LINE.fullmatch(_last_line(completion))
     if alone:
         return alone.group(1)
     stated = _ANSWER_LETTER.findall(completion) or _OPTION_LETTER.findall(completion)
     return stated[-1] if stated else None
+
+
+def grade_yes_no(completion: str, problem: Problem) -> float:
+    """1.0 where the response's yes or no (see `yes_or_no`) is the gold answer's (see `gold_yes_no`)."""
+    return float(yes_or_no(completion) == gold_yes_no(problem))
+
+
+def gold_yes_no(problem: Problem) -> str:
+    """ "yes" or "no" of a gold answer that is yes, no, true or false, in any case.
+
+    Raises:
+        UserError: the gold answer is none of them.
+    """
+    gold = _YES_NO.get(problem.answer.strip().lower())
+    if gold is None:
+        raise UserError(
+            (
+                f"row {problem.index} (from 0): the gold answer {problem.answer!r} is neither yes nor no, which ",
+                Option("reward", "yes_no"),
+                " compares with",
+            ),
+            ("use ", Option("reward", "exact")),
+            "name an answer column that holds them",
+        )
+    return gold
+
+
+def yes_or_no(completion: str) -> str | None:
+    r""" "yes" or "no" of a response, or None; true and false count as they do.
+
+    Where the response has a ``\boxed{}``, the word in its last one. Otherwise a last line that is only such a word, or
+    the last "answer is yes" / "Answer: no".
+    """
+    if "\\boxed" in completion:
+        alone = _WORD_LINE.fullmatch(_boxed_text(completion))
+        return _YES_NO[alone.group(1).lower()] if alone else None
+    alone = _WORD_LINE.fullmatch(_last_line(completion))
+    stated = [alone.group(1)] if alone else _ANSWER_WORD.findall(completion)
+    return _YES_NO[stated[-1].lower()] if stated else None
+
+
+def _boxed_text(completion: str) -> str:
+    boxed = extract_boxed(completion)
+    return MATH_FONT.sub(r"\1", TEXT_COMMAND.sub(r"\1", boxed)).replace("$", "").strip() if boxed else ""
+
+
+def _last_line(completion: str) -> str:
+    return completion.strip().rpartition("\n")[2]
 
 
 def grade_math(completion: str, problem: Problem) -> float | Doubt:
@@ -135,6 +184,7 @@ GRADERS = {
     "math": BuiltIn(grade_math, verify_math),
     "math_strict": BuiltIn(grade_math_strict, strict.equal),
     "choice": BuiltIn(grade_choice, check=gold_letter),
+    "yes_no": BuiltIn(grade_yes_no, check=gold_yes_no),
     "exact": BuiltIn(grade_exact),
 }
 """The built-in rewards by the name that the option `reward` takes."""

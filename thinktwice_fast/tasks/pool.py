@@ -78,7 +78,8 @@ class Grader:
         """Refuse a problem that this reward cannot grade, whatever the response; cheap, no process is asked.
 
         Raises:
-            UserError: `choice` and a gold answer that is no letter. The other rewards take any text.
+            UserError: a gold answer that is no letter, with `choice`, or neither yes nor no, with `yes_no`. The other
+                rewards take any text.
         """
         if self._user is None:
             graders.GRADERS[self.reward].check(problem)

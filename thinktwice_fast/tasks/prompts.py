@@ -1,9 +1,11 @@
 """Prompts: the refine chat as messages, and chats as token ids with sampled tokens kept as they are."""
 
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
 
 from thinktwice_fast.errors import Option, UserError, one_line
 from thinktwice_fast.records import Message
@@ -25,10 +27,14 @@ ThinkTwice (arXiv 2604.01591)."""
 _THINK, _END_OF_THINK = "<think>", "</think>"
 _THOUGHT = re.compile(rf"{_THINK}(.*?)(?:{_END_OF_THINK}|\Z)", re.DOTALL)
 _PREVIOUS_REASONING = "Your previous reasoning was:"
+_PREVIOUS_ANSWER = "Your previous answer was:"
+_INSTRUCTION_FILE = re.compile(r"\S+\.(?:txt|md)")
 
 # Stands in for an assistant message to find what a template puts around it. Plain letters, which no template escapes.
 _SENTINEL = "assistantXcontentXstandsXhere"
 _TEMPLATE = Option("model.chat_template")
+
+_RENDERING = frozenset(("conversation", "chat_template", "tokenize", "add_generation_prompt"))  # what is set here
 
 
 @dataclass(frozen=True)
@@ -52,8 +58,9 @@ def refine_messages(
 ) -> RefineChat:
     """The chat that asks for a refinement of a base solution. It has no system message.
 
-    Thinking text (``<think>...</think>``) is taken out of the assistant turn and quoted as previous reasoning in front
-    of the instruction; after an unclosed thought the assistant turn is empty. Anything else is used as it is.
+    Thinking text (``<think>...</think>``) is taken out of the assistant turn; it and what is left are quoted in front
+    of the instruction, as previous reasoning and previous answer. After an unclosed thought the assistant turn is
+    empty. Anything else is used as it is.
 
     Args:
         question_messages: the problem's messages.
@@ -62,12 +69,34 @@ def refine_messages(
         thinking_opened: the prompt that was answered ended with ``<think>``, so the base starts inside a thought.
     """
     solution, thoughts, verbatim = _without_thinking(base_text, thinking_opened)
+    quoted = [] if verbatim else [(_PREVIOUS_REASONING, thoughts), (_PREVIOUS_ANSWER, solution)]
+    return RefineChat(_refine_turns(question_messages, solution, quoted, instruction), verbatim)
+
+
+def _refine_turns(
+    question_messages: Sequence[Message], solution: str, quoted: Sequence[tuple[str, str]], instruction: str
+) -> tuple[Message, ...]:
     request = DEFAULT_REFINE_INSTRUCTION if instruction == "default" else instruction
-    if thoughts:
-        request = f"{_PREVIOUS_REASONING}\n{thoughts}\n\n{request}"
+    request = "\n\n".join([*(f"{title}\n{text}" for title, text in quoted if text), request])
     question = [message for message in question_messages if message["role"] != "system"]
-    turns = [*question, {"role": "assistant", "content": solution}, {"role": "user", "content": request}]
-    return RefineChat(tuple(turns), verbatim)
+    return (*question, {"role": "assistant", "content": solution}, {"role": "user", "content": request})
+
+
+def instruction_text(instruction: str) -> str:
+    """An instruction as given, or where that is the name of a .txt or .md file, the text in it.
+
+    Raises:
+        UserError: the file can't be read, or is empty.
+    """
+    if not _INSTRUCTION_FILE.fullmatch(instruction):
+        return instruction
+    try:
+        text = Path(instruction).expanduser().read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"refine instruction {instruction}: can't read it ({one_line(error)})", "check it") from error
+    if not text:
+        raise UserError(f"refine instruction {instruction}: the file is empty", "write the instruction into it")
+    return text
 
 
 class ChatFormat:
@@ -75,11 +104,24 @@ class ChatFormat:
 
     The template writes every special token itself (a beginning-of-text token too), so tokenising adds none.
 
+    Args:
+        tokenizer: has the template.
+        template_args: variables for the template.
+        strip_default_system: leave out the system block that the template writes where a chat has none of its own.
+        longest_prompt: tokens that a refine prompt may take when it quotes thinking; the quoted answer, which stands in
+            its own turn anyway, and then the beginning of the reasoning are left out for it. None = no limit.
+
     Raises:
-        UserError: the tokenizer has no chat template.
+        UserError: the tokenizer has no chat template, or one without such a block; a variable that is not the user's.
     """
 
-    def __init__(self, tokenizer: "PreTrainedTokenizerBase") -> None:
+    def __init__(
+        self,
+        tokenizer: "PreTrainedTokenizerBase",
+        template_args: Mapping[str, Any] = MappingProxyType({}),
+        strip_default_system: bool = False,
+        longest_prompt: int | None = None,
+    ) -> None:
         if not tokenizer.chat_template:
             raise UserError(
                 f"the tokenizer of {tokenizer.name_or_path or 'the model'} has no chat template",
@@ -87,6 +129,20 @@ class ChatFormat:
             )
         self._tokenizer = tokenizer
         self.special_ids = frozenset(tokenizer.all_special_ids)  # of tokens that no text should become
+        for name in _RENDERING & template_args.keys():
+            raise UserError((Option("model.chat_template_args"), f": {name} is not for you to set"), "leave it out")
+        self._arguments = dict(template_args)
+        self._longest = longest_prompt
+        self.thinks = _END_OF_THINK in str(tokenizer.chat_template)
+        """Whether the template knows thinking, so that a refine prompt may quote a response and its answer again."""
+        self._system = ""
+        if strip_default_system:
+            self._system = self._default_system()
+        unused = [name for name in template_args if name not in str(tokenizer.chat_template)]
+        self.notes: tuple[str, ...] = ()
+        """For the user: what has no effect."""
+        if unused:
+            self.notes = (f"the chat template has no use for {', '.join(unused)} among its variables",)
 
     def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
         """Token ids of a chat that awaits the assistant's next message.
@@ -133,13 +189,30 @@ class ChatFormat:
             UserError: the template refuses the messages, or does not show the assistant's message exactly once.
         """
         asked = self._render(question_messages)
-        # A template may open a thought at the end of the prompt itself.
-        chat = refine_messages(question_messages, base_text, instruction, asked.rstrip().endswith(_THINK))
+        opened = asked.rstrip().endswith(_THINK)  # by the template, at the end of the prompt itself
+        chat = refine_messages(question_messages, base_text, instruction, opened)
         if not chat.verbatim:
-            return RefinePrompt(chat.messages, tuple(self.prompt_ids(chat.messages)))
+            return self._quoting(question_messages, base_text, instruction, opened)
         before, after = self._around_base(chat.messages)
         head = prompt_ids if before == asked else self.encode(before)
         return RefinePrompt(chat.messages, (*head, *_without_stop(base_ids, stop_ids), *self.encode(after)))
+
+    def _quoting(self, question: Sequence[Message], base_text: str, instruction: str, opened: bool) -> RefinePrompt:
+        """A refine prompt that quotes thinking, as much of it as fits."""
+        solution, thoughts, _ = _without_thinking(base_text, opened)
+        answer, cut = solution, 1
+        while True:
+            quoted = ((_PREVIOUS_REASONING, thoughts), (_PREVIOUS_ANSWER, answer))
+            messages = _refine_turns(question, solution, quoted, instruction)
+            ids = self.prompt_ids(messages)
+            over = 0 if self._longest is None else len(ids) - self._longest
+            if over <= 0 or not (answer or thoughts):
+                return RefinePrompt(messages, tuple(ids))
+            if answer:
+                answer = ""
+            else:
+                cut = max(over, 2 * cut)
+                thoughts = str(self._tokenizer.decode(self.encode(thoughts)[cut:])).strip()
 
     def _around_base(self, messages: Sequence[Message]) -> tuple[str, str]:
         """What the template puts before and after the base solution."""
@@ -154,18 +227,40 @@ class ChatFormat:
         before, _, after = text.partition(_SENTINEL)
         return before, after
 
-    def _render(self, messages: Sequence[Message]) -> str:
+    def _default_system(self) -> str:
+        """What the template writes before the first message of a chat without a system message, but for the beginning
+        of the text."""
+        one, two = ([{"role": "user", "content": _SENTINEL}] * count for count in (1, 2))
+        alone = self._render(one, answer=False)
+        message = self._render(two, answer=False).removeprefix(alone)
+        system = alone.removesuffix(message).removeprefix(self._tokenizer.bos_token or "")
+        if not system or not alone.endswith(message):
+            raise UserError(
+                (Option("model.strip_default_system"), ": the chat template writes no system block by itself"),
+                "leave it out",
+            )
+        return system
+
+    def _render(self, messages: Sequence[Message], *, answer: bool = True) -> str:
+        """The chat as text; with ``answer``, up to where the assistant's next message begins."""
         from jinja2 import TemplateError
 
         try:
             chat = [dict(message) for message in messages]
-            return str(self._tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True))
+            text = str(
+                self._tokenizer.apply_chat_template(
+                    chat, tokenize=False, add_generation_prompt=answer, **self._arguments
+                )
+            )
         except TemplateError as error:
             roles = ", ".join(message["role"] for message in messages)
             raise UserError(
                 f"the chat template refuses messages of roles {roles} ({one_line(error)})",
                 ("give another with ", _TEMPLATE),
             ) from error
+        if any(message["role"] == "system" for message in messages):
+            return text
+        return text.replace(self._system, "", 1) if self._system else text
 
 
 def _without_stop(ids: Sequence[int], stop_ids: Collection[int]) -> list[int]:

@@ -11,6 +11,7 @@ class Source(Sequence[Problem], ABC):
     """Problems by number, from 0; `size` of them, or without end where that is None (then `len` is a TypeError)."""
 
     size: int | None
+    notes: tuple[str, ...] = ()  # for the user: what was done otherwise than asked
 
     @abstractmethod
     def problem(self, index: int) -> Problem:

@@ -4,7 +4,7 @@ import csv
 import json
 import logging
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,17 +42,25 @@ def check_file(path: Path, name: str) -> None:
         raise UserError(f"{name}: the file is empty; give one with problems")
 
 
-def load_hub(name: str, subset: str | None, split: str, prefix: str) -> "datasets.Dataset":
-    """A split of a hub data set; ``prefix`` is the section of the options that name subset and split.
+def load_hub(name: str, subset: str | Sequence[str] | None, split: str, prefix: str) -> "datasets.Dataset":
+    """A split of a hub data set; of several subsets, one behind the other.
+
+    Args:
+        name: of the data set.
+        subset: one, several, or None for a data set without any.
+        split: name of the split.
+        prefix: the section of the options that name subset and split, for remedies.
 
     Raises:
-        UserError: it cannot be reached, or has no such subset or split.
+        UserError: it cannot be reached, has no such subset or split, or its subsets have different columns.
     """
     import datasets
 
     _quiet()
+    subsets = [subset] if subset is None or isinstance(subset, str) else subset
     try:
-        return datasets.load_dataset(name, subset, split=split)
+        parts = [datasets.load_dataset(name, part, split=split) for part in subsets]
+        return parts[0] if len(parts) == 1 else datasets.concatenate_datasets(parts)
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         reason = one_line(error)
         remedies: tuple[Text, ...] = ("check the name and the network", "give a local jsonl, parquet or csv file")
@@ -64,20 +72,27 @@ def load_hub(name: str, subset: str | None, split: str, prefix: str) -> "dataset
 
 
 def has_column(table: "datasets.Dataset", path: str) -> bool:
-    """Whether a table has a column ``name``, or a field ``column.field`` within one."""
+    """Whether a table has a column ``name``, a field ``column.field`` in one, or lists that ``column.0`` looks into."""
+    import datasets
+
     top, _, field = path.partition(".")
     if path in table.column_names:
         return True
-    return bool(field) and top in table.column_names and field in table.features[top]
+    if not field or top not in table.column_names:
+        return False
+    inner = table.features[top]
+    return field in inner if isinstance(inner, dict) else field.isdigit() and not isinstance(inner, datasets.Value)
 
 
 def value_at(row: dict[str, Any], path: str) -> Any:
-    """The value of a column ``name`` or a field ``column.field``; None where the row has none there."""
+    """The value of a column ``name``, a field ``column.field`` or a place ``column.0``; None where the row lacks it."""
     if path in row:
         return row[path]
     top, _, field = path.partition(".")
-    struct = row.get(top)
-    return struct.get(field) if isinstance(struct, dict) else None
+    inner = row.get(top)
+    if isinstance(inner, list):
+        return inner[int(field)] if int(field) < len(inner) else None
+    return inner.get(field) if isinstance(inner, dict) else None
 
 
 def _load_jsonl(path: Path, name: str) -> "datasets.Dataset":

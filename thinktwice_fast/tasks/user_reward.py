@@ -44,7 +44,9 @@ def split_reward(reward: str) -> tuple[Path, str]:
     """
     path, separator, function = reward.rpartition(":")
     if not separator or not path.endswith(".py") or not function.isidentifier():
-        raise UserError(f"unknown reward {reward!r}; use math, math_strict, choice, exact, or my_file.py:function")
+        raise UserError(
+            f"unknown reward {reward!r}; use math, math_strict, choice, yes_no, exact, or my_file.py:function"
+        )
     if not Path(path).is_file():
         raise UserError(f"reward {reward}: no file {path}; give its path relative to the current folder")
     return Path(path).resolve(), function

@@ -117,6 +117,20 @@ class Worker:
         result: T = self._receive(seconds)
         return result
 
+    def spawn(self, *setup: Any) -> None:
+        """Start the process; it reports when it is ready."""
+        # Spawned, not forked: the training process holds threads and perhaps a GPU.
+        context = multiprocessing.get_context("spawn")
+        self._pipe, theirs = context.Pipe()
+        self.process = context.Process(target=_serve, args=(theirs, *setup), daemon=True)
+        self.process.start()
+        theirs.close()
+
+    def kill(self) -> None:
+        """Kill the process, from whichever thread; the call that waits for it raises `WorkerDied`."""
+        if self.process is not None:
+            _kill(self.process)
+
     def _receive(self, seconds: float) -> Any:
         assert self._pipe is not None
         try:
@@ -136,20 +150,6 @@ class Worker:
             process.join(_EXIT_SECONDS)
         status: int = process.exitcode
         return f"exit status {status}" if status >= 0 else f"signal {signal.Signals(-status).name}"
-
-    def spawn(self, *setup: Any) -> None:
-        """Start the process; it reports when it is ready."""
-        # Spawned, not forked: the training process holds threads and perhaps a GPU.
-        context = multiprocessing.get_context("spawn")
-        self._pipe, theirs = context.Pipe()
-        self.process = context.Process(target=_serve, args=(theirs, *setup), daemon=True)
-        self.process.start()
-        theirs.close()
-
-    def kill(self) -> None:
-        """Kill the process, from whichever thread; the call that waits for it raises `WorkerDied`."""
-        if self.process is not None:
-            _kill(self.process)
 
 
 def _kill(process: Any) -> None:
