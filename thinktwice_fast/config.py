@@ -298,6 +298,9 @@ class RunOptions:
     """Write a checkpoint every so many steps (and at the end); 0 = only at the end."""
     keep_checkpoints: int = bounded(2, least=1)
     """Newest checkpoints kept."""
+    keep_best: str | None = None
+    """Metric of the evaluations, such as eval/average/solve_accuracy: the checkpoint of the evaluated step of its
+    highest value (of equals the first) is kept besides; `checkpoints/best.json` names it."""
     save: bool = True
     """Write checkpoints and the trained model. Off, as where only speed is of interest, the run can't be continued."""
     transcripts_every: int = bounded(20, least=0)

@@ -58,6 +58,7 @@ VALUES: dict[str, dict[str, Any]] = {
         "run.steps": 1170,
         "run.checkpoint_every": 10,
         "run.keep_checkpoints": 1,
+        "run.keep_best": "eval/average/solve_accuracy",
     },
     "qwen3-4b": {
         "model.path": "Qwen/Qwen3-4B-Instruct-2507",
@@ -182,8 +183,9 @@ def test_overlays_make_a_run_together(model: str, processes: int) -> None:
     assert config.model.path == VALUES[model]["model.path"]
     # The prompts of the sets and of training say the same.
     assert {entry.data.instruction for entry in evaluation_sets(config).values()} == {config.data.instruction}
-    # A set of one's own in place of these, as in the README.
+    # A set of one's own in place of these, as in docs/guide.md.
     own = ["--data.source", "my.jsonl", "--data.subset", "null", "--eval.sets.mine", "test.jsonl"]
+    own += ["--run.keep_best", "eval/mine/solve_accuracy"]
     config = parse_config([*files, *own])
     check_config(config, processes)
     assert config.eval.sets == {"mine": "test.jsonl"}

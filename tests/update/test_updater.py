@@ -23,7 +23,6 @@ from tests.update.cases import (
     weights,
 )
 from thinktwice_fast.model.attention import NAME
-from thinktwice_fast.model.sharding import full_state
 from thinktwice_fast.records import Rollout
 from thinktwice_fast.update import updater as updater_module
 from thinktwice_fast.update.batches import Example
@@ -342,8 +341,7 @@ def test_a_restart_trains_as_from_the_start() -> None:
     options = config(update__warmup_steps=3)
     made = updater(options)
     made.optimizer, made.schedule = build_optimizer(made.models.masters, options.update, 10)
-    start = full_state(made.models.masters)
-    start = {name: value.clone() for name, value in start.items()}
+    start = made.trained_weights()
 
     def trained() -> tuple[list[float], list[float], torch.Tensor]:
         metrics = [made.supervised_update(examples()) for _ in range(3)]

@@ -1,9 +1,7 @@
 """What an algorithm is made of."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-
-import torch
 
 from thinktwice_fast.algorithms.sampler import Sampler
 from thinktwice_fast.algorithms.thinktuning.teacher import Teacher
@@ -26,5 +24,4 @@ class Parts:
     updater: Updater
     examples: ExampleStream
     end_id: int  # token that ends a response
-    start_weights: Callable[[], Mapping[str, torch.Tensor]]  # as `Updater.restart` takes them; collective
     teacher: Teacher | None = None  # of ThinkTuning

@@ -1,10 +1,8 @@
 """STaR (arXiv 2203.14465): sample, keep what is right, fine-tune the start model on it, repeat."""
 
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
-
-import torch
 
 from thinktwice_fast import parallel
 from thinktwice_fast.algorithms.metrics import Sample, rollout_metrics, sample_metrics
@@ -25,7 +23,7 @@ Kept = tuple[tuple[int, ...], list[list[int]]]
 
 def build(parts: Parts) -> "STaR":
     """STaR of a run's parts."""
-    return STaR(parts.config, parts.problems, parts.sampler, parts.updater, parts.start_weights)
+    return STaR(parts.config, parts.problems, parts.sampler, parts.updater)
 
 
 class STaR:
@@ -36,19 +34,12 @@ class STaR:
     ``problems_per_step`` kept answers train the model that samples in the next iteration.
     """
 
-    def __init__(
-        self,
-        config: Config,
-        problems: ProblemStream,
-        sampler: Sampler,
-        updater: Updater,
-        start_weights: Callable[[], Mapping[str, torch.Tensor]],
-    ):
+    def __init__(self, config: Config, problems: ProblemStream, sampler: Sampler, updater: Updater):
         self._config = config
         self._problems = problems
         self._sampler = sampler
         self._updater = updater
-        self._start_weights = start_weights
+        self._start_weights = updater.trained_weights()  # before a checkpoint is read
         batch = config.problems_per_step
         (self._slots,) = minibatch_slots(batch, batch, parallel.rank(), parallel.world_size())
         self._sampling_steps = config.star.problems_per_iteration // batch
@@ -120,7 +111,7 @@ class STaR:
                 "problems, or --star.rationalize true"
             )
         if not self._tuned:
-            self._updater.restart(self._start_weights())
+            self._updater.restart(self._start_weights)
         batch = self._config.problems_per_step
         examples = [Example(prompt, response) for prompt, responses in self._kept for response in responses]
         order = f"star:{self._config.seed}:{self._iteration}"

@@ -20,8 +20,8 @@ from thinktwice_fast.errors import UserError
 from thinktwice_fast.model.flops import Flops
 from thinktwice_fast.model.loading import SHIPPED, LoadedModel, load_model, pick_device, pick_dtype
 from thinktwice_fast.model.lora import add_adapters, check_library
-from thinktwice_fast.model.policy import context_length, named_weights
-from thinktwice_fast.model.sharding import adapter_state, frozen_copy, pair_models, shards_weights
+from thinktwice_fast.model.policy import context_length
+from thinktwice_fast.model.sharding import frozen_copy, pair_models, shards_weights
 from thinktwice_fast.records import Message, Problem
 from thinktwice_fast.rollout.engine import Engine
 from thinktwice_fast.run.memory import SecondModel, device_bytes, held_bytes, keep_freed_memory, predict
@@ -190,7 +190,6 @@ def build_run(config: Config, resources: ExitStack) -> Run:
     sampler = Sampler(engine, chat, ready.grader, ready.instruction, loaded.stop_ids)
     optimizer, schedule = build_optimizer(models.masters, config.update, _optimizer_steps(config))
     updater = Updater(models, reference, optimizer, schedule, config)
-    adapters = {name: value.clone() for name, value in adapter_state(models.masters).items()}
     teacher = None
     if ready.teacher is not None:
         whole = reference.model if reference is not None and world == 1 else None
@@ -205,7 +204,6 @@ def build_run(config: Config, resources: ExitStack) -> Run:
             updater,
             _examples(config, stream),
             loaded.tokenizer.eos_token_id,
-            partial(_start_weights, config, adapters, loaded.model.device),
             teacher,
         )
     )
@@ -339,31 +337,6 @@ def _optimizer_steps(config: Config) -> int:
 
 def _hint(config: Config) -> str | None:
     return config.star.hint if config.star.rationalize else None
-
-
-def _start_weights(
-    config: Config, adapters: Mapping[str, torch.Tensor], device: torch.device
-) -> Mapping[str, torch.Tensor]:
-    """What the trained weights were before training, as `load_full_state` takes them; read again. Collective.
-
-    Args:
-        adapters: the same of LoRA's, which are kept; none without.
-        device: of the model.
-
-    Raises:
-        UserError: on every process, when the model can't be read any more.
-    """
-    weights, error = adapters, None
-    if parallel.rank() == 0 and not config.model.lora_rank:
-        # Random weights are other ones on another device.
-        place = device if config.model.random_init else torch.device("cpu")
-        try:
-            model = load_model(config.model, config.seed, place).model
-            weights = named_weights(model, model.state_dict())
-        except UserError as caught:
-            error = caught
-    parallel.agree(error)
-    return weights
 
 
 def _examples(config: Config, stream: ProblemStream) -> ExampleStream:

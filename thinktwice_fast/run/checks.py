@@ -16,6 +16,7 @@ from thinktwice_fast.algorithms.thinktuning.options import check_teacher, unused
 from thinktwice_fast.bounds import check_bounds
 from thinktwice_fast.config import ARITHMETIC, LOSS_BOUNDS, Config, overlong_buffer, samples_per_step
 from thinktwice_fast.errors import UserError
+from thinktwice_fast.run.best import rising_metrics
 from thinktwice_fast.run.metrics import AVERAGE
 from thinktwice_fast.run.options import default_config
 from thinktwice_fast.tasks.evaluation_sets import FROM_EVAL, evaluation_sets, source_kind
@@ -112,12 +113,23 @@ def _check_meanings(config: Config) -> None:
             f"--update.lr_decay_steps {decay} ends before the warm-up does: give more than --update.warmup_steps "
             f"{warmup}, or 0 for the run's length"
         )
+    _check_best(config)
     _check_own_options(config)
     from_table = config.algorithm == "sft" and not config.data.source.startswith(ARITHMETIC)
     if from_table and (config.data.target_column is None or config.sft.refine_fraction):
         raise UserError(
             f"--algorithm sft from {config.data.source}: set --data.target_column to the column of the responses to "
             "learn, and --sft.refine_fraction 0 (only arithmetic sources have drafts)"
+        )
+
+
+def _check_best(config: Config) -> None:
+    sets, name = list(evaluation_sets(config)), config.run.keep_best
+    known = rising_metrics(sets, config.eval.samples if config.eval.temperature else 1)
+    if name is not None and sets and name not in known:
+        raise UserError(
+            f"--run.keep_best {name}: not what this run evaluates and is better for when higher: give one of "
+            f"{', '.join(known)}"
         )
 
 
@@ -231,7 +243,8 @@ def _ignored_in_training(config: Config) -> list[_Ignored]:
          "where rollouts' log-probabilities are the old ones (--rollout.exact true, --update.old_logps rollout)"),
         (config.rollout.exact, ("rollout.decoder", "update.old_logps"), "with --rollout.exact true"),
         (config.update.lr_schedule == "constant", ("update.lr_decay_steps",), "with --update.lr_schedule constant"),
-        (not config.run.save, ("resume", "run.checkpoint_every", "run.keep_checkpoints"), "with --run.save false"),
+        (not config.run.save, ("resume", "run.checkpoint_every", "run.keep_checkpoints", "run.keep_best"),
+         "with --run.save false"),
     ]  # fmt: skip
 
 
@@ -245,7 +258,7 @@ def _ignored_in_evaluation(config: Config) -> list[_Ignored]:
     followed = {option for entry in sets for option in entry.from_eval}
     drawn_only = ("eval.top_p", "eval.top_k", "eval.samples")
     return [
-        (not sets, ("eval.every", "eval.temperature", *drawn_only), "without --eval.sets"),
+        (not sets, ("eval.every", "eval.temperature", *drawn_only, "run.keep_best"), "without --eval.sets"),
         (config.eval.temperature == 0, drawn_only, "with --eval.temperature 0"),
         (True, tuple(f"eval.{option}" for option in FROM_EVAL if option not in followed),
          "where none of --eval.sets leaves it open (arithmetic ones, files and ready sets have no use for some)"),

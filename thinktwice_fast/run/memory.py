@@ -10,6 +10,8 @@ V vocabulary; S sequences that decode at once; T tokens and R response tokens of
     reference            b n / N, with a KL term
     gathered weights     b (rest + 2 l) + (b + 4) max(rest, l), in updates, where FSDP2 gathers them: the rest of the
                          model (embedding and head) throughout, two layers at a time, and a gradient until it is reduced
+    checkpoint copy      what a process has of master weights and AdamW, and the largest weight at most, in main memory:
+                         there while a checkpoint is written in the background; on the CPU a part of the peak
     compute weights      b n, where rollouts (and one process's updates) do not read the masters
     teacher              b n of its model, its packed weights and graphs, a KV cache where the policy's does not fit it,
                          and what its activations take more than the policy's
@@ -217,12 +219,15 @@ def _weights(
     b, n, m = dtype.itemsize, shape.parameters, shape.trained
     shards = config.update.shard_processes or world
     lora = bool(config.model.lora_rank)
-    own = b * n + 4 * m if lora else 4 * n
+    own = _master_bytes(shape, b, lora=lora)
     rest = n - shape.layers * shape.layer_parameters
     moments = MOMENT_BYTES[config.update.optimizer] * m // shards
     yield Part("master weights", *(own // shards,) * 3)
     yield Part("gradients", 0, 4 * m // shards)
     yield Part("optimizer state", moments, moments)
+    if device.type == "cpu" and config.run.save:
+        copied = checkpoint_bytes(config, shape, dtype, world)
+        yield Part("checkpoint copy", copied, copied)
     if config.loss.beta:
         yield Part("reference weights", *(b * n // shards,) * 3)
     if shards_weights(world, dtype, lora=lora):
@@ -232,6 +237,18 @@ def _weights(
         yield Part("compute weights", *(b * n,) * 3)
     if packed := _packed_bytes(config.rollout, shape, model, device, dtype):
         yield Part("packed weights", packed, packed)
+
+
+def checkpoint_bytes(config: Config, shape: Shape, dtype: torch.dtype, world: int) -> int:
+    """Bytes of main memory that each process takes while a checkpoint is written; rank 0 joins one weight at a time."""
+    shards, lora = config.update.shard_processes or world, bool(config.model.lora_rank)
+    kept = _master_bytes(shape, dtype.itemsize, lora=lora) + MOMENT_BYTES[config.update.optimizer] * shape.trained
+    joined = 4 * max(shape.vocabulary, shape.inner) * shape.hidden if world > 1 or lora else 0
+    return kept // shards + joined
+
+
+def _master_bytes(shape: Shape, b: int, *, lora: bool) -> int:
+    return b * shape.parameters + 4 * shape.trained if lora else 4 * shape.parameters
 
 
 def _working(

@@ -238,7 +238,7 @@ METRICS: tuple[Metric, ...] = (
         timing=True,
     ),
     Metric("seconds_evaluation", "s", "One evaluation, all sets.", timing=True),
-    Metric("seconds_checkpoint", "s", "Writing one checkpoint.", timing=True),
+    Metric("seconds_checkpoint", "s", "Training stood still for a checkpoint.", timing=True),
     Metric("elapsed_seconds", "s", "Since the start of training, over all sessions of a resumed run.", timing=True),
     Metric(
         "peak_memory_bytes",

@@ -15,7 +15,7 @@ from thinktwice_fast.rollout.engine import BLOCK_SIZE
 from thinktwice_fast.rollout.runner import planned_runner
 from thinktwice_fast.run.build import Prepared, prepare
 from thinktwice_fast.run.checkpoint import read_state
-from thinktwice_fast.run.memory import Load, Prediction, Shape, device_bytes, predict
+from thinktwice_fast.run.memory import Load, Prediction, Shape, checkpoint_bytes, device_bytes, predict
 from thinktwice_fast.run.options import DryRun
 from thinktwice_fast.run.report import aligned
 from thinktwice_fast.run.teacher import TeacherPlan
@@ -84,6 +84,9 @@ def _run_rows(config: Config, ready: Prepared, load: Load, memory: Prediction, w
     )
     shards = config.update.shard_processes or world
     yield "processes", f"{world}, each with 1/{shards} of weights and optimizer" if world > 1 else "1"
+    if config.run.save:
+        copied = checkpoint_bytes(config, shape, ready.dtype, world)
+        yield "checkpoints", f"each waits for the disk as {_mib(copied)} MiB of main memory per process"
     many = "endless" if ready.usable is None else f"{ready.usable:,} usable problems"
     yield "problems", f"{config.data.source}: {many}"
     for name, problems in ready.evaluation_sets.items():

@@ -5,7 +5,7 @@ Letters: S sequences, T tokens of a row, N response tokens.
 
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import chain
 from typing import Any, TypeVar, cast
 
@@ -20,7 +20,7 @@ from thinktwice_fast.errors import UserError
 from thinktwice_fast.model.flops import Flops
 from thinktwice_fast.model.policy import Policy
 from thinktwice_fast.model.products import WithValue, exact_logprobs, exact_product
-from thinktwice_fast.model.sharding import ModelPair, load_full_state
+from thinktwice_fast.model.sharding import ModelPair, set_trained_shards, trained_shards
 from thinktwice_fast.records import Rollout
 from thinktwice_fast.update.batches import Example, PackedRow, Trainable, pack, pack_shared
 from thinktwice_fast.update.microbatches import plan_microbatches
@@ -159,13 +159,17 @@ class Updater:
         hits = sum(float(part["hits"]) for part in parallel.gather_flat(metrics))
         return {"token_accuracy": hits / tokens} | self._step_metrics([loss], [norm], started)
 
-    def restart(self, weights: Mapping[str, torch.Tensor]) -> None:
+    def trained_weights(self) -> list[torch.Tensor]:
+        """Copies on the CPU of what this process has of the trained weights, for ``restart``."""
+        return trained_shards(self.models.masters)
+
+    def restart(self, weights: Sequence[torch.Tensor]) -> None:
         """Begin anew from other weights: optimizer and learning rate stand where they stood at the start. Collective.
 
         Args:
-            weights: whole ones, as `load_full_state` takes them.
+            weights: as ``trained_weights`` gave them.
         """
-        load_full_state(self.models.masters, dict(weights))
+        set_trained_shards(self.models.masters, weights)
         self.models.sync()
         self.optimizer.state.clear()
         continue_schedule(self.optimizer, self.schedule, 0)
