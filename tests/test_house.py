@@ -17,6 +17,7 @@ OPS = ROOT / "kernels" / "thinktwice_kernels"
 LAYERS = [
     {"errors", "launch"},
     {"records", "bounds"},
+    {"thinktuning_options"},
     {"config", "parallel"},
     {"model"},
     {"tasks", "rollout", "update"},

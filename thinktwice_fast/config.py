@@ -8,9 +8,8 @@ what combinations are refused.
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from thinktwice_fast.bounds import bounded
-
-_MOST_SECONDS = 1_000_000  # beyond, timers overflow
+from thinktwice_fast.bounds import MOST_SECONDS, bounded
+from thinktwice_fast.thinktuning_options import ThinkTuningOptions
 
 
 @dataclass
@@ -215,23 +214,6 @@ class LossOptions:
 
 
 @dataclass
-class ThinkTuningOptions:
-    """A teacher's feedback in some of the rollouts; names of the loss as in `thinktwice_kernels.grpo_loss`."""
-
-    shaping_coefficient: float = bounded(2.5e-4, least=0, most=1)
-    """A guided token of probability p weighs p / (p + gamma), with gamma = this times the advantage."""
-    shaping_clamp: float = bounded(1e-3, least=0, most=1)
-    """Largest absolute value of gamma."""
-    shaping_min_probability: float = bounded(0.01, least=0, most=1)
-    """A guided token with a negative advantage is not shaped where it is less likely than this."""
-    guide_fallback: Literal["mask", "clip"] = "mask"
-    """What such a token gets instead: nothing, or the term of an ordinary one (the released code's)."""
-    released_code_compat: bool = False
-    """Do as the released code: gamma always minus `shaping_clamp`, weights 1.0001 and 0.9999 where p + gamma is below 0
-    and above 1, all tokens of a guided rollout guided, and no dual clip where no rollout is."""
-
-
-@dataclass
 class UpdateOptions:
     """Optimizer and batches."""
 
@@ -323,7 +305,7 @@ class RunOptions:
     """Write checkpoints and the trained model. Off, as where only speed is of interest, the run can't be continued."""
     transcripts_every: int = bounded(20, least=0)
     """Write a sample of transcripts of the first pair of steps, then every so many; 0 = none."""
-    distributed_timeout: float = bounded(1800.0, least=1, most=_MOST_SECONDS)
+    distributed_timeout: float = bounded(1800.0, least=1, most=MOST_SECONDS)
     """Seconds a process waits for the others before it gives up."""
 
 
@@ -338,7 +320,7 @@ class Config:
     folder."""
     seed: int = bounded(0, least=0)
     """Seed of problem order, sampling, base selection and random weights; 0 to 2147483647."""
-    algorithm: Literal["thinktwice", "grpo", "dr_grpo", "dapo", "star", "sft"] = "thinktwice"
+    algorithm: Literal["thinktwice", "grpo", "dr_grpo", "dapo", "star", "thinktuning", "sft"] = "thinktwice"
     """What to train by. Its published loss stands in for the defaults of the `loss` options."""
     problems_per_step: int = bounded(32, least=1)
     """Problems per step (P), over all processes; where a step fine-tunes (SFT, STaR): examples."""
@@ -348,7 +330,7 @@ class Config:
     """"math" (last \\boxed{}, math-verify), "math_strict" (the same by the rules of ThinkTwice's released code),
     "choice" (multiple-choice letter), "yes_no", "exact" (stripped text), or my_file.py:function with TRL's reward
     signature. Evaluation sets may have one of their own."""
-    reward_timeout: float = bounded(10.0, above=0, most=_MOST_SECONDS)
+    reward_timeout: float = bounded(10.0, above=0, most=MOST_SECONDS)
     """Seconds a grader may take for one answer before it is stopped (math: graded 0; own function: an error)."""
     reward_workers: int | None = bounded(None, least=1)
     """Grader processes, per training process. Default: for math one per two CPU cores, at most 8; for an own function

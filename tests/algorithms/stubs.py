@@ -9,7 +9,9 @@ from thinktwice_fast import parallel
 from thinktwice_fast.algorithms.parts import Parts
 from thinktwice_fast.algorithms.registry import METHODS
 from thinktwice_fast.algorithms.sampler import Sampler
-from thinktwice_fast.config import Config, DapoOptions, StarOptions
+from thinktwice_fast.algorithms.thinktuning.feedback import Feedback, tagged
+from thinktwice_fast.algorithms.thinktuning.teacher import Answer, Asked
+from thinktwice_fast.config import Config, DapoOptions, RolloutOptions, StarOptions
 from thinktwice_fast.errors import UserError
 from thinktwice_fast.records import Message, Problem, Request, Rollout
 from thinktwice_fast.rollout.engine import OnEnd
@@ -127,6 +129,22 @@ class Updater:
         self.learned.append("restart")
 
 
+class Teacher:
+    """Of three answers, by the response, one can be used, one can't be read, and one does not come."""
+
+    def __init__(self) -> None:
+        self.asked: list[Asked] = []
+
+    def ask(self, asked: Sequence[Asked]) -> list[Answer]:
+        self.asked += asked
+        return [self._answer(one.response) for one in asked]
+
+    def _answer(self, response: str) -> Answer:
+        usable = tagged(Feedback("incorrect", f"Hm, {len(response)}", "\\boxed{7}"))
+        answers = (Answer(usable), Answer("Well done."), Answer(refusal="unanswered", detail="no reply"))
+        return random.Random(response).choice(answers)
+
+
 class World:
     """A run over the stubs."""
 
@@ -143,7 +161,8 @@ class World:
         chat = ChatFormat(bpe_tokenizer())
         self.sampler = Sampler(self.engine, chat, self.grader, INSTRUCTION, frozenset({END}))
         problems = cast(Any, Problems())
-        parts = Parts(self.config, problems, self.sampler, self.updater, cast(Any, None), END)
+        self.teacher = Teacher()
+        parts = Parts(self.config, problems, self.sampler, self.updater, cast(Any, None), END, self.teacher)
         self.algorithm = METHODS[algorithm].build(parts)
 
 
@@ -155,6 +174,7 @@ def first_steps() -> dict[str, Any]:
         "thinktwice": one_step(World()),
         "grpo": one_step(World(algorithm="grpo")),
         "dapo": one_step(World(algorithm="dapo", samples_per_problem=2, dapo=dapo)),
+        "thinktuning": one_step(World(algorithm="thinktuning", rollout=RolloutOptions(max_response_tokens=100))),
         "star": one_step(World(algorithm="star", samples_per_problem=2, star=star), then=1),
     }
 

@@ -30,8 +30,12 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     "dr_grpo": {"epsilon_high": 0.2, "dual_clip": None, "loss_agg_mode": "seq-mean-token-sum-norm"},
     "dapo": {"scale_rewards": "group", "dual_clip": None},
     "star": {},
+    "thinktuning": {"scale_rewards": "group", "epsilon_high": 0.2},
     "sft": {},
 }
+TEACHER = f"{ROOT / 'examples' / 'arithmetic_teacher.py'}:teach"
+THINKTUNING = "--algorithm thinktuning --thinktuning.teacher frozen"
+NEEDED = {"thinktuning": ("--thinktuning.teacher", TEACHER)}  # options without a default
 
 
 def test_every_algorithm_is_known_everywhere() -> None:
@@ -43,9 +47,9 @@ def test_every_algorithm_is_known_everywhere() -> None:
 @pytest.mark.parametrize("name", METHODS)
 def test_a_name_sets_the_defaults_to_what_was_published(name: str, tmp_path: Path) -> None:
     expected = asdict(LossOptions()) | PUBLISHED[name]
-    config = parse_config(["--algorithm", name])
+    config = parse_config(["--algorithm", name, *NEEDED.get(name, ())])
     assert asdict(config.loss) == expected
-    assert config == Config(algorithm=config.algorithm, loss=config.loss)
+    assert config == Config(algorithm=config.algorithm, loss=config.loss, thinktuning=config.thinktuning)
     check_config(config, 2)
     in_file = tmp_path / "a.yaml"
     in_file.write_text(f"algorithm: {name}\n" + ("loss:\n  beta: 0.5\n" if METHODS[name].preset else ""))
@@ -99,6 +103,14 @@ def test_an_overlay_makes_a_configuration_for_thinktwice_its_own(path: Path, tmp
         ("--algorithm dapo --dapo.overlong_buffer_tokens 0 --dapo.overlong_penalty 2", "--dapo.overlong_penalty would"),
         ("--algorithm dapo --dapo.max_draws 0", "--dapo.max_draws 0: must be at least 1"),
         ("--algorithm dr_grpo --samples_per_problem 1", "at least 2"),
+        ("--algorithm thinktuning", "needs a teacher: give --thinktuning.teacher frozen, live, checkpoint:PATH"),
+        ("--algorithm thinktuning --thinktuning.teacher wise", "--thinktuning.teacher wise: no teacher: use frozen"),
+        ("--algorithm thinktuning --thinktuning.teacher endpoint", "give its address with --thinktuning.endpoint_url"),
+        (f"{THINKTUNING} --thinktuning.min_fraction 0.5", "0.5 is above --thinktuning.fraction 0.1"),
+        (f"{THINKTUNING} --rollout.stop_strings [x]", "a response that a stop string ends has no end token"),
+        (f"{THINKTUNING} --thinktuning.endpoint_retries 1", "would be ignored with --thinktuning.teacher frozen"),
+        (f"{THINKTUNING} --thinktuning.teacher a.py:f --thinktuning.shots x", "--thinktuning.shots would be ignored"),
+        ("--algorithm grpo --thinktuning.teacher frozen", "--thinktuning.teacher would be ignored with --algorithm"),
         ("--algorithm grpo --update.minibatch_sequences 12", "take a multiple of 8 that divides 256"),
     ],
 )
@@ -133,6 +145,7 @@ RUNS = {
     # Two iterations: the second starts from sharded weights that have been trained.
     "star": ("--run.steps", "4", "--star.problems_per_iteration", "4", "--star.finetune_steps", "1",
              "--star.finetune_growth", "1", "--update.learning_rate", "1e-3"),
+    "thinktuning": ("--run.steps", "1", *NEEDED["thinktuning"]),
 }  # fmt: skip
 
 
@@ -144,6 +157,7 @@ def test_two_processes_do_the_steps_of_one(name: str, tmp_path: Path) -> None:
         finished = train("--algorithm", name, *BATCH, *RUNS[name], "--output", output, processes=processes)
         assert finished.returncode == 0, finished.stderr
         records.append(reproducible(read_metrics(output / "metrics.jsonl")))
+    assert records[0][0].get("solve/teacher_acceptance", 1.0) >= 0.5, "the example teaches the default task"
     for one, two in zip(*records, strict=True):
         assert one.keys() == two.keys()
         for key, value in one.items():

@@ -36,7 +36,7 @@ def test_every_declaration_is_complete_and_unambiguous() -> None:
         assert metric.definition.endswith("."), metric.name
         assert ("{phase}" in metric.name) == bool(metric.phases), metric.name
         for phase in metric.phases or ("",):
-            example = metric.name.format(phase=phase, set="held_out", k=4, sign="pos")
+            example = metric.name.format(phase=phase, set="held_out", k=4, sign="pos", behaviour="agreement")
             assert [other.name for other in METRICS if other.pattern.fullmatch(example)] == [metric.name]
             examples.add(example)
     assert {"solve/reward", "refine/reward", "sft/loss", "sft/grad_norm", "eval/held_out/refine_pass@4"} <= examples

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from thinktwice_fast.algorithms.sampler import Sampler
+from thinktwice_fast.algorithms.thinktuning.teacher import Teacher
 from thinktwice_fast.config import Config
 from thinktwice_fast.records import Message
 from thinktwice_fast.tasks.stream import ProblemStream
@@ -23,3 +24,4 @@ class Parts:
     updater: Updater
     examples: ExampleStream
     end_id: int  # token that ends a response
+    teacher: Teacher | None = None  # of ThinkTuning

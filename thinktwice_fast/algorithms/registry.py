@@ -39,6 +39,7 @@ METHODS: dict[str, Method] = {
     "dr_grpo": Method("grpo", ("solve",), "dr_grpo"),
     "dapo": Method("dapo", ("solve",), "dapo", "dapo"),
     "star": Method("star", ("solve", "sft"), section="star"),
+    "thinktuning": Method("thinktuning.algorithm", ("solve",), "thinktuning", "thinktuning"),
     "sft": Method("sft", ("sft",), section="sft"),
 }
 """By the names of ``algorithm``."""

@@ -14,6 +14,7 @@ from thinktwice_fast.algorithms.registry import METHODS
 from thinktwice_fast.algorithms.sampler import Sampler
 from thinktwice_fast.algorithms.star import with_hint
 from thinktwice_fast.algorithms.step import Algorithm
+from thinktwice_fast.algorithms.thinktuning.teacher import Voice
 from thinktwice_fast.config import ARITHMETIC, Config, samples_per_step
 from thinktwice_fast.errors import UserError
 from thinktwice_fast.model.flops import Flops
@@ -23,8 +24,9 @@ from thinktwice_fast.model.policy import context_length
 from thinktwice_fast.model.sharding import frozen_copy, pair_models, shards_weights
 from thinktwice_fast.records import Message, Problem
 from thinktwice_fast.rollout.engine import Engine
-from thinktwice_fast.run.memory import device_bytes, held_bytes, keep_freed_memory, predict
-from thinktwice_fast.run.workload import Evaluated, heaviest_load, phases
+from thinktwice_fast.run.memory import SecondModel, device_bytes, held_bytes, keep_freed_memory, predict
+from thinktwice_fast.run.teacher import TeacherPlan, make_teacher, plan_teacher
+from thinktwice_fast.run.workload import Evaluated, Taught, heaviest_load, phases
 from thinktwice_fast.tasks.arithmetic import RECHECK, warm_start_example
 from thinktwice_fast.tasks.evaluation_sets import evaluation_sets
 from thinktwice_fast.tasks.grading import Graders
@@ -67,8 +69,19 @@ class Prepared:
     longest_prompts: dict[str, int]  # tokens, by phase
     evaluation_sets: Mapping[str, Sequence[Problem]]
     evaluated: Evaluated
+    teacher: TeacherPlan | None
     notes: list[str]
     held_bytes: int  # before the model was loaded
+
+    @property
+    def taught(self) -> Taught | None:
+        """What a teacher is asked in the policy's KV cache."""
+        return self.teacher.in_cache if self.teacher is not None else None
+
+    @property
+    def second(self) -> SecondModel | None:
+        """A teacher's model beside the policy's."""
+        return self.teacher.second if self.teacher is not None else None
 
 
 def prepare(
@@ -129,9 +142,12 @@ def prepare(
             config.eval.samples,
             max(evaluated.prompt_tokens, prompts.longest["refine"]),
         )
+    teacher = None
+    if config.algorithm == "thinktuning":
+        teacher = plan_teacher(config, loaded, chat, longest_prompts["solve"], launch.env_world_size(), resources)
     return Prepared(
         device, dtype, loaded, chat, grader, instruction, stream,
-        None if usable is None else len(usable), longest_prompts, held_out, evaluated, notes, before,
+        None if usable is None else len(usable), longest_prompts, held_out, evaluated, teacher, notes, before,
     )  # fmt: skip
 
 
@@ -153,9 +169,11 @@ def build_run(config: Config, resources: ExitStack) -> Run:
     loaded, dtype, chat, stream = ready.loaded, ready.dtype, ready.chat, ready.stream
     world = parallel.world_size()
     planned = phases(config, Flops.of(loaded.model), ready.longest_prompts, world)
-    heaviest = heaviest_load(config, planned, ready.longest_prompts, ready.evaluated, world)
+    heaviest = heaviest_load(config, planned, ready.longest_prompts, ready.evaluated, world, ready.taught)
     room = device_bytes(ready.device, launch.env_local_world_size())
-    predicted = predict(config, loaded.model, ready.device, dtype, heaviest, world, ready.held_bytes, room)
+    predicted = predict(
+        config, loaded.model, ready.device, dtype, heaviest, world, ready.held_bytes, room, ready.second
+    )
     shards = config.update.shard_processes
     reference = frozen_copy(loaded.model, dtype, shards) if config.loss.beta else None
     adapt = partial(add_adapters, options=config.model, seed=config.seed) if config.model.lora_rank else None
@@ -164,7 +182,7 @@ def build_run(config: Config, resources: ExitStack) -> Run:
         models.rollout,
         loaded.stop_ids,
         config.rollout,
-        config.rollout.max_prompt_tokens + config.rollout.max_response_tokens,
+        max(config.rollout.max_prompt_tokens + config.rollout.max_response_tokens, heaviest.teacher_tokens),
         heaviest.needed_blocks,
         predicted.reserve,
         decode=partial(chat.response_text, stop_ids=loaded.stop_ids),
@@ -172,6 +190,12 @@ def build_run(config: Config, resources: ExitStack) -> Run:
     sampler = Sampler(engine, chat, ready.grader, ready.instruction, loaded.stop_ids)
     optimizer, schedule = build_optimizer(models.masters, config.update, _optimizer_steps(config))
     updater = Updater(models, reference, optimizer, schedule, config)
+    teacher = None
+    if ready.teacher is not None:
+        whole = reference.model if reference is not None and world == 1 else None
+        teacher = make_teacher(
+            ready.teacher, config, lambda: Voice(engine, chat, loaded.stop_ids, updater.version), whole, dtype
+        )
     algorithm = METHODS[config.algorithm].build(
         Parts(
             config,
@@ -180,6 +204,7 @@ def build_run(config: Config, resources: ExitStack) -> Run:
             updater,
             _examples(config, stream),
             loaded.tokenizer.eos_token_id,
+            teacher,
         )
     )
     return Run(config, loaded, sampler, updater, algorithm, ready.evaluation_sets, ready.notes, predicted.peak)

@@ -12,6 +12,7 @@ from typing import Any
 
 from thinktwice_fast import launch
 from thinktwice_fast.algorithms.registry import METHODS
+from thinktwice_fast.algorithms.thinktuning.options import check_teacher, unused_options
 from thinktwice_fast.bounds import check_bounds
 from thinktwice_fast.config import ARITHMETIC, LOSS_BOUNDS, Config, overlong_buffer, samples_per_step
 from thinktwice_fast.errors import UserError
@@ -93,6 +94,8 @@ def _check_meanings(config: Config) -> None:
     """Values that are each in range but mean nothing, or nothing together."""
     if METHODS[config.algorithm].preset is not None and config.samples_per_problem < 2:
         raise UserError("--samples_per_problem must be at least 2: an advantage compares the samples of a group")
+    if config.algorithm == "thinktuning":
+        check_teacher(config)
     if not config.sft.draft_error_rates:
         raise UserError("--sft.draft_error_rates []: give at least one rate")
     for name, entry in evaluation_sets(config).items():
@@ -231,6 +234,7 @@ def _ignored_in_training(config: Config) -> list[_Ignored]:
         (arithmetic, file_only, "with an arithmetic --data.source"),
         (arithmetic and not config.data.limit, ("data.shuffle",), "with an endless --data.source (no --data.limit)"),
         (kind != "hub", ("data.subset", "data.split"), "unless --data.source is a hub dataset"),
+        *((True, (f"thinktuning.{name}",), when) for name, when in unused_options(config)),
         (config.model.lora_rank == 0, ("model.lora_alpha", "model.lora_targets"), "without --model.lora_rank"),
         (all(reward in GRADERS and GRADERS[reward].verify is None for reward in rewards),
          ("reward_timeout", "reward_workers"), f"with --reward {config.reward}"),

@@ -198,6 +198,8 @@ class Trainer:
             "generations": self._generations,
         }
         self._output.record(self._step, step.phase, metrics)
+        for note in step.notes:
+            self._output.message(f"step {self._step}: {note}")
         every = self._config.run.transcripts_every
         # A whole pair each time, and the first one, which is what one looks at when trying something new.
         ahead = int("refine" in METHODS[self._config.algorithm].phases and not step.halves)

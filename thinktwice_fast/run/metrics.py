@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
+from thinktwice_fast.algorithms.thinktuning.feedback import REFUSALS
+
 Record = dict[str, Any]  # one line of metrics.jsonl: "step" (int), "phase" (str), then name: number or None
 
 SAMPLED = ("solve", "refine")
@@ -19,7 +21,11 @@ PHASES = (*TRAINED, "eval", "checkpoint")
 
 @dataclass(frozen=True)
 class Metric:
-    """One metric. In ``name``, ``{phase}`` is one of ``phases``, ``{set}`` an evaluation set, ``{k}`` a count."""
+    """One metric.
+
+    In ``name``, ``{phase}`` is one of ``phases``, ``{set}`` an evaluation set, ``{k}`` a count, ``{behaviour}`` a
+    teacher's.
+    """
 
     name: str
     unit: str
@@ -30,7 +36,8 @@ class Metric:
     @property
     def pattern(self) -> re.Pattern[str]:
         """Matches the keys that this metric may have in a record."""
-        fields = {"phase": f"(?:{'|'.join(self.phases)})", "set": "[^/]+", "k": "[1-9][0-9]*", "sign": "(?:pos|neg)"}
+        phase = f"(?:{'|'.join(self.phases)})"
+        fields = {"phase": phase, "set": "[^/]+", "k": "[1-9][0-9]*", "sign": "(?:pos|neg)", "behaviour": "[A-Za-z_]+"}
         return re.compile(re.sub(r"\{(\w+)\}", lambda found: fields[found[1]], self.name))
 
 
@@ -201,6 +208,34 @@ METRICS: tuple[Metric, ...] = (
         "share",
         "Refine groups that went on from their base's KV cache, of all refine groups; the prompts of the others were "
         "computed anew, because they do not continue the base token for token or the cache had no room.",
+    ),
+    Metric(
+        "solve/guided_fraction",
+        "share",
+        "Share of each group's properly ended rollouts that the teacher was to be asked about (at least one of them); "
+        "0 once `thinktuning.cutoff` has ended the guiding.",
+    ),
+    Metric("solve/guided_rate", "share", "Rollouts with feedback spliced in, of all rollouts."),
+    Metric(
+        "solve/teacher_answers",
+        "answers",
+        "Answers that the teacher was asked for since the start, unusable ones too; they are no `generations`.",
+    ),
+    Metric("solve/teacher_acceptance", "share", "Answers that were spliced in, of those asked for in the step."),
+    *(Metric(f"solve/refused/{reason}", "answers", text) for reason, text in REFUSALS.items()),
+    Metric(
+        "solve/behaviour/{behaviour}",
+        "answers",
+        "Answers spliced in whose request named this behaviour; absent where it is none, and without "
+        "`thinktuning.one_behaviour`, since an answer does not tell.",
+    ),
+    Metric("solve/reward_guided", "reward", "Mean reward of the guided rollouts, as graded with the feedback in them."),
+    Metric("solve/reward_unguided", "reward", "Mean reward of the other members of their groups."),
+    Metric(
+        "solve/seconds_teacher",
+        "s",
+        "Asking the teacher, splicing and grading anew, on the slowest process.",
+        timing=True,
     ),
     Metric("seconds_evaluation", "s", "One evaluation, all sets.", timing=True),
     Metric("seconds_checkpoint", "s", "Training stood still for a checkpoint.", timing=True),

@@ -19,6 +19,7 @@ from thinktwice_fast.run.checkpoint import read_state
 from thinktwice_fast.run.memory import Load, Prediction, Shape, checkpoint_bytes, device_bytes, predict
 from thinktwice_fast.run.options import DryRun
 from thinktwice_fast.run.report import aligned
+from thinktwice_fast.run.teacher import TeacherPlan
 from thinktwice_fast.run.workload import Phase, heaviest_load, phases
 
 _RUNNERS = {
@@ -64,9 +65,9 @@ def make_plan(config: Config, dry_run: DryRun) -> Plan:
         ready = prepare(config, resources, lambda _: outline_model(config.model), device)
     model = ready.loaded.model
     planned = phases(config, Flops.of(model), ready.longest_prompts, world)
-    load = heaviest_load(config, planned, ready.longest_prompts, ready.evaluated, world)
+    load = heaviest_load(config, planned, ready.longest_prompts, ready.evaluated, world, ready.taught)
     room = dry_run.gpu_bytes or device_bytes(ready.device, launch.env_local_world_size())
-    memory = predict(config, model, ready.device, ready.dtype, load, world, ready.held_bytes, room)
+    memory = predict(config, model, ready.device, ready.dtype, load, world, ready.held_bytes, room, ready.second)
     rows = [*_run_rows(config, ready, load, memory, world), *((p.name, _phase_text(config, p)) for p in planned)]
     return Plan(ready.notes, rows, memory, ready.device, room)
 
@@ -116,6 +117,19 @@ def _run_rows(config: Config, ready: Prepared, load: Load, memory: Prediction, w
         runner = planned_runner(model, config.rollout, ready.device, ready.dtype)
         yield "rollouts", f"{_RUNNERS[runner]}; at most {config.rollout.max_sequences:,} sequences at once"
         yield "KV cache", _cache_text(load.needed_blocks * BLOCK_SIZE, memory.cache_tokens)
+    if ready.teacher is not None:
+        yield "teacher", _teacher_text(ready.teacher)
+
+
+def _teacher_text(teacher: TeacherPlan) -> str:
+    text = teacher.kind
+    if teacher.taught is not None:
+        taught = teacher.taught
+        text += (
+            f"; per process up to {_many(taught.requests, 'request')} a step, prompts of up to {taught.prompt_tokens} "
+            f"tokens ({taught.shared_tokens} of them computed once), answers of up to {taught.answer_tokens}"
+        )
+    return text
 
 
 def _cache_text(needed: int, tokens: int) -> str:

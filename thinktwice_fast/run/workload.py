@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from thinktwice_fast.algorithms.registry import METHODS
 from thinktwice_fast.config import Config, samples_per_step
 from thinktwice_fast.model.flops import Flops
-from thinktwice_fast.rollout.engine import shared_blocks
+from thinktwice_fast.rollout.engine import BLOCK_SIZE, blocks_for, shared_blocks
 from thinktwice_fast.run.memory import Load
 from thinktwice_fast.update.batches import Example
 from thinktwice_fast.update.microbatches import plan_microbatches
@@ -41,6 +41,26 @@ class Evaluated:
     prompt_tokens: int = 0  # longest, to refine
 
 
+@dataclass(frozen=True)
+class Taught:
+    """The most that a teacher which is sampled here is asked in a step, on one process."""
+
+    requests: int
+    prompt_tokens: int
+    shared_tokens: int  # that all prompts begin with
+    answer_tokens: int
+
+    @property
+    def tokens(self) -> int:
+        """Of a prompt and its answer."""
+        return self.prompt_tokens + self.answer_tokens
+
+    def blocks(self, sequences: int) -> int:
+        """Of KV cache, for so many requests at a time."""
+        shared = self.shared_tokens // BLOCK_SIZE
+        return 1 + shared + min(self.requests, sequences) * (blocks_for(self.tokens) - shared)
+
+
 def phases(config: Config, flops: Flops, longest_prompts: Mapping[str, int], world: int) -> list[Phase]:
     """The phases that an algorithm's steps have (a pair of steps, say), on each of ``world`` processes."""
     if config.thinktwice.pairing == "joint":
@@ -66,7 +86,12 @@ def _phase(config: Config, flops: Flops, name: str, prompts: list[int], world: i
 
 
 def heaviest_load(
-    config: Config, planned: Sequence[Phase], longest_prompts: Mapping[str, int], evaluated: Evaluated, world: int
+    config: Config,
+    planned: Sequence[Phase],
+    longest_prompts: Mapping[str, int],
+    evaluated: Evaluated,
+    world: int,
+    taught: Taught | None = None,
 ) -> Load:
     """The most that one of ``world`` processes has to hold at a time.
 
@@ -74,18 +99,21 @@ def heaviest_load(
         planned: see ``phases``.
         longest_prompts: tokens, by phase.
         evaluated: in the largest evaluation.
+        taught: by a teacher that uses the policy's KV cache.
     """
     options = config.rollout
     sampled = max((phase.prompts * phase.samples for phase in planned if phase.name != "sft"), default=0)
     sequences = min(options.max_sequences, max(sampled, _solutions(evaluated, world)))
-    longest = max(evaluated.prompt_tokens, *longest_prompts.values())
+    longest = max(evaluated.prompt_tokens, *longest_prompts.values(), taught.prompt_tokens if taught else 0)
+    needed = needed_blocks(config, longest_prompts, evaluated, world)
     return Load(
         sequences,
-        needed_blocks(config, longest_prompts, evaluated, world),
+        max(needed, taught.blocks(options.max_sequences)) if taught else needed,
         min(options.max_batch_tokens, sequences * longest),
         max(phase.row_tokens for phase in planned),
         max(phase.row_targets for phase in planned),
         max(phase.row_keys for phase in planned),
+        taught.tokens if taught else 0,
     )
 
 
