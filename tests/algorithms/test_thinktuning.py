@@ -50,6 +50,7 @@ def test_answers_that_can_be_used_are_spliced_graded_and_learned_in_their_groups
         rewards = [r.reward for r in members if bool(r.guide) is guided and r.reward is not None]
         assert metrics[name] == pytest.approx(sum(rewards) / len(rewards))
     assert metrics["entropy"] == pytest.approx(0.5) and step.generations == 24
+    assert metrics["grading_timeouts"] == 4 + accepted  # one of each time that a group was graded
 
 
 def test_counts_are_kept_and_the_teacher_is_asked_no_more_after_the_cutoff() -> None:

@@ -101,6 +101,7 @@ def test_an_overlay_makes_a_configuration_for_thinktwice_its_own(path: Path, tmp
         ("--algorithm star --update.lr_schedule cosine", "give --update.lr_decay_steps"),
         ("--algorithm dapo --dapo.overlong_buffer_tokens 65", "must be at most --rollout.max_response_tokens 64"),
         ("--algorithm dapo --dapo.overlong_buffer_tokens 0 --dapo.overlong_penalty 2", "--dapo.overlong_penalty would"),
+        ("--algorithm dapo --loss.scale_rewards mean", "mean and --dapo.overlong_penalty: rewards that a penalty"),
         ("--algorithm dapo --dapo.max_draws 0", "--dapo.max_draws 0: must be at least 1"),
         ("--algorithm dr_grpo --samples_per_problem 1", "at least 2"),
         ("--algorithm thinktuning", "needs a teacher: give --thinktuning.teacher frozen, live, checkpoint:PATH"),
@@ -124,6 +125,7 @@ def test_options_that_do_not_fit_the_algorithm_are_refused(arguments: str, says:
     [
         "--algorithm grpo --loss.policy_loss sapo",  # bounds that it lacks stand at this algorithm's defaults
         "--algorithm dapo --dapo.max_draws off --dapo.overlong_buffer_tokens 64",
+        "--algorithm dapo --loss.scale_rewards mean --dapo.overlong_buffer_tokens 0",
         "--algorithm star --samples_per_problem 1 --star.rationalize true",
         "--algorithm grpo --thinktwice.refine_instruction x",  # evaluations refine
     ],

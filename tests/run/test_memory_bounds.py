@@ -336,6 +336,13 @@ def test_the_head_counts_logits_and_their_gradients() -> None:
     assert (4 << 30) - 6 * 512 < head("cuda", torch.bfloat16, 1 << 21) <= 4 << 30
 
 
+def test_star_keeps_what_each_iteration_starts_from() -> None:
+    config, weights = Config(algorithm="star"), 4 * sum(p.numel() for p in SHAPE.parameters())
+    for world in (1, 2):
+        parts = predict(config, SHAPE, torch.device("cpu"), torch.float32, LOAD, world, 0, 10**12).parts
+        assert [part.update for part in parts if part.name == "start weights"] == [weights // world]
+
+
 def test_the_size_that_options_state_is_taken() -> None:
     options = Config().rollout
     options.cache_tokens = 33

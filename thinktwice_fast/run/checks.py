@@ -143,6 +143,12 @@ def _check_own_options(config: Config) -> None:
         raise UserError(
             f"--dapo.overlong_buffer_tokens {buffer}: must be at most --rollout.max_response_tokens {response}"
         )
+    penalised = config.algorithm == "dapo" and overlong_buffer(config) and config.dapo.overlong_penalty
+    if penalised and config.loss.scale_rewards == "mean":
+        raise UserError(
+            "--loss.scale_rewards mean and --dapo.overlong_penalty: rewards that a penalty brings below 0 have no mean "
+            "to divide by: choose another scale, or --dapo.overlong_buffer_tokens 0"
+        )
     if config.algorithm != "star":
         return
     star, batch = config.star, config.problems_per_step

@@ -12,6 +12,8 @@ V vocabulary; S sequences that decode at once; T tokens and R response tokens of
                          model (embedding and head) throughout, two layers at a time, and a gradient until it is reduced
     checkpoint copy      what a process has of master weights and AdamW, and the largest weight at most, in main memory:
                          there while a checkpoint is written in the background; on the CPU a part of the peak
+    start weights        4 m / N, with STaR, in main memory: what each iteration starts from; on the CPU a part of the
+                         peak
     compute weights      b n, where rollouts (and one process's updates) do not read the masters
     teacher              b n of its model, its packed weights and graphs, a KV cache where the policy's does not fit it,
                          and what its activations take more than the policy's
@@ -228,6 +230,8 @@ def _weights(
     if device.type == "cpu" and config.run.save:
         copied = checkpoint_bytes(config, shape, dtype, world)
         yield Part("checkpoint copy", copied, copied)
+    if device.type == "cpu" and config.algorithm == "star":
+        yield Part("start weights", *(4 * m // shards,) * 2)
     if config.loss.beta:
         yield Part("reference weights", *(b * n // shards,) * 3)
     if shards_weights(world, dtype, lora=lora):

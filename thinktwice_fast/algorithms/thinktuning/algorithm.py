@@ -1,5 +1,6 @@
 """ThinkTuning (arXiv 2508.07616): GRPO in which some rollouts of each group go on with a teacher's feedback."""
 
+from dataclasses import replace
 from typing import Any
 
 from thinktwice_fast.algorithms.metrics import Sample, rollout_metrics, sample_metrics
@@ -40,9 +41,10 @@ class ThinkTuning:
         slots = self._policy_step.slots
         groups = [self._sampler.solve_group(slot, self._problems[self._position + slot]) for slot in slots]
         times = self._sampler.fill(groups, self._policy_step.spec(number))
-        metrics = rollout_metrics(Sample.of(groups), times)
         guidance = self._guide(groups, number)
-        metrics |= sample_metrics(Sample.of(groups)) | guidance.metrics | self._policy_step.learn([groups])
+        samples, times = Sample.of(groups), replace(times, timeouts=times.timeouts + guidance.timeouts)
+        metrics = rollout_metrics(samples, times) | sample_metrics(samples)
+        metrics |= guidance.metrics | self._policy_step.learn([groups])
         self._position += self._config.problems_per_step
         self._asked += guidance.asked
         self._accepted += guidance.accepted

@@ -30,6 +30,7 @@ class Guidance:
 
     asked: int
     accepted: int
+    timeouts: int  # answers whose grader was stopped when they were graded anew, on this process
     detail: str  # of the first request that failed
     metrics: dict[str, float]  # by name without their phase
 
@@ -62,7 +63,7 @@ class Guide:
         Raises:
             UserError: on every process, when the reward function fails on any, or a teacher that is a model here does.
         """
-        started = time.perf_counter()
+        started, timeouts = time.perf_counter(), self._sampler.grader.timeouts
         fraction = guided_fraction(self._config.thinktuning, self._config.run.steps, number)
         outcomes: list[_Outcome] = []
         error: UserError | parallel.OtherFailed | None = None
@@ -74,7 +75,7 @@ class Guide:
         parallel.agree(error)
         metrics = {"guided_fraction": fraction, **_member_metrics(groups)}
         metrics["seconds_teacher"] = max(parallel.gather(time.perf_counter() - started))
-        return _counted(parallel.gather_flat(outcomes), metrics)
+        return _counted(parallel.gather_flat(outcomes), metrics, self._sampler.grader.timeouts - timeouts)
 
     def _guide(self, groups: Sequence[Group], fraction: float, number: int) -> list[_Outcome]:
         rollouts: list[Rollout] = []
@@ -129,7 +130,7 @@ def _member_metrics(groups: Sequence[Group]) -> dict[str, float]:
     return metrics
 
 
-def _counted(outcomes: Sequence[_Outcome], metrics: dict[str, float]) -> Guidance:
+def _counted(outcomes: Sequence[_Outcome], metrics: dict[str, float], timeouts: int) -> Guidance:
     accepted = sum(outcome.refusal is None for outcome in outcomes)
     refusals = Counter(outcome.refusal for outcome in outcomes)
     metrics |= {f"refused/{reason}": float(refusals[reason]) for reason in REFUSALS}
@@ -138,4 +139,4 @@ def _counted(outcomes: Sequence[_Outcome], metrics: dict[str, float]) -> Guidanc
     behaviours = Counter(outcome.behaviour for outcome in outcomes if outcome.refusal is None)
     metrics |= {f"behaviour/{name}": float(count) for name, count in behaviours.items() if name is not None}
     detail = next((outcome.detail for outcome in outcomes if outcome.detail), "")
-    return Guidance(len(outcomes), accepted, detail, metrics)
+    return Guidance(len(outcomes), accepted, timeouts, detail, metrics)
