@@ -246,6 +246,7 @@ METRICS: tuple[Metric, ...] = (
     Metric("eval/{set}/refine_pass@{k}", "share", "The same for the refinements."),
 )
 
+METRICS_FILE = "metrics.jsonl"
 AVERAGE = "average"  # as {set}: the plain mean over the sets that have the metric
 
 
@@ -356,7 +357,7 @@ class MetricsWriter:
         from torch.utils.tensorboard import SummaryWriter
 
         folder.mkdir(parents=True, exist_ok=True)
-        self.path = folder / "metrics.jsonl"
+        self.path = folder / METRICS_FILE
         truncate_json_lines(self.path, resume_step)
         self.tensorboard_folder = folder / "tensorboard"
         purge_step = 0 if resume_step is None else resume_step + 1

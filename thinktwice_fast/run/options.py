@@ -10,6 +10,7 @@ from thinktwice_fast.config import Config
 from thinktwice_fast.errors import UserError, one_line
 from thinktwice_fast.run.parsing import make_parser, parse
 
+CONFIG_FILE = "config.yaml"  # in a run's folder: its options as resolved
 _DESCRIPTION = """Train a language model by ThinkTwice: solve, update, refine, update.
 
 Options come from their defaults (the "tiny" recipe), then from --config files, then from the command line."""

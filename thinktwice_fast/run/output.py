@@ -5,40 +5,45 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Self
 
-from thinktwice_fast import parallel
+from thinktwice_fast import launch, parallel
 from thinktwice_fast.config import Config
-from thinktwice_fast.records import Group
+from thinktwice_fast.errors import one_line
+from thinktwice_fast.model.loading import pick_device
 from thinktwice_fast.run.metrics import MetricsWriter, read_metrics, truncate_json_lines
-from thinktwice_fast.run.options import to_yaml
+from thinktwice_fast.run.options import CONFIG_FILE, to_yaml
+from thinktwice_fast.run.page.write import PAGE, write_page
 from thinktwice_fast.run.progress import Progress
-from thinktwice_fast.run.report import Transcript, plot_curves, summary, write_transcripts
-
-TRANSCRIPT_GROUPS = 2  # groups per transcript sample
-TRANSCRIPT_SAMPLES = 2  # rollouts of each
+from thinktwice_fast.run.report import plot_curves, summary
+from thinktwice_fast.run.transcripts import TRANSCRIPTS, Sample, write_transcripts
+from thinktwice_fast.run.versions import write_versions
+from thinktwice_fast.tasks.text_stream import TokenTexts
 
 
 class Output:
-    """The run's folder: options, metrics, transcripts, curves; and the progress display.
+    """The run's folder: options, metrics, transcripts, curves, the page that shows them; and the progress display.
 
     Args:
         config: of the run.
         step: that the run continues after; 0 for a new one.
         resumed: False clears what an earlier attempt without a checkpoint left.
+        token_texts: splits the responses of transcripts.
     """
 
-    def __init__(self, config: Config, step: int, resumed: bool):
+    def __init__(self, config: Config, step: int, resumed: bool, token_texts: TokenTexts):
         self._folder = Path(config.output)
         self._writes = parallel.rank() == 0
-        self._transcripts = self._folder / "transcripts.jsonl"
+        self._transcripts = self._folder / TRANSCRIPTS
+        self._token_texts = token_texts
         self._progress = Progress(config.run.steps, step, sys.stdout if self._writes else None)
         self._metrics: MetricsWriter | None = None
         if self._writes:
             # Renamed, so that a full disk does not cost the options of the run that is continued.
-            options = self._folder / "config.yaml"
+            options = self._folder / CONFIG_FILE
             options.with_suffix(".tmp").write_text(to_yaml(config))
             options.with_suffix(".tmp").replace(options)
             truncate_json_lines(self._transcripts, step if resumed else None)
             self._metrics = MetricsWriter(self._folder, step if resumed else None)
+            write_versions(self._folder, pick_device(config.model, launch.env_local_rank()))
 
     def __enter__(self) -> Self:
         self._progress.__enter__()
@@ -57,6 +62,8 @@ class Output:
         """Write a record of metrics and show it."""
         if self._metrics is not None:
             self._progress.update(self._metrics.write(step, phase, metrics))
+            if phase == "eval":
+                self._write_page()
 
     def evaluated(self, step: int) -> bool:
         """Whether the metrics written so far hold an evaluation of ``step``."""
@@ -64,25 +71,15 @@ class Output:
             return False
         return any(record["step"] == step and record["phase"] == "eval" for record in read_metrics(self._metrics.path))
 
-    def transcripts(self, step: int, phase: str, groups: Sequence[Group]) -> None:
-        """Write a few samples for people to read."""
-        if self._writes and groups:
-            samples = [
-                Transcript(
-                    group.problem.index,
-                    "\n\n".join(f"{message['role']}: {message['content']}" for message in group.messages),
-                    rollout.text,
-                    rollout.reward,
-                    group.base.text if group.base else None,
-                    group.base.reward if group.base else None,
-                )
-                for group in groups[:TRANSCRIPT_GROUPS]
-                for rollout in group.rollouts[:TRANSCRIPT_SAMPLES]
-            ]
-            write_transcripts(self._transcripts, step, phase, samples)
+    def transcripts(
+        self, step: int, phase: str, samples: Sequence[Sample], updated: Mapping[int, Sequence[float]]
+    ) -> None:
+        """Write samples for people to read; arguments as of `write_transcripts`."""
+        if self._writes:
+            write_transcripts(self._transcripts, step, phase, samples, updated, self._token_texts)
 
     def close_report(self, extra: Mapping[str, Path], outcome: str, predicted_bytes: int) -> None:
-        """Draw the curves and print the summary; the prediction is of peak memory."""
+        """Draw the curves, write the page and print the summary; the prediction is of peak memory."""
         if self._metrics is None:
             return
         records = read_metrics(self._metrics.path)
@@ -93,7 +90,18 @@ class Output:
             "tensorboard": self._metrics.tensorboard_folder,
             **({"transcripts": self._transcripts} if self._transcripts.exists() else {}),
             "curves": curves,
+            **({"report": page} if (page := self._write_page()) else {}),
             **extra,
         }
         self._progress.__exit__()
         print(f"\n{outcome}\n\n{summary(records, paths, predicted_bytes)}", flush=True)
+
+    def _write_page(self) -> Path | None:
+        """Where it is; None where it could not be written."""
+        page = self._folder / PAGE
+        try:
+            write_page([self._folder], page)
+        except Exception as error:  # whatever it is: what only shows a run must not end it
+            self.message(f"warning: {page} could not be written: {one_line(error)}")
+            return None
+        return page

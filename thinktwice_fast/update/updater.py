@@ -159,6 +159,13 @@ class Updater:
         hits = sum(float(part["hits"]) for part in parallel.gather_flat(metrics))
         return {"token_accuracy": hits / tokens} | self._step_metrics([loss], [norm], started)
 
+    def logps(self, rollouts: list[Rollout]) -> dict[int, list[float]]:
+        """Each response token's log-probability by the present weights, by sample id, for all processes. Collective."""
+        parts = self._microbatches(rollouts)
+        found = self._logps(self.models.policy, parts)
+        own = {rollout.sample_id: found[id(rollout)].tolist() for part in parts for rollout in part}
+        return {sample: logps for part in parallel.gather(own) for sample, logps in part.items()}
+
     def _optimizer_step(self, microbatches: list[list[S]], loss_of: LossOf[S]) -> tuple[float, float, list[Metrics]]:
         """The mini-batch's loss and gradient norm over all processes, and this process's micro-batch metrics."""
         collected: list[Metrics] = []
