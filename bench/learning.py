@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from bench import ROOT
-from thinktwice_fast.run.metrics import read_metrics
+from thinktwice_fast.run.metrics_file import read_metrics
 
 SOLVE_POINTS, REFINE_POINTS, SECONDS = 25, 15, 300  # at least, at least, at most
 _SEEDS = (0, 1, 2)

@@ -15,7 +15,7 @@ from thinktwice_fast.config import Config, ModelOptions
 from thinktwice_fast.model.loading import load_tokenizer, model_folder
 from thinktwice_fast.model.sharding import cast_parameters
 from thinktwice_fast.model.transformer import Transformer
-from thinktwice_fast.model.weights import read_transformer, weight_files, write_transformer
+from thinktwice_fast.model.weights import read_transformer, save_config, weight_files, write_weights
 from thinktwice_kernels.reference import grpo_loss
 
 DEFAULT, TOY, SIX_LAYERS, MEDIUM = "default model", "toy", "6-layer shape", "100 M shape"
@@ -102,7 +102,10 @@ def saved_model(name: str, dtype: torch.dtype, device: torch.device) -> Path:
     folder = folder_of(name, dtype)
     if not (folder / "config.json").exists():
         model = model_of(name, dtype, device)
-        write_transformer(model, dict(model.split(model.state_dict())), folder, dtype)
+        folder.mkdir(parents=True, exist_ok=True)
+        state = dict(model.split(model.state_dict().items()))
+        write_weights(folder, state, ((name, weight.cpu()) for name, weight in state.items()), dtype)
+        save_config(model, folder, dtype)
     if not (folder / "tokenizer_config.json").exists():
         load_tokenizer(ModelOptions()).save_pretrained(folder)
     return folder

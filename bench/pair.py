@@ -23,7 +23,7 @@ def main(shape: str, work: Path) -> int:
     from bench.models import untrained_folder
     from bench.stages.notes import Line, Notes, result
     from thinktwice_fast import train
-    from thinktwice_fast.run.metrics import read_metrics
+    from thinktwice_fast.run.metrics_file import read_metrics
 
     model, output = untrained_folder(shape, work / "pair-model"), work / "pair-run"
     shutil.rmtree(output, ignore_errors=True)

@@ -17,6 +17,7 @@ OPS = ROOT / "kernels" / "thinktwice_kernels"
 LAYERS = [
     {"errors", "launch"},
     {"records", "bounds"},
+    {"thinktuning_options"},
     {"config", "parallel"},
     {"model"},
     {"tasks", "rollout", "update"},
@@ -140,3 +141,11 @@ def test_no_module_shadows_another() -> None:
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_files_stay_readable(path: Path) -> None:
     assert len(path.read_text().splitlines()) <= 400, "split it: a file is read in one sitting"
+
+
+def test_nothing_is_unpickled() -> None:
+    """To read a checkpoint, a model or a data set of somebody else's must not run their code."""
+    for path in (*PACKAGE.rglob("*.py"), *(ROOT / "kernels").rglob("*.py")):
+        calls = {ast.unparse(node.func) for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)}
+        readers = {"torch.load", "torch.save", "np.load", "numpy.load", "pickle.load", "pickle.loads"}
+        assert not calls & readers and not imports(path) & {"pickle", "shelve", "dill"}, path

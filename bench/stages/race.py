@@ -28,7 +28,8 @@ from bench.core.report import table
 from bench.models import LARGE, TOY, Workload, shape_config, untrained_folder
 from bench.stages.notes import Line, Notes, result
 from bench.step.cases import flop_of
-from thinktwice_fast.run.metrics import Record, read_metrics
+from thinktwice_fast.run.metrics import Record
+from thinktwice_fast.run.metrics_file import read_metrics
 
 RACE = ROOT / "configs" / "race" / "qwen3-1.7b-gsm8k.yaml"
 _STEPS = 4

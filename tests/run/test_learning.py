@@ -10,7 +10,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from tests.browser import Page
 from tests.command import train
 from tests.run.test_page import needs_chromium
-from thinktwice_fast.run.metrics import Record, read_metrics
+from thinktwice_fast.run.metrics import Record
+from thinktwice_fast.run.metrics_file import read_metrics
 from thinktwice_fast.run.page.write import MOST_BYTES
 
 
@@ -104,7 +105,7 @@ def test_the_page_in_a_browser(run: Path, tmp_path: Path) -> None:
             assert len(texts(".token")) > 20 and texts(f".scale .{mode}")
         assert "".join(texts(".side > :last-child .token")).replace("↵", "").rstrip("▫") == refined
         page.value("document.querySelector('.token').click()")
-        assert "after the update" in texts(".detail output")[0]
+        assert "probability after the update" in texts(".detail output")[0]
 
         page.press("a", "/")
         page.call("Input.insertText", text="step 2")  # what no text has: steps have a list of their own

@@ -11,14 +11,12 @@ from hypothesis import strategies as st
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from thinktwice_fast.errors import UserError
-from thinktwice_fast.run.metrics import (
-    METRICS,
+from thinktwice_fast.run.metrics import METRICS, find_metric, reproducible
+from thinktwice_fast.run.metrics_file import (
     MetricsWriter,
     append_json_lines,
-    find_metric,
     read_json_lines,
     read_metrics,
-    reproducible,
     truncate_json_lines,
 )
 from thinktwice_kernels.metrics import METRICS as LOSS_METRICS
@@ -39,7 +37,7 @@ def test_every_declaration_is_complete_and_unambiguous() -> None:
         assert metric.definition.endswith("."), metric.name
         assert ("{phase}" in metric.name) == bool(metric.phases), metric.name
         for phase in metric.phases or ("",):
-            example = metric.name.format(phase=phase, set="held_out", k=4, sign="pos")
+            example = metric.name.format(phase=phase, set="held_out", k=4, sign="pos", behaviour="agreement")
             assert [other.name for other in METRICS if other.pattern.fullmatch(example)] == [metric.name]
             examples.add(example)
     assert {"solve/reward", "refine/reward", "sft/loss", "sft/grad_norm", "eval/held_out/refine_pass@4"} <= examples

@@ -10,7 +10,8 @@ from tests.browser import CHROMIUM, Page
 from tests.run.test_report import RUN, evaluation, training
 from thinktwice_fast.cli.report import ReportOptions, run
 from thinktwice_fast.errors import UserError
-from thinktwice_fast.run.metrics import Record, append_json_lines
+from thinktwice_fast.run.metrics import Record
+from thinktwice_fast.run.metrics_file import append_json_lines
 from thinktwice_fast.run.page import write
 from thinktwice_fast.run.page.charts import charts, time_parts
 from thinktwice_fast.run.page.inputs import read_inputs
@@ -95,11 +96,9 @@ def test_a_step_takes_its_parts(paths: list[Path]) -> None:
     assert [step for step, _ in parts] == [*range(2, 41, 2)]
     assert parts[0][1] == {
         "solve: rollout": 2.0,
-        "solve: grading": 0.0,
         "solve: update": 0.5,
         "other": 1.5,
         "refine: rollout": 4.0,
-        "refine: grading": 0.0,
         "refine: update": 1.0,
     }
 

@@ -1,19 +1,21 @@
 """From the command line and YAML files to a checked ``Config``."""
 
-from dataclasses import asdict, dataclass, fields, is_dataclass
+from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from thinktwice_fast.config import Config
+from thinktwice_fast.algorithms.registry import METHODS
+from thinktwice_fast.config import Config, LossOptions
 from thinktwice_fast.errors import UserError, one_line
 from thinktwice_fast.run.parsing import make_parser, parse
 
 CONFIG_FILE = "config.yaml"  # in a run's folder: its options as resolved
 _DESCRIPTION = """Train a language model by ThinkTwice: solve, update, refine, update.
 
-Options come from their defaults (the "tiny" recipe), then from --config files, then from the command line."""
+Options come from their defaults (the "tiny" recipe), then from the algorithm's published loss, then from --config
+files, then from the command line."""
 _DRY_RUN = "Check everything, print the plan of a step and the memory it will take, and stop; writes nothing."
 _DRY_RUN_GPU = (
     "With --dry-run: plan as on GPUs of so many gigabytes (10^9 bytes), which need not be here. Default: what is here."
@@ -47,6 +49,9 @@ def parse_command(arguments: list[str]) -> tuple[Config, DryRun | None]:
     parser.add_class_arguments(Config, nested_key=None, as_positional=False)
     _check_files(arguments)
     values = parse(parser, arguments)
+    if published := published_loss(values["algorithm"]):
+        parser.set_defaults({f"loss.{name}": value for name, value in published.items()})
+        values = parse(parser, arguments)
     values.pop("config")
     asked, gigabytes = values.pop("dry_run"), values.pop("dry_run_gpu")
     config = Config(**values)
@@ -59,6 +64,25 @@ def parse_command(arguments: list[str]) -> tuple[Config, DryRun | None]:
     if not 0 < gigabytes <= _MOST_GIGABYTES:
         raise UserError(f"--dry-run-gpu {gigabytes:g}: must be above 0 and at most {_MOST_GIGABYTES} (gigabytes)")
     return config, DryRun(int(gigabytes * _GIGABYTE))
+
+
+def default_config(algorithm: str) -> Config:
+    """The defaults of a run by an algorithm of this name."""
+    return Config(loss=replace(LossOptions(), **published_loss(algorithm)))
+
+
+def published_loss(algorithm: str) -> dict[str, Any]:
+    """The `LossOptions` of an algorithm's preset; empty where they are those of `Config()`, or it has none."""
+    preset = METHODS[algorithm].preset
+    if preset is None or algorithm == Config.algorithm:
+        return {}
+    # Imported here because it takes seconds.
+    from thinktwice_kernels import PRESETS
+    from thinktwice_kernels import LossOptions as Published
+
+    values = {option.name: option.default for option in fields(Published)}
+    values |= PRESETS[preset]["grpo_loss"] | PRESETS[preset]["group_advantages"]
+    return {option.name: values[option.name] for option in fields(LossOptions)}
 
 
 def to_yaml(config: Config) -> str:

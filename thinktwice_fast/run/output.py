@@ -9,7 +9,8 @@ from thinktwice_fast import launch, parallel
 from thinktwice_fast.config import Config
 from thinktwice_fast.errors import one_line
 from thinktwice_fast.model.loading import pick_device
-from thinktwice_fast.run.metrics import MetricsWriter, read_metrics, truncate_json_lines
+from thinktwice_fast.run.metrics import Record
+from thinktwice_fast.run.metrics_file import MetricsWriter, read_metrics, truncate_json_lines
 from thinktwice_fast.run.options import CONFIG_FILE, to_yaml
 from thinktwice_fast.run.page.write import PAGE, write_page
 from thinktwice_fast.run.progress import Progress
@@ -67,9 +68,16 @@ class Output:
 
     def evaluated(self, step: int) -> bool:
         """Whether the metrics written so far hold an evaluation of ``step``."""
+        return any(record["step"] == step for record in self._evaluations())
+
+    def evaluations(self, name: str) -> list[tuple[int, float]]:
+        """Steps and values of an evaluation's metric written so far, where it has one; none but on rank 0."""
+        return [(record["step"], record[name]) for record in self._evaluations() if record.get(name) is not None]
+
+    def _evaluations(self) -> list[Record]:
         if self._metrics is None or not self._metrics.path.exists():
-            return False
-        return any(record["step"] == step and record["phase"] == "eval" for record in read_metrics(self._metrics.path))
+            return []
+        return [record for record in read_metrics(self._metrics.path) if record["phase"] == "eval"]
 
     def transcripts(
         self, step: int, phase: str, samples: Sequence[Sample], updated: Mapping[int, Sequence[float]]

@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from thinktwice_fast.records import Group, Rollout
-from thinktwice_fast.run.metrics import Record, append_json_lines
+from thinktwice_fast.run.metrics import Record
+from thinktwice_fast.run.metrics_file import append_json_lines
 from thinktwice_fast.tasks.text_stream import TokenTexts
 
 TRANSCRIPTS = "transcripts.jsonl"
@@ -55,7 +56,7 @@ def write_transcripts(
     """Append samples as JSON lines.
 
     Args:
-        path: of the file; `metrics.truncate_json_lines` drops what was written after a checkpoint.
+        path: of the file; `metrics_file.truncate_json_lines` drops what was written after a checkpoint.
         step: that they are of.
         phase: "solve" or "refine".
         samples: graded, with advantages.

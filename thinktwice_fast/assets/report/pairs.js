@@ -12,7 +12,7 @@ class Browser {
   /** Of the transcripts in `data` (see run/page/pairs.py), inside `root`. */
   constructor(data, root) {
     this.data = data;
-    this.state = { show: "all", step: "", run: "", query: "", mode: "diff" };
+    this.state = { show: data.items.some((item) => item.base !== undefined) ? "all" : "solutions", step: "", run: "", query: "", mode: "diff" };
     this.matches = [];
     this.at = -1;
     this.made = 0;

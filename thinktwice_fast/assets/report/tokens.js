@@ -4,10 +4,15 @@ const FULL_SHARE = 0.9; // of tokens that a full colour is beyond: one that chan
 
 /** How a token is coloured, by mode: [class, share of the full colour from 0 to 1]. */
 const TONES = {
-  likelihood: (response, at) => ["unlikely", Math.min(1, -response.logps[at] / 1000 / MOST_SURPRISE)],
+  likelihood: (response, at) => ["unlikely", drew(response, at) * Math.min(1, -response.logps[at] / 1000 / MOST_SURPRISE)],
   advantage: (response, at, most) => signed(response.advantage ?? 0, most.advantage),
-  ratio: (response, at, most) => signed(response.changes[at] / 1000, most.change),
+  ratio: (response, at, most) => signed((drew(response, at) * response.changes[at]) / 1000, most.change),
 };
+
+/** 1 where the policy drew a token, 0 where a teacher wrote it: that has no probability from when it was drawn. */
+function drew(response, at) {
+  return response.guide?.[at] ? 0 : 1;
+}
 
 function signed(value, most) {
   return [value < 0 ? "down" : "up", Math.min(1, Math.abs(value) / most)];
@@ -16,7 +21,7 @@ function signed(value, most) {
 /** What a full colour stands for, of the responses shown together. */
 function extremes(responses) {
   const known = responses.filter((one) => one.logps);
-  const sizes = known.flatMap((one) => one.changes.map((change) => Math.abs(change) / 1000)).sort((a, b) => a - b);
+  const sizes = known.flatMap((one) => one.changes.map((change, at) => (drew(one, at) * Math.abs(change)) / 1000)).sort((a, b) => a - b);
   return {
     change: Math.max(LEAST_CHANGE, sizes[Math.floor(FULL_SHARE * sizes.length)] ?? 0),
     advantage: Math.max(1e-9, ...known.map((one) => Math.abs(one.advantage ?? 0))),
@@ -47,12 +52,12 @@ function visible(text) {
 
 function about(response, pieces, at) {
   const [old, change] = [response.logps[at] / 1000, response.changes[at] / 1000];
-  const guided = response.guide?.[at] ? ", written by a teacher" : "";
-  return (
-    `token ${at + 1} ${JSON.stringify(pieces[response.pieces[at]])}: probability ${round(Math.exp(old))} ` +
-    `(${old.toFixed(3)} nats), after the update ${round(Math.exp(old + change))}, ratio ${Math.exp(change).toFixed(3)}, ` +
-    `advantage ${response.advantage === null ? "none" : round(response.advantage)}${guided}`
-  );
+  const advantage = response.advantage === null ? "none" : round(response.advantage);
+  const drawn = drew(response, at)
+    ? `probability ${round(Math.exp(old))} (${old.toFixed(3)} nats), ratio ${Math.exp(change).toFixed(3)}`
+    : "written by a teacher";
+  const updated = `probability after the update ${round(Math.exp(old + change))}`;
+  return `token ${at + 1} ${JSON.stringify(pieces[response.pieces[at]])}: ${drawn}, ${updated}, advantage ${advantage}`;
 }
 
 function scaleOf(mode, most) {

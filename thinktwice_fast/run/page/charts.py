@@ -12,7 +12,7 @@ _POINTS = 300  # most that a curve has; more are averaged
 _STACK_POINTS = 60
 _DIGITS = 6  # that are kept of a number
 _GIB = 1 << 30
-_PARTS = ("rollout", "grading", "update")
+_PARTS = ("rollout", "grading", "teacher", "update")
 
 Points = dict[int, float]  # by step
 
@@ -109,8 +109,9 @@ def axes(methods: Sequence[Method]) -> list[dict[str, Any]]:
     return found
 
 
-def time_parts(records: Iterable[Record]) -> list[tuple[int, dict[str, float]]]:
+def time_parts(records: Sequence[Record]) -> list[tuple[int, dict[str, float]]]:
     """Seconds of each part of a pair of steps (or of a step that has no other half), by its last step."""
+    paired = any(record["phase"] == "refine" for record in records)
     found: list[tuple[int, dict[str, float]]] = []
     parts: dict[str, float] = {}
     for record in records:
@@ -118,11 +119,11 @@ def time_parts(records: Iterable[Record]) -> list[tuple[int, dict[str, float]]]:
         whole = record.get(f"{phase}/seconds_step")
         if whole is None:
             continue
-        known = {part: record.get(f"{phase}/seconds_{part}") or 0.0 for part in _PARTS}
+        known = {part: seconds for part in _PARTS if (seconds := record.get(f"{phase}/seconds_{part}")) is not None}
         for part, seconds in (*known.items(), ("other", max(0.0, whole - sum(known.values())))):
             name = part if part == "other" or phase not in SAMPLED else f"{phase}: {part}"
             parts[name] = parts.get(name, 0.0) + seconds
-        if phase != "solve":
+        if phase != "solve" or not paired:
             found.append((record["step"], parts))
             parts = {}
     return found

@@ -9,7 +9,8 @@ from typing import Any
 import yaml
 
 from thinktwice_fast.errors import UserError, one_line
-from thinktwice_fast.run.metrics import METRICS_FILE, Record, read_json_lines, read_metrics
+from thinktwice_fast.run.metrics import Record
+from thinktwice_fast.run.metrics_file import METRICS_FILE, read_json_lines, read_metrics
 from thinktwice_fast.run.options import CONFIG_FILE
 from thinktwice_fast.run.transcripts import TRANSCRIPTS
 from thinktwice_fast.run.versions import VERSIONS

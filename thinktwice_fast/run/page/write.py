@@ -58,7 +58,7 @@ def _fields(inputs: Inputs) -> dict[str, str]:
         "title": escape(", ".join([*(run.name for run in runs), *(one.name for one in inputs.evaluations)])),
         "style": _asset("report.css"),
         "verdicts": "".join(_verdict(tables.verdict(run), run.name if several else "") for run in runs),
-        "counts": "".join(_count(what, sum(count[what] for count in counts)) for what in CHANGES),
+        "counts": _counts({what: sum(count[what] for count in counts) for what in CHANGES}),
         "facts": "".join(_facts(tables.facts(run), run.name if several else "") for run in runs),
         "evaluations": tables.evaluation_tables(inputs.methods) + tables.result_tables(inputs.evaluations),
         "time": tables.time_table(runs),
@@ -96,6 +96,13 @@ def _facts(facts: Sequence[tuple[str, str]], run: str) -> str:
     return (f"<h3>{escape(run)}</h3>" if run else "") + f'<dl class="facts">{cells}</dl>'
 
 
-def _count(what: str, count: int) -> str:
-    slug = what.replace(" ", "-")
-    return f'<button class="count {slug}" data-show="{slug}"><b>{count:,}</b> {escape(what)}</button>'
+def _counts(counts: dict[str, int]) -> str:
+    if not any(counts.values()):
+        return ""
+    buttons = "".join(
+        f'<button class="count {slug}" data-show="{slug}"><b>{count:,}</b> {escape(what)}</button>'
+        for what, count in counts.items()
+        for slug in [what.replace(" ", "-")]
+    )
+    hint = "Refinements in the transcripts; each number opens them:"
+    return f'<p class="hint">{hint}</p><div class="counts">{buttons}</div>'
