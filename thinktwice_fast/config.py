@@ -337,6 +337,12 @@ class Config:
     reward_workers: int | None = bounded(None, least=1)
     """Grader processes, per training process. Default: for math one per two CPU cores, at most 8; for an own function
     1, which keeps its module's state from call to call: give more where it needs none."""
+    track: str = "tensorboard"
+    """Trackers that get every metric, separated by commas: tensorboard, wandb, trackio (the last two also get the
+    transcripts); "none" = none. One that fails is left out, and the run goes on."""
+    profile: str | None = None
+    """Steps to profile, as FIRST:LAST or one step, at most 10; in a file in quotation marks. Traces and a table of the
+    slowest kernels go to `profile/` in `output`."""
     model: ModelOptions = field(default_factory=ModelOptions)
     data: DataOptions = field(default_factory=DataOptions)
     thinktwice: ThinkTwiceOptions = field(default_factory=ThinkTwiceOptions)

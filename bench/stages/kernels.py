@@ -8,8 +8,8 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from bench.core.measure import seconds_of
+from thinktwice_fast.run.profiling import apart, rows_of, table
 
-_NAME = 90  # characters of a kernel's name
 _KERNELS, _CALLS = 24, 12
 
 
@@ -28,39 +28,8 @@ def profiled(work: Callable[[], Any], device: torch.device) -> Profiled:
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
     with profile(activities=activities) as profiler:
         seconds = seconds_of(work, device)
-    events = profiler.key_averages()
-    calls = [_Row(e.key, e.count, e.self_cpu_time_total) for e in events if not _on_device(e)]
-    kernels = [_Row(e.key, e.count, e.self_device_time_total) for e in events if _on_device(e) and not _only_named(e)]
-    tables = [_table("calls on the host", calls, _CALLS)]
+    kernels, calls = apart(rows_of(profiler))
+    tables = [table("calls on the host", calls, _CALLS)]
     if on_gpu:
-        tables.insert(0, _table("kernels", kernels, _KERNELS))
-    return Profiled(seconds, sum(row.count for row in (kernels if on_gpu else calls)), "\n".join(tables))
-
-
-@dataclass(frozen=True)
-class _Row:
-    name: str
-    count: int
-    microseconds: float
-
-
-def _on_device(event: Any) -> bool:
-    return event.device_type == torch.autograd.DeviceType.CUDA
-
-
-def _only_named(event: Any) -> bool:
-    """A range of time that the program named, over kernels that have rows of their own."""
-    return bool(event.is_user_annotation)
-
-
-def _table(what: str, rows: list[_Row], most: int) -> str:
-    """The rows that took longest, and the sum of all."""
-    total = sum(row.microseconds for row in rows) or 1.0
-    lines = [f"{'ms':>10} {'share':>6} {'count':>8} {'us each':>9}  {what}"]
-    for row in sorted(rows, key=lambda row: -row.microseconds)[:most]:
-        lines.append(
-            f"{row.microseconds / 1000:10.3f} {row.microseconds / total:6.1%} {row.count:8d} "
-            f"{row.microseconds / row.count:9.2f}  {row.name[:_NAME]}"
-        )
-    count = sum(row.count for row in rows)
-    return "\n".join([*lines, f"{total / 1000:10.3f} {'':6} {count:8d} {'':9}  all {len(rows)}"])
+        tables.insert(0, table("kernels", kernels, _KERNELS))
+    return Profiled(seconds, sum(row.calls for row in (kernels if on_gpu else calls)), "\n".join(tables))

@@ -160,7 +160,10 @@ OK = (200, completion("<opinion>..."))
 
 
 def test_a_server_is_asked_as_openai_is(serve: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MY_KEY", "secret")
+    monkeypatch.setenv("MY_KEY", "se\ncret\n")
+    with pytest.raises(UserError, match=r"^the key in \$MY_KEY has characters that no key has: mend it$"):
+        serve(OK, endpoint_key_variable="MY_KEY")
+    monkeypatch.setenv("MY_KEY", "secret\n")  # as files have it
     server, teacher = serve(OK, endpoint_key_variable="MY_KEY", teacher_answer_tokens=77)
     teacher.check()
     assert teacher.ask(ASKED) == [Answer("<opinion>...")] * 2

@@ -19,7 +19,7 @@ from thinktwice_fast.run.page.write import MOST_BYTES
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The first 40 steps of the default job."""
     output = tmp_path_factory.mktemp("learning")
-    options = ("--run.steps", "40", "--run.checkpoint_every", "0", "--output", output)
+    options = ("--run.steps", "40", "--run.checkpoint_every", "0", "--profile", "3:4", "--output", output)
     finished = train(*options, processes=1, fresh=True)
     assert finished.returncode == 0, finished.stderr
     (output / "stdout").write_text(finished.stdout)
@@ -52,7 +52,8 @@ def test_rollout_and_training_agree_on_log_probabilities(run: Path) -> None:
 
 def test_everything_promised_is_written(run: Path) -> None:
     shown = ("metrics.jsonl", "transcripts.jsonl", "curves.png", "report.html", "model/model.safetensors")
-    for name in (*shown, "config.yaml", "versions.json"):
+    profiled = [f"profile/{name}" for name in ("top.json", "step-000003.json.gz", "step-000004.json.gz")]
+    for name in (*shown, "config.yaml", "versions.json", *profiled):
         assert (run / name).stat().st_size > 0
         assert str(run / name.split("/")[0]) in (run / "stdout").read_text() or name not in shown
     assert list((run / "tensorboard").iterdir())

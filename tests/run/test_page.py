@@ -8,16 +8,22 @@ import pytest
 
 from tests.browser import CHROMIUM, Page
 from tests.run.test_report import RUN, evaluation, training
+from thinktwice_fast import parallel
 from thinktwice_fast.cli.report import ReportOptions, run
+from thinktwice_fast.config import Config
 from thinktwice_fast.errors import UserError
 from thinktwice_fast.run.metrics import Record
 from thinktwice_fast.run.metrics_file import append_json_lines
+from thinktwice_fast.run.output import Output
 from thinktwice_fast.run.page import write
 from thinktwice_fast.run.page.charts import charts, time_parts
 from thinktwice_fast.run.page.inputs import read_inputs
 from thinktwice_fast.run.page.pairs import pairs
 from thinktwice_fast.run.page.tables import verdict
 from thinktwice_fast.run.page.write import MOST_BYTES, make_page
+from thinktwice_fast.tasks.arithmetic import build_tokenizer
+from thinktwice_fast.tasks.prompts import ChatFormat
+from thinktwice_fast.tasks.text_stream import TokenTexts
 
 needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium (Debian: apt-get install chromium)")
 HOSTILE = "</script><script>alert(1)</script><!--data--> \ud800 é\n"
@@ -47,6 +53,9 @@ def folder(path: Path, records: list[Record], seed: int = 0, pairing: str = "seq
     append_json_lines(path / "transcripts.jsonl", (r for n in range(pair_count) for r in pair(2 * n + 1)))
     (path / "config.yaml").write_text(f"seed: {seed}\noutput: {path}\nthinktwice:\n  pairing: {pairing}\n")
     (path / "versions.json").write_text('{"torch": "2.10"}')
+    (path / "profile").mkdir()
+    top = [{"name": "a<b>", "calls": 1200, "self_cpu_ms": 0.0, "self_device_ms": 3.25}]
+    (path / "profile" / "top.json").write_text(json.dumps(top))
     return path
 
 
@@ -151,6 +160,7 @@ def test_the_command_writes_where_it_is_told(
     judged = (here / "judged.html").read_text()
     assert "<td>50.0 % [40.0 %, 60.0 %]</td><td>-</td>" in judged and "judged: aime (30 problems)" in judged
     both = (here / "report.html").read_text()
+    assert both.count('<th scope="row">a&lt;b&gt;</th><td>1,200</td><td>3.2</td><td>0.0</td>') == 3
     assert '<th scope="row">thinktwice.pairing</th><td>sequential</td><td>sequential</td><td>joint</td>' in both
 
 
@@ -165,6 +175,20 @@ def test_what_the_command_refuses(paths: list[Path], tmp_path: Path) -> None:
     ):
         with pytest.raises(UserError, match=message):
             run(ReportOptions(folders, output))
+
+
+def test_a_page_that_cannot_be_written_ends_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(parallel, "rank", lambda: 0)
+    (tmp_path / "report.html.tmp").mkdir()
+    token_texts = TokenTexts(ChatFormat(build_tokenizer()), frozenset())
+    with Output(Config(output=str(tmp_path), track="none"), 0, False, token_texts) as output:
+        output.record(0, "eval", {"eval/held_out/solve_accuracy": 0.5})
+        output.close_report({}, "complete", 1)
+    shown = capsys.readouterr().out
+    assert shown.count("warning: ") == shown.count("report.html could not be written: cannot write ") == 2
+    assert "complete" in shown and "\nreport" not in shown
 
 
 @needs_chromium

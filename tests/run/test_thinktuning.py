@@ -118,7 +118,9 @@ def test_a_kl_terms_reference_is_the_frozen_teacher(
     engine = Engine(moved, loaded.stop_ids, config.rollout, plan.taught.tokens)
     voice = Voice(engine, ChatFormat(loaded.tokenizer), loaded.stop_ids, version=1)
     teacher = make_teacher(plan, config, lambda: voice, loaded.model, torch.float32)
-    assert [parse(answer.text) for answer in teacher.ask([Asked("1+1", "1")] * 2)] == [GUIDANCE] * 2
+    # The second response takes more tokens than any that the policy could draw.
+    answers = teacher.ask([Asked("1+1", "1"), Asked("1+1", "1" * 999)])
+    assert [parse(answer.text) for answer in answers] == [GUIDANCE] * 2
 
 
 def test_a_checkpoint_of_another_shape_and_tokenizer_teaches_with_a_cache_of_its_own(

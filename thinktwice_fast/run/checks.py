@@ -19,6 +19,7 @@ from thinktwice_fast.errors import UserError
 from thinktwice_fast.run.best import rising_metrics
 from thinktwice_fast.run.metrics import AVERAGE
 from thinktwice_fast.run.options import default_config
+from thinktwice_fast.run.tracking import tracker_names
 from thinktwice_fast.tasks.evaluation_sets import FROM_EVAL, evaluation_sets, source_kind
 from thinktwice_fast.tasks.graders import GRADERS
 from thinktwice_fast.tasks.tables import check_file
@@ -39,6 +40,7 @@ def check_config(config: Config, world_size: int) -> None:
     _check_ignored(config)
     _check_loss(config)
     _check_cache(config)
+    _check_profile(config)
 
 
 def check_files(config: Config) -> None:
@@ -107,6 +109,7 @@ def _check_meanings(config: Config) -> None:
         )
     if "" in config.rollout.stop_strings:
         raise UserError("--rollout.stop_strings: an empty string would end every response at once: leave it out")
+    tracker_names(config.track)
     warmup, decay = config.update.warmup_steps, config.update.lr_decay_steps
     if config.update.lr_schedule != "constant" and 0 < decay <= warmup:
         raise UserError(
@@ -301,6 +304,18 @@ def _check_cache(config: Config) -> None:
         raise UserError(
             f"--rollout.cache_tokens {options.cache_tokens}: one sequence may take {longest} "
             "(--rollout.max_prompt_tokens and --rollout.max_response_tokens): give at least that, or 0"
+        )
+
+
+def _check_profile(config: Config) -> None:
+    if config.profile is None:
+        return
+    from thinktwice_fast.run.profiling import profiled_steps
+
+    if profiled_steps(config.profile)[-1] > config.run.steps:
+        raise UserError(
+            f"--profile {config.profile}: the run ends with step {config.run.steps}: give earlier steps, or more "
+            "--run.steps"
         )
 
 

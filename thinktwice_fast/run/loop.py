@@ -39,6 +39,7 @@ from thinktwice_fast.run.evaluation import evaluate
 from thinktwice_fast.run.memory import peak_bytes
 from thinktwice_fast.run.metrics import SAMPLED
 from thinktwice_fast.run.output import Output
+from thinktwice_fast.run.profiling import StepProfiler, profiled_steps
 from thinktwice_fast.run.saving import Saver
 from thinktwice_fast.run.signals import StopSignals
 from thinktwice_fast.run.transcripts import choose_samples
@@ -92,6 +93,11 @@ class Trainer:
         self._output = resources.enter_context(Output(self._config, self._step, resumed, texts))
         for note in parts.notes:
             self._output.message(note)
+        steps = profiled_steps(self._config.profile)
+        if steps and steps[0] <= self._step:
+            self._output.message(f"--profile {self._config.profile}: steps up to {self._step} are done already")
+        own = steps if parallel.rank() == 0 else range(0)
+        self._profiler = StepProfiler(own, self._folder, parts.loaded.model.device)
         self._saver: Saver | None = None
         if self._config.run.save:
             options, tokenizer = self._config.run, parts.loaded.tokenizer
@@ -131,6 +137,7 @@ class Trainer:
             self._saver.wait()
             if self._saver.best is not None:
                 written = written | {"best": checkpoint_folder(self._folder, self._saver.best.step)}
+        written = {"profile": self._profiler.folder, **written}
         self._output.close_report(written, outcome, self._parts.predicted_bytes)
 
     def _resume(self) -> bool:
@@ -172,17 +179,19 @@ class Trainer:
             )
 
     def _advance(self) -> None:
-        started = time.perf_counter()
         number = self._step + 1
         try:
-            step = self._parts.algorithm.step(number)
+            with self._profiler.around(number):
+                started = time.perf_counter()
+                step = self._parts.algorithm.step(number)
+                seconds = time.perf_counter() - started
         except NonFiniteLoss as error:
             raise UserError(f"step {number}: {error}; {self._keep_evidence(number, error)}") from error
         except UserError as error:
             raise UserError(f"step {number}: {error}; {self._keep_progress()}") from error
         self._step = number
         self._generations += step.generations
-        self._log_step(step, time.perf_counter() - started)
+        self._log_step(step, seconds)
 
     def _log_step(self, step: Step, seconds: float) -> None:
         parts = (*step.halves, step)

@@ -378,3 +378,16 @@ def device_bytes(device: torch.device, processes: int) -> int:
     granted = limit.read_text().strip() if limit.is_file() else ""
     memory = os.sysconf("SC_PHYS_PAGES") * _PAGE
     return min(memory, int(granted) if granted.isdecimal() else memory) // processes
+
+
+def free_bytes(device: torch.device) -> int:
+    """What nobody holds of a GPU's memory, or of the main memory that this process may have, now."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    available = 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
+    limit, held = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.stat")
+    if limit.is_file() and limit.read_text().strip().isdecimal():  # what is no file's page can't be given back
+        anonymous = next(int(line.split()[1]) for line in held.read_text().splitlines() if line.startswith("anon "))
+        available = min(available, max(0, int(limit.read_text()) - anonymous))
+    return available

@@ -1,7 +1,7 @@
-"""The two files that metrics go to.
+"""The file that metrics go to; trackers (``tracking.py``) get the same.
 
 ``metrics.jsonl`` holds one JSON object per line: ``step``, ``phase``, then metrics under the names declared in
-``metrics.py``. The same numbers go to TensorBoard.
+``metrics.py``.
 """
 
 import json
@@ -9,10 +9,10 @@ import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 from thinktwice_fast.errors import UserError
-from thinktwice_fast.run.metrics import PHASES, POLICY, Record, find_metric, metrics_of
+from thinktwice_fast.run.metrics import PHASES, POLICY, Record, find_metric
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -85,24 +85,18 @@ def truncate_json_lines(path: Path, last_step: int | None) -> None:
 
 
 class MetricsWriter:
-    """Writes ``folder/metrics.jsonl`` and TensorBoard events under ``folder/tensorboard``. For rank 0 alone.
+    """Writes ``folder/metrics.jsonl``. For rank 0 alone.
 
     Args:
         folder: The run's folder; made where it is missing.
-        resume_step: Step of the checkpoint that the run continues from: later records are removed from the file, and
-            TensorBoard is told to forget them. None for a run from the start: the same for all records.
+        resume_step: Step of the checkpoint that the run continues from: later records are removed. None for a run from
+            the start: the same for all records.
     """
 
     def __init__(self, folder: Path, resume_step: int | None) -> None:
-        # Imported here because it takes seconds, and of all processes only this one needs it.
-        from torch.utils.tensorboard import SummaryWriter
-
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / METRICS_FILE
         truncate_json_lines(self.path, resume_step)
-        self.tensorboard_folder = folder / "tensorboard"
-        purge_step = 0 if resume_step is None else resume_step + 1
-        self._tensorboard = SummaryWriter(str(self.tensorboard_folder), purge_step=purge_step)
 
     def write(self, step: int, phase: str, values: Mapping[str, float | None]) -> Record:
         """Write one record and return it as written.
@@ -121,19 +115,4 @@ class MetricsWriter:
                 raise KeyError(f"metric {name!r} does not belong into a record of phase {phase!r}")
             record[name] = value if value is not None and math.isfinite(value) else None
         append_json_lines(self.path, [record])
-        for name, value in metrics_of(record).items():
-            if value is not None:
-                self._tensorboard.add_scalar(name, value, step)
-        # The writer's own interval is two minutes, all of which a kill would lose.
-        self._tensorboard.flush()
         return record
-
-    def close(self) -> None:
-        """Close the TensorBoard file."""
-        self._tensorboard.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.close()

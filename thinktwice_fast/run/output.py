@@ -9,19 +9,21 @@ from thinktwice_fast import launch, parallel
 from thinktwice_fast.config import Config
 from thinktwice_fast.errors import one_line
 from thinktwice_fast.model.loading import pick_device
-from thinktwice_fast.run.metrics import Record
+from thinktwice_fast.run.metrics import Record, metrics_of
 from thinktwice_fast.run.metrics_file import MetricsWriter, read_metrics, truncate_json_lines
-from thinktwice_fast.run.options import CONFIG_FILE, to_yaml
+from thinktwice_fast.run.options import CONFIG_FILE, to_plain, to_yaml
 from thinktwice_fast.run.page.write import PAGE, write_page
 from thinktwice_fast.run.progress import Progress
 from thinktwice_fast.run.report import plot_curves, summary
+from thinktwice_fast.run.tracking import Session, Trackers, tracker_names
 from thinktwice_fast.run.transcripts import TRANSCRIPTS, Sample, write_transcripts
 from thinktwice_fast.run.versions import write_versions
 from thinktwice_fast.tasks.text_stream import TokenTexts
 
 
 class Output:
-    """The run's folder: options, metrics, transcripts, curves, the page that shows them; and the progress display.
+    """The run's folder: options, metrics, transcripts, curves, and the page that shows them; its trackers; and the
+    progress display.
 
     Args:
         config: of the run.
@@ -45,6 +47,8 @@ class Output:
             truncate_json_lines(self._transcripts, step if resumed else None)
             self._metrics = MetricsWriter(self._folder, step if resumed else None)
             write_versions(self._folder, pick_device(config.model, launch.env_local_rank()))
+            session = Session(self._folder, to_plain(config), step if resumed else None)
+            self._trackers = Trackers(tracker_names(config.track), session, self.message)
 
     def __enter__(self) -> Self:
         self._progress.__enter__()
@@ -52,8 +56,8 @@ class Output:
 
     def __exit__(self, *error: object) -> None:
         self._progress.__exit__(*error)
-        if self._metrics is not None:
-            self._metrics.close()
+        if self._writes:
+            self._trackers.close()
 
     def message(self, text: str) -> None:
         """Show one line."""
@@ -62,7 +66,9 @@ class Output:
     def record(self, step: int, phase: str, metrics: Mapping[str, float]) -> None:
         """Write a record of metrics and show it."""
         if self._metrics is not None:
-            self._progress.update(self._metrics.write(step, phase, metrics))
+            written = self._metrics.write(step, phase, metrics)
+            self._trackers.log(step, metrics_of(written))
+            self._progress.update(written)
             if phase == "eval":
                 self._write_page()
 
@@ -85,6 +91,7 @@ class Output:
         """Write samples for people to read; arguments as of `write_transcripts`."""
         if self._writes:
             write_transcripts(self._transcripts, step, phase, samples, updated, self._token_texts)
+            self._trackers.log_rollouts(step, phase, samples)
 
     def close_report(self, extra: Mapping[str, Path], outcome: str, predicted_bytes: int) -> None:
         """Draw the curves, write the page and print the summary; the prediction is of peak memory."""
@@ -93,23 +100,22 @@ class Output:
         records = read_metrics(self._metrics.path)
         curves = self._folder / "curves.png"
         plot_curves(records, curves)
+        self._write_page()
         paths = {
             "metrics": self._metrics.path,
-            "tensorboard": self._metrics.tensorboard_folder,
-            **({"transcripts": self._transcripts} if self._transcripts.exists() else {}),
+            "tensorboard": self._folder / "tensorboard",
+            "transcripts": self._transcripts,
             "curves": curves,
-            **({"report": page} if (page := self._write_page()) else {}),
+            "report": self._folder / PAGE,
             **extra,
         }
+        paths = {what: path for what, path in paths.items() if path.exists()}
         self._progress.__exit__()
         print(f"\n{outcome}\n\n{summary(records, paths, predicted_bytes)}", flush=True)
 
-    def _write_page(self) -> Path | None:
-        """Where it is; None where it could not be written."""
+    def _write_page(self) -> None:
         page = self._folder / PAGE
         try:
             write_page([self._folder], page)
         except Exception as error:  # whatever it is: what only shows a run must not end it
             self.message(f"warning: {page} could not be written: {one_line(error)}")
-            return None
-        return page

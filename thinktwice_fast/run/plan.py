@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -27,11 +28,26 @@ _RUNNERS = {
     "modules": "the model's modules over the paged cache",
     "gpu": "the model's modules over the paged cache, decoding steps as CUDA graphs",
 }
+LESS_MEMORY = (
+    "lower --update.microbatch_tokens or --rollout.cache_tokens, set --model.activation_checkpointing true, or use "
+    "more processes or a smaller model"
+)
 _MIB = 1 << 20
 
 
-def print_plan(config: Config, dry_run: DryRun) -> None:
-    """Print the plan of a run whose options are checked already; every process checks, rank 0 prints. Writes nothing.
+@dataclass(frozen=True)
+class Plan:
+    """What a run is going to do, and take."""
+
+    notes: list[str]
+    rows: list[tuple[str, str]]  # what, and how
+    memory: Prediction  # of each process
+    device: torch.device
+    room: int  # bytes that a process may have of it
+
+
+def make_plan(config: Config, dry_run: DryRun) -> Plan:
+    """The plan of a run whose options are checked already. Writes nothing.
 
     Args:
         config: of the run.
@@ -53,12 +69,18 @@ def print_plan(config: Config, dry_run: DryRun) -> None:
     room = dry_run.gpu_bytes or device_bytes(ready.device, launch.env_local_world_size())
     memory = predict(config, model, ready.device, ready.dtype, load, world, ready.held_bytes, room, ready.second)
     rows = [*_run_rows(config, ready, load, memory, world), *((p.name, _phase_text(config, p)) for p in planned)]
+    return Plan(ready.notes, rows, memory, ready.device, room)
+
+
+def print_plan(config: Config, dry_run: DryRun) -> None:
+    """Make the plan, in every process, and print it, on rank 0. Arguments and errors as of ``make_plan``."""
+    plan = make_plan(config, dry_run)
     text = [
         "dry run: nothing was computed or written; what only the weights can tell is not checked",
-        *ready.notes,
-        aligned(rows),
-        memory_table(memory),
-        _verdict(memory, room, "a process may have" if ready.device.type == "cpu" else "the GPU has"),
+        *plan.notes,
+        aligned(plan.rows),
+        memory_table(plan.memory),
+        _verdict(plan.memory, plan.room, "a process may have" if plan.device.type == "cpu" else "the GPU has"),
     ]
     if launch.env_rank() == 0:
         print("\n\n".join(text), flush=True)
@@ -138,10 +160,7 @@ def _verdict(memory: Prediction, room: int, there: str) -> str:
     text = f"predicted peak {_mib(memory.peak)} MiB, in the {phase} phase; {there} {_mib(room)} MiB: "
     if memory.peak <= room:
         return text + f"it fits, with {1 - memory.peak / room:.0%} to spare"
-    return text + (
-        "IT DOES NOT FIT: lower --update.microbatch_tokens or --rollout.cache_tokens, set "
-        "--model.activation_checkpointing true, or use more processes or a smaller model"
-    )
+    return text + f"IT DOES NOT FIT: {LESS_MEMORY}"
 
 
 def _many(count: int, what: str, ending: str = "s") -> str:

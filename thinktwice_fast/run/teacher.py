@@ -102,17 +102,20 @@ def make_teacher(
     """
     if plan.ready is not None:
         return plan.ready
-    assert plan.prompt is not None
-    policy = live()
+    assert plan.prompt is not None and plan.taught is not None
+    policy, taught, prompt = live(), plan.taught, plan.prompt
+    # Engine and cache have room for what was planned. A response may take more tokens than the policy drew: bytes that
+    # are no text are encoded otherwise, and another tokenizer has tokens of its own.
+    asked = replace(config.thinktuning, teacher_prompt_tokens=taught.prompt_tokens)
 
     def spoken_by(model: Model, chat: ChatFormat, stop_ids: frozenset[int]) -> Voice:
         """A model that does not change."""
-        assert plan.taught is not None and plan.second is not None
+        assert plan.second is not None
         own = plan.second.cache_blocks
         options = replace(config.rollout, exact=False, cache_tokens=own * BLOCK_SIZE)
         still = cast_parameters(model, dtype).requires_grad_(False)
         shared = None if own else policy.engine.cache
-        return Voice(Engine(still, stop_ids, options, plan.taught.tokens, cache=shared), chat, stop_ids, version=0)
+        return Voice(Engine(still, stop_ids, options, taught.tokens, cache=shared), chat, stop_ids, version=0)
 
     def loaded(options: ModelOptions) -> LoadedModel:
         return load_model(options, config.seed, policy.engine.model.device)
@@ -124,8 +127,8 @@ def make_teacher(
     if plan.kind == "checkpoint":
         other = _as_teacher(partial(loaded, _model_options(config)))
         spoken = spoken_by(other.model, ChatFormat(other.tokenizer), other.stop_ids)
-        return ModelTeacher(lambda: spoken, plan.prompt, config.thinktuning)
-    return ModelTeacher(_Frozen(live, initial) if plan.kind == "frozen" else live, plan.prompt, config.thinktuning)
+        return ModelTeacher(lambda: spoken, prompt, asked)
+    return ModelTeacher(_Frozen(live, initial) if plan.kind == "frozen" else live, prompt, asked)
 
 
 class _Frozen:

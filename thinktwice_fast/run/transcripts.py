@@ -30,6 +30,11 @@ def choose_samples(groups: Iterable[Group], most: int) -> list[Sample]:
     return chosen
 
 
+def prompt_text(group: Group) -> str:
+    """The chat that a group answers, for people to read."""
+    return "\n\n".join(f"{message['role']}: {message['content']}" for message in group.messages)
+
+
 def verdict(reward: float | None, base_reward: float | None, refines: bool) -> str | None:
     """What became of an answer: one of ``CHANGES`` where it refines another, else "right" or "wrong".
 
@@ -80,7 +85,7 @@ def _transcript(
         "sample": group.rollouts.index(rollout),
         "question": group.problem.question,
         "answer": group.problem.answer,
-        "prompt": "\n\n".join(f"{message['role']}: {message['content']}" for message in group.messages),
+        "prompt": prompt_text(group),
         "prompt_tokens": list(group.prompt),
     }
     if base is not None:

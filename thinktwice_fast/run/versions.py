@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from thinktwice_fast import parallel
+from thinktwice_fast import launch
 
 VERSIONS = "versions.json"
 _PACKAGES = ("thinktwice-fast", "thinktwice-kernels", "torch", "triton", "transformers", "tokenizers", "numpy")
@@ -26,5 +26,5 @@ def write_versions(folder: Path, device: torch.device) -> None:
         found["device"] = torch.cuda.get_device_name(device)
     else:
         found["device"] = f"{platform.machine()} CPU, {torch.get_num_threads()} threads a process"
-    found["processes"] = str(parallel.world_size())
+    found["processes"] = str(launch.env_world_size())
     (folder / VERSIONS).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")

@@ -40,6 +40,9 @@ class EndpointTeacher:
         prompt: what the model there reads.
         options: which server and model, and the limits.
         first_pause: seconds before the first retry.
+
+    Raises:
+        UserError: a key that can't be sent.
     """
 
     def __init__(self, prompt: TeacherPrompt, options: ThinkTuningOptions, first_pause: float = _FIRST_PAUSE):
@@ -47,7 +50,9 @@ class EndpointTeacher:
         self._options = options
         self._first_pause = first_pause
         self._headers = {"Content-Type": "application/json"}
-        if key := os.environ.get(options.endpoint_key_variable):
+        if key := os.environ.get(options.endpoint_key_variable, "").strip():
+            if not (key.isascii() and key.isprintable()):  # http.client would refuse it, and print it
+                raise UserError(f"the key in ${options.endpoint_key_variable} has characters that no key has: mend it")
             self._headers["Authorization"] = f"Bearer {key}"
         self._opener = urllib.request.build_opener(_NoRedirect)
 

@@ -12,6 +12,7 @@ from thinktwice_fast.errors import UserError, one_line
 from thinktwice_fast.run.metrics import Record
 from thinktwice_fast.run.metrics_file import METRICS_FILE, read_json_lines, read_metrics
 from thinktwice_fast.run.options import CONFIG_FILE
+from thinktwice_fast.run.profiling import TOP
 from thinktwice_fast.run.transcripts import TRANSCRIPTS
 from thinktwice_fast.run.versions import VERSIONS
 
@@ -28,6 +29,7 @@ class RunFiles:
     transcripts: list[Record]
     config: str  # YAML
     versions: Mapping[str, str]
+    profile: Sequence[Mapping[str, Any]]  # the slowest kernels and calls of profiled steps
 
     def method(self) -> dict[str, Any]:
         """Every option by its full name, but for those that seeds of one method differ in."""
@@ -87,7 +89,8 @@ def read_inputs(paths: Sequence[Path]) -> Inputs:
 
 
 def _read_run(folder: Path, name: str) -> RunFiles:
-    transcripts, config, versions = folder / TRANSCRIPTS, folder / CONFIG_FILE, folder / VERSIONS
+    transcripts, config = folder / TRANSCRIPTS, folder / CONFIG_FILE
+    versions, profile = folder / VERSIONS, folder / TOP
     found = list(read_json_lines(transcripts)) if transcripts.is_file() else []
     return RunFiles(
         name,
@@ -95,6 +98,7 @@ def _read_run(folder: Path, name: str) -> RunFiles:
         [record for record in found if "tokens" in record],  # an older version wrote fewer keys
         config.read_text(encoding="utf-8") if config.is_file() else "",
         json.loads(versions.read_text(encoding="utf-8")) if versions.is_file() else {},
+        json.loads(profile.read_text(encoding="utf-8")) if profile.is_file() else [],
     )
 
 

@@ -13,6 +13,7 @@ from thinktwice_fast.run.report import SUMMARY_ROWS, curve, evaluation_sets
 Rows = Sequence[Sequence[str]]
 
 _GIB = 1 << 30
+_WHERE = ("device", "cpu")  # that a profiled kernel or call takes time on
 
 
 def table(caption: str, head: Sequence[str], rows: Rows) -> str:
@@ -37,7 +38,7 @@ def verdict(run: RunFiles) -> str:
     if not sets:
         return "No evaluation yet: the transcripts below say what refining does."
     name = sets[-1]
-    last = next(record for record in reversed(records) if f"eval/{name}/refine_accuracy" in record)
+    last = records[-1]
     solve, refine, fixed, spoiled = (last.get(f"eval/{name}/{key}") for key, _ in SUMMARY_ROWS)
     if solve is None or refine is None:
         return "The last evaluation has no refinements."
@@ -117,6 +118,27 @@ def time_table(runs: Sequence[RunFiles]) -> str:
     return table("Time in all (h:mm:ss)", ["part", *(run.name for run in runs)], rows)
 
 
+def profile_tables(runs: Sequence[RunFiles]) -> str:
+    """The slowest kernels and calls of each run that was profiled."""
+    tables = []
+    for run in runs:
+        rows = [
+            (
+                _shortened(row["name"]),
+                f"{row['calls']:,}",
+                f"{row['self_device_ms']:,.1f}",
+                f"{row['self_cpu_ms']:,.1f}",
+            )
+            for row in run.profile
+        ]
+        inside = table(run.name, ["name", "calls", "ms on the device", "ms on the host"], rows)
+        if inside:
+            tables.append(
+                f"<details><summary>Slowest kernels and calls of the profiled steps</summary>{inside}</details>"
+            )
+    return "".join(tables)
+
+
 def configurations(runs: Sequence[RunFiles]) -> str:
     """Of each run its versions, and its options to be folded out; of several first the options that differ."""
     options = [run.method() for run in runs]
@@ -151,6 +173,10 @@ def _evaluation_rows(records: Sequence[Record], prefix: str) -> list[list[str]]:
         change = "" if first is None or last is None or len(values) < 2 else _number(last - first, figure, signed=True)
         rows.append([_label(figure), *(_number(value, figure) for value in values), change])
     return rows
+
+
+def _shortened(name: str, most: int = 70) -> str:
+    return name if len(name) <= most else name[: most - 1] + "…"
 
 
 def _label(figure: str) -> str:

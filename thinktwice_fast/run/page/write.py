@@ -61,7 +61,7 @@ def _fields(inputs: Inputs) -> dict[str, str]:
         "counts": _counts({what: sum(count[what] for count in counts) for what in CHANGES}),
         "facts": "".join(_facts(tables.facts(run), run.name if several else "") for run in runs),
         "evaluations": tables.evaluation_tables(inputs.methods) + tables.result_tables(inputs.evaluations),
-        "time": tables.time_table(runs),
+        "time": tables.time_table(runs) + tables.profile_tables(runs),
         "configuration": tables.configurations(runs),
         "script": "\n".join(map(_asset, _SCRIPTS)),
     }
