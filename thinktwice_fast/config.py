@@ -305,6 +305,8 @@ class RunOptions:
     """Write checkpoints and the trained model. Off, as where only speed is of interest, the run can't be continued."""
     transcripts_every: int = bounded(20, least=0)
     """Write a sample of transcripts of the first pair of steps, then every so many; 0 = none."""
+    transcript_tokens: int = bounded(8192, least=1)
+    """Most tokens, of prompts and responses, in the transcripts of a phase of a step; one response there is always."""
     distributed_timeout: float = bounded(1800.0, least=1, most=MOST_SECONDS)
     """Seconds a process waits for the others before it gives up."""
 

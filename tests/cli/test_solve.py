@@ -1,7 +1,6 @@
 """`thinktwice-fast solve` and the Python API behind it."""
 
 import json
-import random
 import re
 import subprocess
 import sys
@@ -18,7 +17,7 @@ from tests.command import LIMIT, ROOT, environment
 from tests.small_models import CHATML, bpe_tokenizer, write_model
 from thinktwice_fast.cli import main
 from thinktwice_fast.cli.solve import in_order
-from thinktwice_fast.cli.solver import Answer, Piece, Solver, TextStream, Turn, arithmetic_question
+from thinktwice_fast.cli.solver import Answer, Piece, Solver, Turn, arithmetic_question
 from thinktwice_fast.errors import UserError
 from thinktwice_fast.records import Sampling
 from thinktwice_fast.rollout.prefix_cache import Counts
@@ -110,16 +109,6 @@ def test_a_stop_string_ends_a_turn_and_is_not_shown(solver: Solver) -> None:
         replace(drawn, stop_strings=("\\boxed", ""))
 
 
-@pytest.mark.parametrize("stop_string", ["## Question", None])
-def test_what_may_begin_a_stop_string_waits(stop_string: str | None) -> None:
-    text, begun = "a line\n\n\nand ### a Questio, then\n", "## Question"
-    ids = bpe_tokenizer()(text + begun, add_special_tokens=False)["input_ids"]
-    stream = TextStream(ChatFormat(bpe_tokenizer()), STOP, ("## Question: next", "## Question", "\n\n\n\n"))
-    pieces = [stream.text(ids[:end], False) for end in range(1, len(ids))]
-    assert "".join(pieces) == text
-    assert "".join(pieces) + stream.text(ids, True, stop_string) == (text if stop_string else text + begun)
-
-
 def test_no_passes_no_problems(solver: Solver) -> None:
     assert [len(answer.turns) for answer in solver.solve(QUESTIONS, passes=0, sampling=GREEDY)] == [1, 1, 1]
     assert solver.solve([]) == []
@@ -140,29 +129,6 @@ def test_responses_stay_within_the_context(solver: Solver) -> None:
     (answer,) = solver.solve(["word " * 400], sampling=sampling)
     prompt = len(bpe_tokenizer()("word " * 400)["input_ids"])
     assert 1500 < prompt + sum(turn.tokens for turn in answer.turns) <= 2048 or all(t.finished for t in answer.turns)
-
-
-@pytest.mark.parametrize("cut", range(1, 4))
-def test_a_character_waits_until_all_its_bytes_are_there(cut: int) -> None:
-    """Every token is a byte or a few of them: a Japanese character takes up to 3, the emoji 4."""
-    text = "Die Länge: 日本語 🎉 \\boxed{½} é"
-    ids = bpe_tokenizer()(text, add_special_tokens=False)["input_ids"]
-    assert len(ids) > len(text)
-    stream = TextStream(ChatFormat(bpe_tokenizer()), STOP)
-    pieces = [stream.text(ids[:end], False) for end in range(1, len(ids), cut)] + [stream.text(ids, True)]
-    assert "".join(pieces) == text
-    assert not any("\N{REPLACEMENT CHARACTER}" in piece for piece in pieces)
-    assert pieces.count("") > 3 and len(pieces) - pieces.count("") > 10 // cut
-
-
-def test_any_tokens_join_to_what_they_decode_to() -> None:
-    chat, numbers = ChatFormat(bpe_tokenizer()), random.Random(1)
-    for _ in range(100):
-        ids = numbers.choices(range(len(bpe_tokenizer())), k=40)
-        ids = [number for number in ids if number not in STOP]
-        stream = TextStream(chat, STOP)
-        pieces = [stream.text(ids[: end + 1], end + 1 == len(ids)) for end in range(len(ids))]
-        assert "".join(pieces) == chat.response_text(ids, STOP)
 
 
 def test_pieces_are_shown_problem_by_problem() -> None:

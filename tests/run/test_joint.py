@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from tests.command import train
 from tests.run.refusals import refused
@@ -62,11 +63,38 @@ def test_a_pair_is_one_step_and_one_record(whole: Path) -> None:
 def test_transcripts_show_whole_pairs(whole: Path) -> None:
     lines = [json.loads(line) for line in (whole / "transcripts.jsonl").read_text().splitlines()]
     assert [(line["step"], line["phase"]) for line in lines] == [
-        (step, phase) for step in (1, 3) for phase in ("solve", "refine") for _ in range(4)
+        (step, phase) for step in (1, 3) for phase in ("solve", "refine") for _ in range(16)
     ]
     for line in lines:
         if line["phase"] == "refine":
             assert f"assistant: {line['base']}" in line["prompt"] and line["base_reward"] in (0, 1)
+            change = {(0, 1): "fixed", (1, 0): "spoiled", (1, 1): "kept right", (0, 0): "kept wrong"}
+            assert line["verdict"] == change[line["base_reward"], line["reward"]]
+        assert line["question"] in line["prompt"] and line["advantage"] == (line["reward"] - mean(line, lines))
+        assert len(line["tokens"]) == len(line["texts"]) == len(line["logps"])
+        assert "".join(line["texts"]) == line["response"]
+
+
+def mean(line: dict[str, Any], lines: list[dict[str, Any]]) -> float:
+    """Of the rewards of a line's group."""
+    group = [other for other in lines if all(other[key] == line[key] for key in ("step", "phase", "problem"))]
+    assert [other["sample"] for other in group] == [0, 1, 2, 3]
+    return float(sum(other["reward"] for other in group)) / 4
+
+
+def test_new_log_probabilities_are_those_of_the_updated_weights(whole: Path) -> None:
+    lines = [json.loads(line) for line in (whole / "transcripts.jsonl").read_text().splitlines()]
+    for step in (1, 3):
+        model = AutoModelForCausalLM.from_pretrained(whole / "checkpoints" / f"step-{step:06d}" / "model")
+        changed = 0.0
+        for line in (line for line in lines if line["step"] == step):
+            ids = torch.tensor([line["prompt_tokens"] + line["tokens"]])
+            with torch.inference_mode():
+                logps = model(ids).logits[0, len(line["prompt_tokens"]) - 1 : -1].log_softmax(-1)
+            found = logps.gather(1, torch.tensor(line["tokens"])[:, None])[:, 0].tolist()
+            assert line["new_logps"] == pytest.approx(found, abs=1e-4)
+            changed = max(changed, *(abs(new - old) for new, old in zip(found, line["logps"], strict=True)))
+        assert changed > 1e-3
 
 
 def test_a_resumed_run_ends_as_one_that_never_stopped(whole: Path, tmp_path: Path) -> None:

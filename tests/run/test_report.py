@@ -1,4 +1,4 @@
-"""What people see of a run: picture, summary, transcripts, progress."""
+"""What people see of a run: picture, summary, progress."""
 
 import io
 import re
@@ -12,17 +12,14 @@ from matplotlib.image import imread
 from thinktwice_fast.errors import UserError
 from thinktwice_fast.run import progress
 from thinktwice_fast.run.metrics import Record
-from thinktwice_fast.run.metrics_file import read_json_lines, truncate_json_lines
 from thinktwice_fast.run.progress import Progress, clock
 from thinktwice_fast.run.report import (
     COLOURS,
-    Transcript,
     curve,
     evaluation_sets,
     plot_curves,
     smooth,
     summary,
-    write_transcripts,
 )
 
 
@@ -165,22 +162,6 @@ def test_summary_of_supervised_training_with_one_evaluation() -> None:
         "training loss  2.000 -> 1.000 nats a token",
     ]
     assert summary([], {}) == ""
-
-
-def test_transcripts_are_appended_and_cut_back(tmp_path: Path) -> None:
-    path = tmp_path / "transcripts.jsonl"
-    write_transcripts(path, 1, "solve", [Transcript(7, "1+1?", "2", 1.0), Transcript(8, "2+2?", "5", None)])
-    write_transcripts(path, 2, "refine", [Transcript(8, "again", "4", 1.0, "5", 0.0)])
-    solve = {"step": 1, "phase": "solve"}
-    expected = [
-        {**solve, "problem": 7, "prompt": "1+1?", "response": "2", "reward": 1.0},
-        {**solve, "problem": 8, "prompt": "2+2?", "response": "5", "reward": None},
-        {"step": 2, "phase": "refine", "problem": 8, "prompt": "again", "base": "5", "base_reward": 0.0}
-        | {"response": "4", "reward": 1.0},
-    ]
-    assert list(read_json_lines(path)) == expected
-    truncate_json_lines(path, 1)
-    assert list(read_json_lines(path)) == expected[:2]
 
 
 class Terminal(io.StringIO):

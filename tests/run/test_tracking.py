@@ -21,6 +21,9 @@ from thinktwice_fast.run.metrics import metrics_of
 from thinktwice_fast.run.metrics_file import read_metrics
 from thinktwice_fast.run.output import Output
 from thinktwice_fast.run.tracking import tracker_names
+from thinktwice_fast.tasks.arithmetic import build_tokenizer
+from thinktwice_fast.tasks.prompts import ChatFormat
+from thinktwice_fast.tasks.text_stream import TokenTexts
 
 QUESTION = {"role": "user", "content": "1+1?"}
 VALUES = {"refine/reward": 0.25, "generations": 64}
@@ -95,7 +98,8 @@ def libraries(monkeypatch: pytest.MonkeyPatch) -> tuple[Wandb, Trackio]:
 
 def session(folder: Path, resumed_after: int | None = None) -> Output:
     config = Config(output=str(folder), track="tensorboard, wandb,trackio")
-    return Output(config, resumed_after or 0, resumed_after is not None)
+    token_texts = TokenTexts(ChatFormat(build_tokenizer()), frozenset())
+    return Output(config, resumed_after or 0, resumed_after is not None, token_texts)
 
 
 def refined() -> Group:
@@ -110,7 +114,8 @@ def test_all_get_the_same_and_a_resumed_run_goes_on(tmp_path: Path, libraries: t
         with session(tmp_path, resumed_after) as output:
             for step in steps:
                 output.record(step, "refine", VALUES | {"refine/reward": step / 8, "refine/loss": math.nan})
-            output.transcripts(4, "refine", [refined()])
+            group = refined()
+            output.transcripts(4, "refine", [(group, group.rollouts[0])], {0: []})
     table, traces = (library.runs[0].rows.pop()["refine/rollouts"] for library in libraries)
     assert len(table.rows) == 1 and table.rows[0] == {
         "step": 4, "problem": 7, "prompt": "user: 1+1?", "base": "3", "base_reward": 0.0, "response": "still 2",

@@ -16,7 +16,6 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Any
 
 from thinktwice_fast.cli.inference import Inference
@@ -27,7 +26,8 @@ from thinktwice_fast.records import Message, Request, Rollout, Sampling
 from thinktwice_fast.rollout.prefix_cache import Counts
 from thinktwice_fast.tasks.answers import extract_boxed
 from thinktwice_fast.tasks.arithmetic import RECHECK, build_tokenizer, running_totals
-from thinktwice_fast.tasks.prompts import ChatFormat, RefinePrompt, instruction_text
+from thinktwice_fast.tasks.prompts import RefinePrompt, instruction_text
+from thinktwice_fast.tasks.text_stream import TextStream
 
 GREEDY = Sampling(temperature=0.0, max_tokens=2048)
 _TERMS = 5  # of the arithmetic that the shipped model knows
@@ -65,39 +65,6 @@ class Piece:
     turn: int  # 0 = solution, n = n-th refinement
     text: str
     ended: Turn | None  # the whole turn, with its last piece
-
-
-class TextStream:
-    """Cuts the text of a growing response where no later token can change what has been given out.
-
-    A character's UTF-8 bytes may be spread over several tokens: they wait until it is whole. So does what may turn out
-    to be the beginning of a stop string, which is no part of the text.
-    """
-
-    def __init__(self, chat: ChatFormat, stop_ids: frozenset[int], stop_strings: tuple[str, ...] = ()):
-        self._decode = partial(chat.response_text, stop_ids=stop_ids)
-        self._beginnings = {stop[:end] for stop in stop_strings for end in range(1, len(stop))}
-        self._start = 0  # of the tokens decoded again: some decoders need those before to place spaces
-        self._given = 0
-        self._held = ""
-
-    def text(self, ids: Sequence[int], last: bool, stop_string: str | None = None) -> str:
-        """What the newest of the response's tokens add; with ``last`` all that is left, up to its ``stop_string``."""
-        text = self._held + self._decoded(ids, last)
-        if last:
-            self._held = ""
-            return text.partition(stop_string)[0] if stop_string else text
-        ends = (text[-length:] for length in range(len(text), 0, -1))
-        self._held = next((end for end in ends if end in self._beginnings), "")
-        return text.removesuffix(self._held)
-
-    def _decoded(self, ids: Sequence[int], last: bool) -> str:
-        before = self._decode(ids[self._start : self._given])
-        now = self._decode(ids[self._start :])
-        if now.endswith("\N{REPLACEMENT CHARACTER}") and not last:
-            return ""
-        self._start, self._given = self._given, len(ids)
-        return now[len(before) :]
 
 
 @dataclass

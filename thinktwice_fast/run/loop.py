@@ -4,6 +4,7 @@ import errno
 import json
 import shutil
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from operator import attrgetter
@@ -36,10 +37,13 @@ from thinktwice_fast.run.checkpoint import (
 )
 from thinktwice_fast.run.evaluation import evaluate
 from thinktwice_fast.run.memory import peak_bytes
+from thinktwice_fast.run.metrics import SAMPLED
 from thinktwice_fast.run.output import Output
 from thinktwice_fast.run.profiling import StepProfiler, profiled_steps
 from thinktwice_fast.run.saving import Saver
 from thinktwice_fast.run.signals import StopSignals
+from thinktwice_fast.run.transcripts import choose_samples
+from thinktwice_fast.tasks.text_stream import TokenTexts
 from thinktwice_fast.update.updater import NonFiniteLoss
 
 _NOTHING_SAVED = "nothing was saved (--run.save false)"
@@ -85,7 +89,8 @@ class Trainer:
             check_room(self._folder, parts.loaded.model, self._config.update, parallel.world_size())
         resumed = self._resume()
         self._started = time.perf_counter()
-        self._output = resources.enter_context(Output(self._config, self._step, resumed))
+        texts = TokenTexts(parts.sampler.chat, parts.sampler.stop_ids)
+        self._output = resources.enter_context(Output(self._config, self._step, resumed, texts))
         for note in parts.notes:
             self._output.message(note)
         steps = profiled_steps(self._config.profile)
@@ -200,12 +205,20 @@ class Trainer:
         self._output.record(self._step, step.phase, metrics)
         for note in step.notes:
             self._output.message(f"step {self._step}: {note}")
-        every = self._config.run.transcripts_every
+        sampled = [part for part in parts if part.phase in SAMPLED]
+        every = self._config.run.transcripts_every if sampled else 0
         # A whole pair each time, and the first one, which is what one looks at when trying something new.
         ahead = int("refine" in METHODS[self._config.algorithm].phases and not step.halves)
         if every and (self._step <= 1 + ahead or _due(self._step, every) or _due(self._step + ahead, every)):
-            for part in parts:
-                self._output.transcripts(self._step, part.phase, part.groups)
+            self._transcribe(sampled)
+
+    def _transcribe(self, parts: Sequence[Step]) -> None:
+        """Write what was sampled, with its log-probabilities before and after the update. Collective."""
+        most, writes = self._config.run.transcript_tokens, parallel.rank() == 0
+        chosen = {part.phase: choose_samples(part.groups, most) for part in parts if writes}
+        updated = self._parts.updater.logps([rollout for samples in chosen.values() for _, rollout in samples])
+        for phase, samples in chosen.items():
+            self._output.transcripts(self._step, phase, samples, updated)
 
     def _evaluate_if_due(self) -> None:
         due = self._step in (0, self._config.run.steps) or _due(self._step, self._config.eval.every)

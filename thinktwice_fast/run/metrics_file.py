@@ -14,6 +14,8 @@ from typing import Any
 from thinktwice_fast.errors import UserError
 from thinktwice_fast.run.metrics import PHASES, POLICY, Record, find_metric
 
+METRICS_FILE = "metrics.jsonl"
+
 
 def append_json_lines(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
     """Append one line per record, handed to the operating system before returning.
@@ -93,7 +95,7 @@ class MetricsWriter:
 
     def __init__(self, folder: Path, resume_step: int | None) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self.path = folder / "metrics.jsonl"
+        self.path = folder / METRICS_FILE
         truncate_json_lines(self.path, resume_step)
 
     def write(self, step: int, phase: str, values: Mapping[str, float | None]) -> Record:

@@ -12,6 +12,7 @@ from thinktwice_fast.config import Config, LossOptions
 from thinktwice_fast.errors import UserError, one_line
 from thinktwice_fast.run.parsing import make_parser, parse
 
+CONFIG_FILE = "config.yaml"  # in a run's folder: its options as resolved
 PROGRAM = "train.py"
 _DESCRIPTION = """Train a language model by ThinkTwice: solve, update, refine, update.
 

@@ -5,42 +5,48 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Self
 
-from thinktwice_fast import parallel
+from thinktwice_fast import launch, parallel
 from thinktwice_fast.config import Config
-from thinktwice_fast.records import Group
+from thinktwice_fast.errors import one_line
+from thinktwice_fast.model.loading import pick_device
 from thinktwice_fast.run.metrics import Record, metrics_of
 from thinktwice_fast.run.metrics_file import MetricsWriter, read_metrics, truncate_json_lines
-from thinktwice_fast.run.options import to_plain, to_yaml
+from thinktwice_fast.run.options import CONFIG_FILE, to_plain, to_yaml
+from thinktwice_fast.run.page.write import PAGE, write_page
 from thinktwice_fast.run.progress import Progress
-from thinktwice_fast.run.report import Transcript, plot_curves, summary, write_transcripts
+from thinktwice_fast.run.report import plot_curves, summary
 from thinktwice_fast.run.tracking import Session, Trackers, tracker_names
-
-TRANSCRIPT_GROUPS = 2  # groups per transcript sample
-TRANSCRIPT_SAMPLES = 2  # rollouts of each
+from thinktwice_fast.run.transcripts import TRANSCRIPTS, Sample, write_transcripts
+from thinktwice_fast.run.versions import write_versions
+from thinktwice_fast.tasks.text_stream import TokenTexts
 
 
 class Output:
-    """The run's folder: options, metrics, transcripts, curves; its trackers; and the progress display.
+    """The run's folder: options, metrics, transcripts, curves, and the page that shows them; its trackers; and the
+    progress display.
 
     Args:
         config: of the run.
         step: that the run continues after; 0 for a new one.
         resumed: False clears what an earlier attempt without a checkpoint left.
+        token_texts: splits the responses of transcripts.
     """
 
-    def __init__(self, config: Config, step: int, resumed: bool):
+    def __init__(self, config: Config, step: int, resumed: bool, token_texts: TokenTexts):
         self._folder = Path(config.output)
         self._writes = parallel.rank() == 0
-        self._transcripts = self._folder / "transcripts.jsonl"
+        self._transcripts = self._folder / TRANSCRIPTS
+        self._token_texts = token_texts
         self._progress = Progress(config.run.steps, step, sys.stdout if self._writes else None)
         self._metrics: MetricsWriter | None = None
         if self._writes:
             # Renamed, so that a full disk does not cost the options of the run that is continued.
-            options = self._folder / "config.yaml"
+            options = self._folder / CONFIG_FILE
             options.with_suffix(".tmp").write_text(to_yaml(config))
             options.with_suffix(".tmp").replace(options)
             truncate_json_lines(self._transcripts, step if resumed else None)
             self._metrics = MetricsWriter(self._folder, step if resumed else None)
+            write_versions(self._folder, pick_device(config.model, launch.env_local_rank()))
             session = Session(self._folder, to_plain(config), step if resumed else None)
             self._trackers = Trackers(tracker_names(config.track), session, self.message)
 
@@ -63,6 +69,8 @@ class Output:
             written = self._metrics.write(step, phase, metrics)
             self._trackers.log(step, metrics_of(written))
             self._progress.update(written)
+            if phase == "eval":
+                self._write_page()
 
     def evaluated(self, step: int) -> bool:
         """Whether the metrics written so far hold an evaluation of ``step``."""
@@ -77,42 +85,37 @@ class Output:
             return []
         return [record for record in read_metrics(self._metrics.path) if record["phase"] == "eval"]
 
-    def transcripts(self, step: int, phase: str, groups: Sequence[Group]) -> None:
-        """Write a few samples for people to read."""
-        if self._writes and groups:
-            chosen = [
-                (group, rollout)
-                for group in groups[:TRANSCRIPT_GROUPS]
-                for rollout in group.rollouts[:TRANSCRIPT_SAMPLES]
-            ]
-            samples = [
-                Transcript(
-                    group.problem.index,
-                    "\n\n".join(f"{message['role']}: {message['content']}" for message in group.messages),
-                    rollout.text,
-                    rollout.reward,
-                    group.base.text if group.base else None,
-                    group.base.reward if group.base else None,
-                )
-                for group, rollout in chosen
-            ]
-            write_transcripts(self._transcripts, step, phase, samples)
-            self._trackers.log_rollouts(step, phase, chosen)
+    def transcripts(
+        self, step: int, phase: str, samples: Sequence[Sample], updated: Mapping[int, Sequence[float]]
+    ) -> None:
+        """Write samples for people to read; arguments as of `write_transcripts`."""
+        if self._writes:
+            write_transcripts(self._transcripts, step, phase, samples, updated, self._token_texts)
+            self._trackers.log_rollouts(step, phase, samples)
 
     def close_report(self, extra: Mapping[str, Path], outcome: str, predicted_bytes: int) -> None:
-        """Draw the curves and print the summary; the prediction is of peak memory."""
+        """Draw the curves, write the page and print the summary; the prediction is of peak memory."""
         if self._metrics is None:
             return
         records = read_metrics(self._metrics.path)
         curves = self._folder / "curves.png"
         plot_curves(records, curves)
+        self._write_page()
         paths = {
             "metrics": self._metrics.path,
             "tensorboard": self._folder / "tensorboard",
             "transcripts": self._transcripts,
             "curves": curves,
+            "report": self._folder / PAGE,
             **extra,
         }
         paths = {what: path for what, path in paths.items() if path.exists()}
         self._progress.__exit__()
         print(f"\n{outcome}\n\n{summary(records, paths, predicted_bytes)}", flush=True)
+
+    def _write_page(self) -> None:
+        page = self._folder / PAGE
+        try:
+            write_page([self._folder], page)
+        except Exception as error:  # whatever it is: what only shows a run must not end it
+            self.message(f"warning: {page} could not be written: {one_line(error)}")

@@ -18,6 +18,7 @@ from torch.profiler import ProfilerActivity, profile
 from thinktwice_fast.errors import UserError
 
 FOLDER = "profile"  # in the run's
+TOP = f"{FOLDER}/top.json"  # the slowest, as a list of `Row`
 MOST_STEPS = 10
 
 _KERNELS, _CALLS = 40, 20  # that are listed one by one
@@ -86,7 +87,7 @@ class StepProfiler:
         self._rows = _added([*self._rows, *rows_of(profiler)])
         kernels, calls = apart(self._rows)
         top = [*head(kernels, _KERNELS), *head(calls, _CALLS)]
-        (self.folder / "top.json").write_text(json.dumps([asdict(row) for row in top], indent=1) + "\n")
+        (self.folder.parent / TOP).write_text(json.dumps([asdict(row) for row in top], indent=1) + "\n")
         tables = [table(what, rows, most) for what, rows, most in
                   (("kernels", kernels, _KERNELS), ("calls on the host", calls, _CALLS)) if rows]  # fmt: skip
         (self.folder / "top.txt").write_text("\n\n".join(tables) + "\n")

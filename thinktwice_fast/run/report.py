@@ -1,7 +1,6 @@
-"""What a run leaves for people: the picture of its curves, the closing summary, transcripts."""
+"""What a run leaves for people: the picture of its curves and the closing summary."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +10,6 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from thinktwice_fast.errors import UserError
 from thinktwice_fast.run.metrics import AVERAGE, POLICY, SAMPLED, Record
-from thinktwice_fast.run.metrics_file import append_json_lines
 from thinktwice_fast.run.progress import clock
 
 Curve = tuple[list[int], list[float]]  # steps, values
@@ -33,34 +31,6 @@ SUMMARY_ROWS = (
 )
 
 
-@dataclass(frozen=True)
-class Transcript:
-    """One sample as people read it."""
-
-    problem: int  # the problem's number in its source
-    prompt: str
-    response: str
-    reward: float | None
-    base: str | None = None  # of a refinement: the solution it refines
-    base_reward: float | None = None
-
-
-def write_transcripts(path: Path, step: int, phase: str, samples: Iterable[Transcript]) -> None:
-    """Append samples as JSON lines: ``step``, ``phase``, ``problem``, ``prompt``, ``response``, ``reward``, and for
-    ``phase`` "refine" also ``base`` and ``base_reward``.
-
-    `metrics.truncate_json_lines` drops what was written after a checkpoint. Raises UserError where the file cannot
-    be written.
-    """
-    records = []
-    for sample in samples:
-        record: Record = {"step": step, "phase": phase, "problem": sample.problem, "prompt": sample.prompt}
-        if phase == "refine":
-            record |= {"base": sample.base, "base_reward": sample.base_reward}
-        records.append(record | {"response": sample.response, "reward": sample.reward})
-    append_json_lines(path, records)
-
-
 def curve(records: Sequence[Record], name: str) -> Curve:
     """Steps and values of the metric ``name``, where it has one."""
     points = [(record["step"], record[name]) for record in records if record.get(name) is not None]
@@ -69,8 +39,11 @@ def curve(records: Sequence[Record], name: str) -> Curve:
 
 def smooth(values: Sequence[float]) -> list[float]:
     """Centred moving average over about a twelfth of the points, fewer at the ends; under 24 points they stay."""
-    half = len(values) // 24
-    return [float(np.mean(values[max(0, i - half) : i + half + 1])) for i in range(len(values))]
+    half, places = len(values) // 24, np.arange(len(values))
+    sums = np.concatenate(([0.0], np.cumsum(values)))
+    first, end = np.maximum(places - half, 0), np.minimum(places + half + 1, len(values))
+    means: list[float] = ((sums[end] - sums[first]) / (end - first)).tolist()
+    return means
 
 
 def evaluation_sets(records: Iterable[Record]) -> list[str]:

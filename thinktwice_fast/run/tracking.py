@@ -14,9 +14,9 @@ from typing import Any, Protocol
 
 from thinktwice_fast.errors import UserError, one_line
 from thinktwice_fast.records import Group, Rollout
+from thinktwice_fast.run.transcripts import Sample, prompt_text
 
 PROJECT = "thinktwice-fast"  # as W&B and Trackio call what runs are collected in
-Sample = tuple[Group, Rollout]
 
 _NO_TRACKER = "none"
 _COLUMNS = ("step", "problem", "prompt", "base", "base_reward", "response", "reward", "advantage")
@@ -213,7 +213,7 @@ def _row(step: int, group: Group, rollout: Rollout) -> dict[str, Any]:
     return {
         "step": step,
         "problem": group.problem.index,
-        "prompt": "\n\n".join(f"{message['role']}: {message['content']}" for message in group.messages),
+        "prompt": prompt_text(group),
         "base": None if base is None else base.text,
         "base_reward": None if base is None else base.reward,
         "response": rollout.text,

@@ -12,7 +12,9 @@ import torch
 
 from thinktwice_fast.model.lists import float32
 from thinktwice_fast.records import Rollout
-from thinktwice_kernels import loss_count
+from thinktwice_kernels import combine_metrics, loss_count
+
+Metrics = dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,28 @@ class Phase:
 def noted(part: Iterable[Rollout], device: torch.device) -> torch.Tensor:  # float32 [N]
     """The log-probabilities that the rollout engine noted."""
     return float32([logp for rollout in part for logp in rollout.logps]).to(device)
+
+
+def mismatch(
+    logps: torch.Tensor,  # [N]
+    rollout_logps: torch.Tensor,  # [N]
+    guide_mask: torch.Tensor | None,  # bool [N]
+) -> torch.Tensor:
+    """Mean absolute difference of the sampled tokens' log-probabilities."""
+    difference = (logps - rollout_logps).abs()
+    if guide_mask is None:
+        return difference.mean()
+    return difference.masked_fill(guide_mask, 0).sum() / (~guide_mask).sum().clamp(min=1)
+
+
+def combined(parts: list[Metrics]) -> dict[str, float]:
+    """The metrics of all micro-batches together; ``mismatch`` over those that have it."""
+    if not parts:
+        return {}
+    together = combine_metrics([{name: part[name] for name in part if name != "mismatch"} for part in parts])
+    if measured := [part for part in parts if "mismatch" in part]:
+        together["mismatch"] = combine_metrics(measured)["mismatch"]
+    return {name: float(value) for name, value in together.items()}
 
 
 def shaping_shares(metrics: dict[str, float]) -> dict[str, float]:

@@ -26,11 +26,10 @@ from thinktwice_fast.update.batches import Example, PackedRow, Trainable, pack, 
 from thinktwice_fast.update.microbatches import plan_microbatches
 from thinktwice_fast.update.objective import loss_arguments
 from thinktwice_fast.update.optimizer import continue_schedule, few_threads
-from thinktwice_fast.update.phase import Phase, noted, shaping_shares
-from thinktwice_kernels import combine_metrics, grpo_loss, linear_grpo_loss, linear_logits, linear_logprobs
+from thinktwice_fast.update.phase import Metrics, Phase, combined, mismatch, noted, shaping_shares
+from thinktwice_kernels import grpo_loss, linear_grpo_loss, linear_logits, linear_logprobs
 
 S = TypeVar("S", bound=Trainable)
-Metrics = dict[str, torch.Tensor]
 _HIT_ROWS = 256  # rows of logits that exist at a time for an accuracy
 # one micro-batch -> its share of the loss (already divided by the mini-batch's normaliser), its metrics
 Share = tuple[torch.Tensor, Metrics]
@@ -124,7 +123,7 @@ class Updater:
             norms.append(norm)
             collected += parts
         self.models.updated()
-        metrics = _combined(parallel.gather_flat(collected))
+        metrics = combined(parallel.gather_flat(collected))
         if "tokens_masked" in metrics:
             metrics = shaping_shares(metrics)
         drawn, kept = (sum(len(r.response) for part in parts for r in part) for parts in (minibatches, with_signal))
@@ -158,6 +157,13 @@ class Updater:
         self.models.updated()
         hits = sum(float(part["hits"]) for part in parallel.gather_flat(metrics))
         return {"token_accuracy": hits / tokens} | self._step_metrics([loss], [norm], started)
+
+    def logps(self, rollouts: list[Rollout]) -> dict[int, list[float]]:
+        """Each response token's log-probability by the present weights, by sample id, for all processes. Collective."""
+        parts = self._microbatches(rollouts)
+        found = self._logps(self.models.policy, parts)
+        own = {rollout.sample_id: found[id(rollout)].tolist() for part in parts for rollout in part}
+        return {sample: logps for part in parallel.gather(own) for sample, logps in part.items()}
 
     def trained_weights(self) -> list[torch.Tensor]:
         """Copies on the CPU of what this process has of the trained weights, for ``restart``."""
@@ -233,7 +239,7 @@ class Updater:
                 logps = self._exact_value(logps, hidden, weight, bias, row)
             loss, metrics = grpo_loss(logps, advantages, row.cu_seqlens, entropy=entropy, **arguments)
             # grpo_loss takes the old ones for the trainer's; every token here is one that it computed.
-            metrics["mismatch"] = _mismatch(logps.detach(), noted(part, self._device), tensors["guide_mask"])
+            metrics["mismatch"] = mismatch(logps.detach(), noted(part, self._device), tensors["guide_mask"])
             return loss, metrics
 
         return self._run(self.models.policy, row, head if self._takes_rollout_logps else fused)
@@ -376,25 +382,3 @@ def _hits(
     """How many targets are the likeliest token."""
     pieces = zip(hidden.split(_HIT_ROWS), targets.split(_HIT_ROWS), strict=True)
     return torch.stack([(linear_logits(h, weight, bias).argmax(-1) == t).sum() for h, t in pieces]).sum()
-
-
-def _mismatch(
-    logps: torch.Tensor,  # [N]
-    rollout_logps: torch.Tensor,  # [N]
-    guide_mask: torch.Tensor | None,  # bool [N]
-) -> torch.Tensor:
-    """Mean absolute difference of the sampled tokens."""
-    difference = (logps - rollout_logps).abs()
-    if guide_mask is None:
-        return difference.mean()
-    return difference.masked_fill(guide_mask, 0).sum() / (~guide_mask).sum().clamp(min=1)
-
-
-def _combined(parts: list[Metrics]) -> dict[str, float]:
-    """The metrics of all micro-batches together; ``mismatch`` over those that have it."""
-    if not parts:
-        return {}
-    together = combine_metrics([{name: part[name] for name in part if name != "mismatch"} for part in parts])
-    if measured := [part for part in parts if "mismatch" in part]:
-        together["mismatch"] = combine_metrics(measured)["mismatch"]
-    return {name: float(value) for name, value in together.items()}
