@@ -6,7 +6,7 @@ CSRC := $(shell find csrc kernels/csrc -name '*.cpp' -o -name '*.h' -o -name '*.
 PACKAGING := $(foreach folder,. kernels,$(folder)/pyproject.toml $(folder)/setup.py) kernels/native_build.py
 RUN := $(BIN)/torchrun --standalone --nproc-per-node 1 thinktwice_fast/train.py
 
-.PHONY: setup train test lint types format headers learning bench bench-against warm-start tables performance clean
+.PHONY: setup train test lint types format headers learning algorithms unknown-behaviour bench bench-against warm-start tables performance clean
 
 train: $(VENV)/built
 	$(RUN) --resume auto
@@ -42,6 +42,14 @@ headers: $(VENV)/installed
 # Three whole runs of the default job, held against what the README says of them.
 learning: $(VENV)/built
 	$(BIN)/python -m bench.learning
+
+# docs/algorithms.md: every algorithm on the default task, SEEDS of each (3); what was finished is not done again.
+algorithms: $(VENV)/built
+	$(BIN)/python -m bench.algorithms $(if $(SEEDS),--seeds $(SEEDS))
+
+# docs/unknown_behaviour.md: is a phrase learned that only the teacher's examples have? Goes on where it was stopped.
+unknown-behaviour: $(VENV)/built
+	$(BIN)/python -m bench.unknown_behaviour $(if $(SEEDS),--seeds $(SEEDS))
 
 # Ops, rollouts and steps against their peers, or those that match: make bench OPS="linear_grpo_loss or update"; vLLM too
 # with VLLM=/path/to/its/python. Threads wait without spinning, which on shared cores slows whoever synchronises most.

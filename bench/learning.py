@@ -3,31 +3,20 @@
 About six minutes; status 1 if it does not.
 """
 
-import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 from bench import ROOT
-from thinktwice_fast.run.metrics_file import read_metrics
+from bench.runs import Run, train_all
 
 SOLVE_POINTS, REFINE_POINTS, SECONDS = 25, 15, 300  # at least, at least, at most
 _SEEDS = (0, 1, 2)
 
 
-def train(seed: int, output: Path) -> None:
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1"]
-    command = [sys.executable, *launcher, str(ROOT / "thinktwice_fast" / "train.py")]
-    log, environment = output.with_suffix(".log"), os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "2"}
-    with log.open("w") as file:
-        options = ["--seed", str(seed), "--output", str(output)]
-        subprocess.run([*command, *options], cwd=ROOT, env=environment, stdout=file, stderr=file, check=True)
-
-
-def learned(seed: int, output: Path) -> bool:
+def learned(seed: int, run: Run) -> bool:
     """Whether a run's accuracies on held-out problems rose as they should; prints how far."""
-    records = read_metrics(output / "metrics.jsonl")
+    records = run.records()
     first, *_, last = [record for record in records if record["phase"] == "eval"]
     seconds = [record["elapsed_seconds"] for record in records if "elapsed_seconds" in record][-1]
     names = [f"eval/held_out/{name}_accuracy" for name in ("solve", "refine")]
@@ -38,12 +27,9 @@ def learned(seed: int, output: Path) -> bool:
 
 def main(folder: Path) -> int:
     shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    outcomes = []
-    for seed in _SEEDS:
-        output = folder / f"seed-{seed}"
-        train(seed, output)
-        outcomes.append(learned(seed, output))
+    runs = {seed: Run(folder / f"seed-{seed}", {"seed": seed}, threads=2) for seed in _SEEDS}
+    train_all(list(runs.values()), side_by_side=1)
+    outcomes = [learned(seed, run) for seed, run in runs.items()]
     return int(not all(outcomes))
 
 

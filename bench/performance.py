@@ -9,11 +9,12 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from bench import ROOT
+from bench.core.report import markdown
 
 RESULTS = ROOT / "bench" / "results"
 _HEAD = """\
@@ -86,13 +87,13 @@ def _stage(text: Path, found: dict[str, Any]) -> Iterator[str]:
     yield f"### {found['stage']}, {found['date']}\n"
     yield f"{text.read_text().partition(chr(10))[0]}; [all tables]({_link(text)})\n"
     rows = [(line["check"], line["figure"], line["goal"], line["verdict"]) for line in found["lines"]]
-    yield _table(("check", "figure", "goal", ""), rows) + "\n"
+    yield markdown(("check", "figure", "goal", ""), rows) + "\n"
 
 
 def _steps(path: Path) -> str:
     records = [json.loads(line) for line in path.read_text().splitlines()]
     rows = [[_cell(record, name) for _, name in _STEP_COLUMNS] for record in records]
-    return _table([title for title, _ in _STEP_COLUMNS], rows)
+    return markdown([title for title, _ in _STEP_COLUMNS], rows)
 
 
 def _cell(record: dict[str, Any], name: str) -> str:
@@ -106,11 +107,6 @@ def _cell(record: dict[str, Any], name: str) -> str:
 
 def _link(path: Path) -> str:
     return f"../bench/results/{path.parent.name}/{path.name}"
-
-
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
 def main(arguments: list[str] | None = None) -> int:

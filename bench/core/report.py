@@ -83,3 +83,9 @@ def _cells(row: Row) -> tuple[str, ...]:
 
 def _rate(rate: float, unit: str) -> str:
     return f"{rate:.0f} {unit}" if rate >= 1000 else f"{rate:.3g} {unit}"
+
+
+def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """The same as Markdown."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
