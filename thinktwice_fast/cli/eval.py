@@ -60,7 +60,7 @@ class EvalOptions(ModelUse, Models):
     samples: int | None = bounded(None, least=1, most=16384)
     """Solutions per problem. Default: 64; with `cross` 1."""
     k: tuple[int, ...] = bounded((1, 2, 4), least=1)
-    """Report pass@k for these."""
+    """Report pass@k for these, of solutions and of the refinements of a problem."""
     refine_samples: int | None = bounded(None, least=0, most=1024)
     """Refinements of each solution; 0 = none. Default: 1; with `cross` 4."""
     refine_instruction: str = "default"
@@ -125,6 +125,11 @@ def resolve(options: EvalOptions) -> None:
         if getattr(options, name) is None:
             setattr(options, name, value)
     options.refine_max_tokens = options.refine_max_tokens or options.max_tokens
+    assert options.samples is not None and options.refine_samples is not None
+    most = options.samples * max(1, options.refine_samples)
+    over = [k for k in options.k if k > most]
+    if over and options.k != EvalOptions.k:
+        raise UserError(f"--k {over[0]}: more than --samples {most}: draw more samples, or leave it out")
     if not options.model:
         raise UserError("--model: give at least one")
     for name in ("model", "sets"):

@@ -6,7 +6,7 @@ words are our own.
 """
 
 import re
-from bisect import bisect_left
+from bisect import bisect_right
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
@@ -197,12 +197,12 @@ class BudgetForcing:
         ids = list(response)
         if ids and ids[-1] in self.stop_ids:
             ids.pop()
-        if not thinks or _END_OF_THINK not in self.chat.response_text(ids, ()):
+        before, ended, _ = self.chat.response_text(ids, ()).partition(_END_OF_THINK)
+        if not thinks or not ended:
             return ids
-        ends = bisect_left(
-            range(len(ids) + 1), True, key=lambda count: _END_OF_THINK in self.chat.response_text(ids[:count], ())
-        )
-        return ids[: ends - 1]
+        lengths = range(len(ids) + 1)
+        within = bisect_right(lengths, len(before), key=lambda count: len(self.chat.response_text(ids[:count], ())))
+        return ids[: within - 1]
 
 
 def make_mode(

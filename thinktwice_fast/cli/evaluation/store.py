@@ -119,6 +119,7 @@ class Store:
     def _open(self, kind: str) -> IO[bytes]:
         path = self.folder / f"{kind}-{self._writer}.jsonl"
         try:
+            self.folder.mkdir(parents=True, exist_ok=True)
             file = path.open("ab", buffering=0)
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
