@@ -41,15 +41,15 @@ headers: $(VENV)/installed
 
 # Three whole runs of the default job, held against what the README says of them.
 learning: $(VENV)/built
-	$(BIN)/python -m pytest -q bench/check_learning.py
+	$(BIN)/python -m bench.learning
 
-# Ops and rollouts against their peers; vLLM too with VLLM=/path/to/its/python. Threads wait without spinning, which on
-# shared cores slows whoever synchronises most.
+# Ops, rollouts and steps against their peers, or those that match: make bench OPS="linear_grpo_loss or update"; vLLM too
+# with VLLM=/path/to/its/python. Threads wait without spinning, which on shared cores slows whoever synchronises most.
 bench: $(VENV)/built
 	mkdir -p build/bench
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest bench/ -o 'python_files=bench_*.py' --benchmark-only \
 	  --benchmark-quiet --bench-output build/bench --benchmark-json=build/bench/pytest_benchmark.json \
-	  $(if $(VLLM),--vllm-python $(VLLM))
+	  $(if $(OPS),-k "$(OPS)") $(if $(VLLM),--vllm-python $(VLLM))
 
 # This version against another, in turn: make bench-against REF=main~1 [CASES='"default job"'].
 bench-against: $(VENV)/built

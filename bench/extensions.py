@@ -4,7 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
+from bench import ROOT
 
 
 def build(tree: Path) -> None:

@@ -4,7 +4,7 @@
 #
 #   [WHEELS=dir] [PYTHON=python3] [LIMIT=205] bench/gpu_check.sh correct|ops|decode|step [--cpu] [OUTPUT]
 #
-# correct: tests on the GPU, errors that users can cause, a pair of training steps of 0.6 billion parameters.
+# correct: tests on the GPU, a pair of training steps of 0.6 billion parameters.
 # ops: the loss head and log-probabilities against their peers and torch's own products.
 # decode: rollouts with CUDA graphs and group attention on and off, and their kernels.
 # step: one update under the profiler, then whole steps of configs/race/qwen3-1.7b-gsm8k.yaml.
@@ -101,7 +101,7 @@ if [ -n "${WHEELS:-}" ] && [ "$(ls "$WHEELS")" != "$(cat "$SITE.list" 2>/dev/nul
   part wheels 40 "$PYTHON" -m pip install --quiet --no-index --no-deps --no-compile --target "$SITE" "$WHEELS"/*.whl &&
     ls "$WHEELS" >"$SITE.list"
 fi
-"$PYTHON" -m bench.hardware >"$WORK/machine.json" || exit 2
+"$PYTHON" -m bench.core.hardware >"$WORK/machine.json" || exit 2
 if [ -z "$CPU" ] && grep -q '"gpu": null' "$WORK/machine.json"; then
   usage "torch sees no GPU here; a dry run is --cpu"
 fi
@@ -111,19 +111,17 @@ case "$STAGE$CPU" in
     # shellcheck disable=SC2046,SC2086 # a list of files, and an option with its value
     "$PYTHON" -c 'import xdist' 2>/dev/null && MANY="-n 8 --dist worksteal"
     tests tests 125 ${MANY:-} --timeout=100 -m gpu $(grep -l --include='test_*.py' -r 'mark\.gpu' tests)
-    part errors 40 "$PYTHON" -m bench.error_paths "$WORK"
     part pair 45 "$PYTHON" -m bench.pair "Qwen3-0.6B shape" "$WORK"
     ;;
   correct--cpu)
     tests tests 60 tests/kernels/test_options.py
-    part errors 60 "$PYTHON" -m bench.error_paths "$WORK" --cpu
     part pair 60 "$PYTHON" -m bench.pair toy "$WORK"
     ;;
-  ops*) part ops "$LIMIT" "$PYTHON" -m bench.ops_check "$WORK" $((LIMIT - SECONDS - 30)) $CPU ;;
-  decode*) part decode "$LIMIT" "$PYTHON" -m bench.decode_check "$WORK" $CPU ;;
+  ops*) part ops "$LIMIT" "$PYTHON" -m bench.stages.ops "$WORK" $((LIMIT - SECONDS - 30)) $CPU ;;
+  decode*) part decode "$LIMIT" "$PYTHON" -m bench.stages.decode "$WORK" $CPU ;;
   step*)
-    part update 60 "$PYTHON" -m bench.update_check "$WORK" $CPU
-    part steps "$LIMIT" "$PYTHON" -m bench.race "$WORK" $((LIMIT - SECONDS - 25)) $CPU
+    part update 60 "$PYTHON" -m bench.stages.update "$WORK" $CPU
+    part steps "$LIMIT" "$PYTHON" -m bench.stages.race "$WORK" $((LIMIT - SECONDS - 25)) $CPU
     ;;
 esac
-"$PYTHON" -m bench.gpu_table "$STAGE" "$WORK" ${OUTPUT:+"$OUTPUT"}
+"$PYTHON" -m bench.stages.closing "$STAGE" "$WORK" ${OUTPUT:+"$OUTPUT"}

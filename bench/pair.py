@@ -19,11 +19,11 @@ _OPTIONS = (
 
 def main(shape: str, work: Path) -> int:
     # Imported here because grader processes import this file again.
-    from bench.memory import ROOT
-    from bench.rollout_cases import untrained_folder
-    from bench.stage_notes import Line, Notes, result
+    from bench import ROOT
+    from bench.models import untrained_folder
+    from bench.stages.notes import Line, Notes, result
     from thinktwice_fast import train
-    from thinktwice_fast.run.metrics import read_metrics
+    from thinktwice_fast.run.metrics_file import read_metrics
 
     model, output = untrained_folder(shape, work / "pair-model"), work / "pair-run"
     shutil.rmtree(output, ignore_errors=True)

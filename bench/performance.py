@@ -13,7 +13,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parent.parent
+from bench import ROOT
+
 RESULTS = ROOT / "bench" / "results"
 _HEAD = """\
 # Performance

@@ -31,8 +31,8 @@ option, a value out of its range and an option that would be ignored are errors.
 its options below it, as in `configs/tiny.yaml`. `--help` says the same as these tables.
 """.strip()
 _METRICS = """
-Keys of the records in `metrics.jsonl`, and of TensorBoard. Solve and refine steps never share a key; what solutions and
-refinements of a joint pair have in common, sampling speed and the update, has keys of `pair`.
+Keys of the records in `metrics.jsonl`, and of every tracker (`--track`). Solve and refine steps never share a key; what
+solutions and refinements of a joint pair have in common, sampling speed and the update, has keys of `pair`.
 """.strip()
 
 
@@ -124,7 +124,11 @@ def _table(head: Row, rows: Sequence[Row]) -> str:
 def documents() -> dict[str, str]:
     """The generated files, by name."""
     commands = {name: load_command(name) for name in COMMANDS}
-    sections = [f"## {PROGRAM} {name}\n\n{options_table(c.options, c.positional)}" for name, c in commands.items()]
+    sections = [
+        f"## {PROGRAM} {name}\n\n"
+        + ("Those of `train.py`." if c.options is Config else options_table(c.options, c.positional))
+        for name, c in commands.items()
+    ]
     training = f"## train.py\n\n{options_table(Config)}"
     return {
         "options.md": "\n\n".join(("# Every option", _MADE, _OPTIONS, training, *sections)) + "\n",

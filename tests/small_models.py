@@ -79,7 +79,10 @@ def random_model(family: str, attention: str = "sdpa", seed: int = 0) -> Any:
 def own(theirs: Any) -> Transformer:
     """The trainer's own model, with the weights of transformers'."""
     model = Transformer(theirs.config, theirs.dtype)
-    model.load_state_dict(model.joined(theirs.state_dict()))
+    saved = theirs.state_dict()
+    model.load_state_dict(
+        {name: torch.cat([saved[part.name] for part in parts]) for name, parts in model.parts().items()}
+    )
     return model.eval()
 
 

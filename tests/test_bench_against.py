@@ -3,7 +3,7 @@
 import pytest
 
 from bench import against
-from bench.shapes import MEDIUM
+from bench.models import MEDIUM
 
 
 def test_a_case_that_there_is_not(capsys: pytest.CaptureFixture[str]) -> None:

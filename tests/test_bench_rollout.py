@@ -9,17 +9,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench import targets
-from bench.bench_rollout import OPS
-from bench.measure import CEILING, OURS, SETTINGS, Contender, Op, Outputs, Record, measure_case
-from bench.rollout_cases import RolloutBatch, rollout_batch, rollout_cases, workload_of
-from bench.rollout_ceiling import step_of
-from bench.rollout_peers import ours
-from bench.vllm_process import VLLM
+from bench import registry
+from bench.core.contender import CEILING, OURS, Contender, Outputs
+from bench.core.measure import SETTINGS, Record, measure_case
+from bench.core.op import Op
+from bench.rollout.cases import RolloutBatch, rollout_batch
+from bench.rollout.ceiling import step_of
+from bench.rollout.contenders import ours
+from bench.rollout.rollouts import EXTENDED, OPS, ROLLOUT, WITHOUT_GRAPHS
+from bench.rollout.vllm import VLLM
 
 TOY = SETTINGS["toy"]
-ROLLOUT = OPS[0]
-FP32, BF16 = rollout_cases("toy")
+FP32, BF16 = ROLLOUT.cases["toy"]
+HF, EAGER, COMPILED = "transformers generate", "vllm eager", "vllm compiled"
 
 
 @pytest.fixture(scope="module")
@@ -29,15 +31,15 @@ def batch() -> RolloutBatch:
 
 @pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
 def test_all_that_can_run_here_are_right_and_get_times(op: Op) -> None:
-    for case in op.cases("toy"):
+    for case in op.cases["toy"]:
         for name, record in {record.contender: record for record in measure_case(op, case, TOY)}.items():
-            if name.startswith("vllm") or name == targets.WITHOUT_GRAPHS:
+            if name.startswith("vllm") or name == WITHOUT_GRAPHS:
                 assert record.status == "not run" and record.reason
                 continue
             assert record.status == ("ceiling" if name == CEILING else "ok"), record.reason
             assert record.rate is not None and record.unit == "tokens/s"
             if name != CEILING:
-                assert record.rate == pytest.approx(workload_of(case).tokens / (record.median or 0))
+                assert record.rate == pytest.approx(case.shape.tokens / (record.median or 0))
 
 
 def judged(batch: RolloutBatch, change: Callable[[RolloutBatch, dict[str, Tensor]], Mapping[str, Tensor]]) -> Record:
@@ -89,14 +91,13 @@ def test_drawn_tokens_are_no_greedy_ones(batch: RolloutBatch) -> None:
 
 def test_a_cache_that_was_not_extended_is_no_extension(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("thinktwice_fast.rollout.prefix_cache.PrefixCache.continued_by", lambda *arguments: False)
-    op = next(op for op in OPS if op.name == targets.EXTEND)
-    records = {record.contender: record for record in measure_case(op, op.cases("toy")[0], TOY)}
+    records = {record.contender: record for record in measure_case(EXTENDED, EXTENDED.cases["toy"][0], TOY)}
     assert records[OURS].reason == "RuntimeError: 0 of 4 caches were extended"
     assert records["prefilled anew"].status == "ok"
 
 
 def test_a_step_reads_the_weights_once_and_a_groups_prompt_once(batch: RolloutBatch) -> None:
-    step, workload = step_of(batch), workload_of(FP32)
+    step, workload = step_of(batch), FP32.shape
     weights = sum(parameter.numel() for parameter in batch.theirs.parameters())  # the head is the embedding
     keys = 3 * 20 + 6 * 5 / 2
     assert step.bytes == 4 * (weights + keys * 2 * 2 * 2 * 16)
@@ -134,28 +135,28 @@ def test_vllm_is_judged_as_all_are(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(VLLM, "python", fake_vllm(tmp_path, lines))
-    contenders = {name: ROLLOUT.contenders[name] for name in (OURS, targets.VLLM_EAGER)}
+    contenders = {name: ROLLOUT.contenders[name] for name in (OURS, EAGER)}
     records = measure_case(replace(ROLLOUT, contenders=contenders), FP32, TOY)
     found = {record.contender: record for record in records}
     assert found[OURS].status == "ok"
-    vllm = found[targets.VLLM_EAGER]
+    vllm = found[EAGER]
     assert vllm.status == status and vllm.reason.startswith(reason) and not vllm.seconds
     assert (tmp_path / "build/bench/models/toy-float32/model.safetensors").exists()
 
 
 def test_rollout_targets() -> None:
     def record(contender: str, case: str, to_ours: float) -> dict[str, Any]:
-        return Record(targets.ROLLOUT, case, contender, "ok", seconds=[1.0], to_ours=to_ours).as_dict()
+        return Record("rollout", case, contender, "ok", seconds=[1.0], to_ours=to_ours).as_dict()
 
     records = [
         record(name, case, value)
         for case, values in {
-            "default model, short": {OURS: 1, targets.HF: 3.1, targets.VLLM_EAGER: 0.5},
-            "Qwen3-0.6B shape, long": {OURS: 1, targets.HF: 2, targets.VLLM_EAGER: 1.5, targets.VLLM_COMPILED: 1.2},
+            "default model, short": {OURS: 1, HF: 3.1, EAGER: 0.5},
+            "Qwen3-0.6B shape, long": {OURS: 1, HF: 2, EAGER: 1.5, COMPILED: 1.2},
         }.items()
         for name, value in values.items()
     ]
-    found = targets.outcomes({"device": "cpu", "results": records})
+    found = registry.outcomes({"device": "cpu", "results": records})
     assert [(one.met, one.figure) for one in found if one.name.startswith("rollout")] == [
         (True, "3.1 (default model, short)"),
         (False, "2 (Qwen3-0.6B shape, long)"),

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,22 +9,32 @@ import torch
 import torch.distributed as dist
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from bench import step_truth, targets
-from bench.bench_step import OPS as STEPS
-from bench.bench_update import OPS as UPDATES
-from bench.measure import CEILING, OURS, SETTINGS, Contender, Op, Record, measure_case
-from bench.step_cases import StepBatch, StepWorkload, flop_of, step_batch, step_cases, workload_of
-from bench.step_process import LEARNING_RATE, PARTS, Ask, StepProcess, Trained
-from bench.step_truth import Done, Sample
+from bench import registry
+from bench.core.contender import CEILING, OURS, Contender
+from bench.core.measure import SETTINGS, Record, measure_case
+from bench.core.op import Op
+from bench.models import Workload
+from bench.step import truth
+from bench.step.cases import StepBatch, flop_of, step_batch
+from bench.step.desk import LEARNING_RATE, Ask
+from bench.step.process import PARTS, UPDATE_RATE, StepProcess, Trained
+from bench.step.steps import STEP, TRL
+from bench.step.truth import Done, Sample
+from bench.update import OPS as UPDATES
+from tests.command import quick_start
 
 TOY = SETTINGS["toy"]
-STEP = STEPS[0]
-(CASE,) = step_cases("toy")
+(CASE,) = STEP.cases["toy"]
 
 
 @pytest.fixture(scope="module")
 def batch() -> StepBatch:
     return step_batch(CASE, torch.device("cpu"))
+
+
+@pytest.fixture(autouse=True)
+def quick_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHON_EXEC", quick_start()[0])
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -37,14 +46,14 @@ def no_process_group_left() -> Iterator[None]:
 
 
 def measured(op: Op, contenders: Mapping[str, Contender]) -> dict[str, Record]:
-    case = op.cases("toy")[0]
+    case = op.cases["toy"][0]
     return {record.contender: record for record in measure_case(replace(op, contenders=contenders), case, TOY)}
 
 
 def test_both_trainers_do_the_step_they_are_asked_for() -> None:
     records = measured(STEP, STEP.contenders)
-    workload = workload_of(CASE)
-    for name in (OURS, targets.TRL):
+    workload = CASE.shape
+    for name in (OURS, TRL):
         record = records[name]
         assert record.status == "ok", record.reason
         assert set(record.errors) == {"completions", "tokens", "loss", "grad_norm", "weights"}
@@ -97,20 +106,17 @@ def test_a_timed_step_that_draws_too_little_is_no_step(batch: StepBatch) -> None
         trained(asked)
 
 
-def test_a_process_that_ends_is_a_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    trained = Trained("trl", (("no_such_option", 1),))
-    record = measured(STEP, {targets.TRL: Contender(trained)})[targets.TRL]
-    assert record.status == "not run"
-    assert record.reason.startswith("RuntimeError: trl ended: TypeError") and "no_such_option" in record.reason
+def test_a_process_that_ends_is_a_reason() -> None:
+    record = measured(STEP, {"other": Contender(Trained(options=(("update.no_such_option", 1),)))})["other"]
+    assert (record.status, record.reason) == (
+        "not run",
+        "RuntimeError: ours ended: AssertionError: update.no_such_option",
+    )
 
 
 @pytest.fixture(scope="module")
 def ask(batch: StepBatch) -> Ask:
-    workload = batch.workload
-    return Ask(
-        "ours", str(batch.folder), str(batch.problems), workload.prompts, workload.samples, workload.new_tokens,
-        "mixed", False, 8, 4096, False, "solve", {},
-    )  # fmt: skip
+    return Ask("ours", batch.workload, str(batch.folder), str(batch.problems), cuda=False, phase="solve", options={})
 
 
 @pytest.fixture(scope="module")
@@ -119,16 +125,17 @@ def done(ask: Ask) -> Done:
     model: Any = AutoModelForCausalLM.from_pretrained(ask.folder, dtype=torch.float32)
     before = {name: value.detach().clone() for name, value in model.named_parameters()}
     numbers = torch.Generator().manual_seed(0)
-    samples = []
-    for number in range(ask.sequences):
-        prompt = tuple(range(10 * (number // ask.samples), 10 * (number // ask.samples) + 6))
-        response = tuple(torch.randint(200, (ask.new_tokens,), generator=numbers).tolist())
-        samples.append(Sample(number // ask.samples, prompt, response, float(number % 2)))
+    samples, workload = [], ask.workload
+    for number in range(workload.sequences):
+        group = number // workload.samples
+        prompt = tuple(range(10 * group, 10 * group + 6))
+        response = tuple(torch.randint(200, (workload.new_tokens,), generator=numbers).tolist())
+        samples.append(Sample(group, prompt, response, float(number % 2)))
     total = torch.zeros(())
     for sample in samples:
         ids = torch.tensor([[*sample.prompt, *sample.response]])
         table = model(input_ids=ids).logits[0].log_softmax(1)
-        chosen = table[range(5, 5 + ask.new_tokens), list(sample.response)]
+        chosen = table[range(5, 5 + workload.new_tokens), list(sample.response)]
         total = total - (sample.reward - 0.5) * (chosen - chosen.detach()).exp().sum() / 40
     total.backward()
     norm = float(torch.cat([p.grad.flatten() for p in model.parameters()]).norm())
@@ -138,8 +145,8 @@ def done(ask: Ask) -> Done:
 
 
 def test_a_right_step_is_right(ask: Ask, done: Done) -> None:
-    found = step_truth.errors(ask, done)
-    limits = step_truth.limits(torch.float32)
+    found = truth.errors(ask, done)
+    limits = truth.limits(torch.float32)
     assert set(found) == set(limits) and all(found[name] <= limits[name] for name in found), found
 
 
@@ -155,9 +162,9 @@ def test_a_right_step_is_right(ask: Ask, done: Done) -> None:
     ],
 )
 def test_a_wrong_step_is_wrong(ask: Ask, done: Done, change: Callable[[Done], Done], name: str, error: float) -> None:
-    found = step_truth.errors(ask, change(done))
+    found = truth.errors(ask, change(done))
     assert found[name] == pytest.approx(error, rel=1e-2)
-    assert found[name] > step_truth.limits(torch.float32)[name]
+    assert found[name] > truth.limits(torch.float32)[name]
 
 
 def cut(sample: Sample) -> Sample:
@@ -170,7 +177,7 @@ def swapped(sample: Sample) -> Sample:
 
 def test_the_least_work_of_a_step(batch: StepBatch) -> None:
     config = AutoConfig.from_pretrained(batch.folder)
-    workload = StepWorkload("toy", prompts=2, samples=4, new_tokens=5, prompt_tokens=20)
+    workload = Workload("toy", prompts=2, samples=4, new_tokens=5, prompt_tokens=20)
     flop = flop_of(workload, config, 20)
     model: Any = AutoModelForCausalLM.from_pretrained(batch.folder)
     matrices = sum(p.numel() for name, p in model.named_parameters() if "proj" in name)
@@ -209,30 +216,30 @@ def test_step_targets() -> None:
     records = [
         record(op, case, name, to_ours, memory=memory)
         for op, case, name, to_ours, memory in (
-            (targets.STEP, "default model, short", OURS, 1, 7),
-            (targets.STEP, "default model, short", targets.TRL, 2.5, 7),
-            (targets.STEP, "100 M shape, short", OURS, 1, 11),
-            (targets.STEP, "100 M shape, short", targets.TRL, 4, 10),
-            (targets.DEFAULT_JOB, "default model, graded", OURS, 1, 7),
-            (targets.DEFAULT_JOB, "default model, graded", targets.TRL, 2, 7),
+            ("step", "default model, short", OURS, 1, 7),
+            ("step", "default model, short", TRL, 2.5, 7),
+            ("step", "100 M shape, short", OURS, 1, 11),
+            ("step", "100 M shape, short", TRL, 4, 10),
+            ("step of the default job", "default model, graded", OURS, 1, 7),
+            ("step of the default job", "default model, graded", TRL, 2, 7),
         )
     ]
-    found = targets.outcomes({"device": "cpu", "results": records})
+    found = registry.outcomes({"device": "cpu", "results": records})
     assert [(one.met, one.figure.split()[0]) for one in found if one.name.startswith("step")] == [
         (True, "0.4"),
-        (False, "0.5"),
         (True, "0.25"),
         (False, "1.1"),
+        (False, "0.5"),
     ]
 
 
 def test_the_updates_share_of_the_products() -> None:
-    ours = {"rate": 2.0, "of_ceiling": 0.1, "details": {targets.UPDATE_RATE: 8.0}}
+    ours = {"rate": 2.0, "of_ceiling": 0.1, "details": {UPDATE_RATE: 8.0}}
     rows = [
-        Record(targets.STEP, "Qwen3-1.7B shape, long", OURS, "ok", seconds=[1.0], to_ours=1.0, **ours),  # type: ignore[arg-type]
-        Record(targets.STEP, "Qwen3-1.7B shape, long", targets.TRL, "ok", seconds=[1.0], to_ours=4.5),
+        Record("step", "Qwen3-1.7B shape, long", OURS, "ok", seconds=[1.0], to_ours=1.0, **ours),  # type: ignore[arg-type]
+        Record("step", "Qwen3-1.7B shape, long", TRL, "ok", seconds=[1.0], to_ours=4.5),
     ]
-    found = targets.outcomes({"device": "cuda", "results": [row.as_dict() for row in rows]})
+    found = registry.outcomes({"device": "cuda", "results": [row.as_dict() for row in rows]})
     assert [(one.met, one.figure.split()[0]) for one in found if one.name.startswith("step")] == [
         (True, "4.5"),
         (True, "0.4"),

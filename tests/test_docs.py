@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+import shlex
 import typing
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,9 @@ from docs.tables import main, metrics_table, options_table
 from tests.command import ROOT
 from thinktwice_fast.bounds import bounded
 from thinktwice_fast.config import Config
+from thinktwice_fast.run.checks import check_config
 from thinktwice_fast.run.metrics import METRICS
+from thinktwice_fast.run.options import parse_command
 
 
 def option_names(owner: Any, prefix: str = "") -> list[str]:
@@ -135,3 +138,19 @@ def anchors(path: Path) -> set[str]:
 def test_options_in_the_text_exist(name: str) -> None:
     named = set(re.findall(r"--([a-z_]+\.[a-z_]+)\b", (ROOT / name).read_text()))
     assert named and named <= set(option_names(Config))
+
+
+def commands(path: Path) -> list[str]:
+    """What comes behind ``train.py`` in a text, or in the comments of a configuration."""
+    lines = re.sub(r"\\\n[# ]*", "", path.read_text())
+    found = re.findall(r"train\.py ((?:--config|--algorithm) [^`\n]*)", lines)
+    return [command for command in found if "..." not in command]
+
+
+@pytest.mark.parametrize(
+    "path", sorted({*WRITTEN, *(ROOT / "configs").rglob("*.yaml")}), ids=lambda path: str(path.relative_to(ROOT))
+)
+def test_commands_in_the_text_are_accepted(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    for command in commands(path):
+        check_config(parse_command(shlex.split(command))[0], 2)

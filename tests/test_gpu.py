@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.command import train
-from thinktwice_fast.run.metrics import read_metrics
+from thinktwice_fast.run.metrics_file import read_metrics
 
 pytestmark = [
     pytest.mark.gpu,

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from bench import error_paths, gpu_table, hardware
-from bench.error_paths import CASES
-from bench.race import Race, judge
-from bench.shapes import LARGE
-from bench.stage_notes import Line, Notes, result
+from bench.core import hardware
+from bench.models import LARGE
+from bench.stages import closing
+from bench.stages.notes import Line, Notes, result
+from bench.stages.race import Race, judge
 from tests.command import LIMIT, ROOT, quick_start
 
 SCRIPT = ROOT / "bench" / "gpu_check.sh"
@@ -38,9 +38,8 @@ def dry_run(stage: str, folder: Path) -> dict[str, Any]:
 
 def test_correct(tmp_path: Path) -> None:
     found = dry_run("correct", tmp_path)
-    right = {"tests", "errors", "pair", *(f"error: {name}" for name in CASES)}
+    right = {"tests", "pair", "pair: log-probabilities of rollout and training"}
     assert {name: found[name] for name in right} == dict.fromkeys(right, "met")
-    assert found["pair: log-probabilities of rollout and training"] == "met"
     # Saving would take most of the time.
     written = {path.name for path in (ROOT / "build" / "gpu_check" / "correct" / "pair-run").iterdir()}
     assert "metrics.jsonl" in written and not written & {"model", "checkpoints"}
@@ -133,28 +132,19 @@ def test_the_share_of_the_peak_counts_what_an_update_cannot_save(monkeypatch: py
     assert share == pytest.approx(flop / 31.1 / 989e12, rel=0.01)
 
 
-def test_an_error_that_ends_the_process_is_wrong(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    python = work / "python"
-    python.write_text("#!/bin/sh\nkill -SEGV $$\n")
-    python.chmod(0o755)
-    monkeypatch.setenv("PYTHON_EXEC", str(python))
-    assert error_paths.main(work, "cuda") == 1
-    assert {(line.figure, line.wrong) for line in Notes(work).lines()} == {("ended by signal 11: no output", True)}
-
-
 @pytest.fixture
 def work(tmp_path: Path) -> Path:
     machine: dict[str, Any] = {"gpu": "NVIDIA H200", "driver": "1", "cpu": "x", "threads": 2, "load": 0.0}
-    (tmp_path / gpu_table.MACHINE).write_text(json.dumps(machine | {"python": "3", "versions": {}}))
-    (tmp_path / gpu_table.PARTS).write_text("")
+    (tmp_path / closing.MACHINE).write_text(json.dumps(machine | {"python": "3", "versions": {}}))
+    (tmp_path / closing.PARTS).write_text("")
     return tmp_path
 
 
 @pytest.mark.parametrize(("status", "wrong"), [("0", False), ("1", True), ("124", True), ("139", True)])
 def test_a_failed_part_fails_the_stage(work: Path, status: str, wrong: bool) -> None:
-    (work / gpu_table.PARTS).write_text(f"tests\t{status}\t7\n")
+    (work / closing.PARTS).write_text(f"tests\t{status}\t7\n")
     (work / "tests.log").write_text("...\n1 failed, 3 passed in 7.00s\n")
-    assert gpu_table.main("correct", work, work / "out") == int(wrong)
+    assert closing.main("correct", work, work / "out") == int(wrong)
     row = (work / "out" / "correct.txt").read_text().splitlines()[3]
     assert row.split("  ")[0] == "tests" and "7 s, 1 failed, 3 passed" in row
     assert ("cut off" in row) == (status == "124")
@@ -164,16 +154,16 @@ def test_a_failed_part_fails_the_stage(work: Path, status: str, wrong: bool) -> 
 def test_a_wrong_result_fails_the_stage_and_a_missed_goal_does_not(work: Path) -> None:
     notes = Notes(work)
     notes.add(Line("speed", "5 s", "<= 4 s", met=False), Line("size", "-", "<= 1 GiB"), Line("rate", "3 tok/s"))
-    assert gpu_table.main("step", work, work / "out") == 0
+    assert closing.main("step", work, work / "out") == 0
     notes.add(result("loss", "off by 1", "<= 0.1", right=False))
-    assert gpu_table.main("step", work, work / "out") == 1
+    assert closing.main("step", work, work / "out") == 1
     lines = json.loads((work / "out" / "step.json").read_text())["lines"]
     assert [line["verdict"] for line in lines] == ["NOT MET", "not measured", "", "NOT MET"]
 
 
 def test_results_go_where_the_gpu_and_the_day_say(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu_table, "ROOT", work)
-    assert gpu_table.main("step", work) == 0
+    monkeypatch.setattr(closing, "ROOT", work)
+    assert closing.main("step", work) == 0
     (folder,) = (work / "bench" / "results").iterdir()
     assert folder.name.startswith("h200-20") and {path.name for path in folder.iterdir()} == {"step.txt", "step.json"}
 

@@ -1,6 +1,7 @@
 """The rules that keep the house in order: which way imports point, and which names modules may carry."""
 
 import ast
+import graphlib
 import importlib.metadata
 import re
 import sys
@@ -16,6 +17,7 @@ OPS = ROOT / "kernels" / "thinktwice_kernels"
 LAYERS = [
     {"errors", "launch"},
     {"records", "bounds"},
+    {"thinktuning_options"},
     {"config", "parallel"},
     {"model"},
     {"tasks", "rollout", "update"},
@@ -59,6 +61,20 @@ def test_imports_point_down(path: Path) -> None:
             continue
         other = room(module)
         assert layer(other) < layer(own), f"{path.relative_to(ROOT)} imports {module}: {own} must not know {other}"
+
+
+@pytest.mark.parametrize("package", [PACKAGE, OPS, ROOT / "bench"], ids=lambda path: path.name)
+def test_no_imports_go_in_circles(package: Path) -> None:
+    """Nor by way of a function, where Python would not notice."""
+    files = [path for path in package.rglob("*.py") if path.name != "__init__.py"]
+    paths = {".".join(path.relative_to(package.parent).with_suffix("").parts): path for path in files}
+    needs = {name: {other for other in imports(path) if other in paths} - {name} for name, path in paths.items()}
+    tuple(graphlib.TopologicalSorter(needs).static_order())  # raises a CycleError that names them
+
+
+def test_benchmarks_stand_without_the_tests() -> None:
+    for path in (ROOT / "bench").rglob("*.py"):
+        assert not {module for module in imports(path) if module.split(".")[0] == "tests"}, path
 
 
 def test_the_entry_point_only_parses_builds_and_runs() -> None:
@@ -125,3 +141,11 @@ def test_no_module_shadows_another() -> None:
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_files_stay_readable(path: Path) -> None:
     assert len(path.read_text().splitlines()) <= 400, "split it: a file is read in one sitting"
+
+
+def test_nothing_is_unpickled() -> None:
+    """To read a checkpoint, a model or a data set of somebody else's must not run their code."""
+    for path in (*PACKAGE.rglob("*.py"), *(ROOT / "kernels").rglob("*.py")):
+        calls = {ast.unparse(node.func) for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)}
+        readers = {"torch.load", "torch.save", "np.load", "numpy.load", "pickle.load", "pickle.loads"}
+        assert not calls & readers and not imports(path) & {"pickle", "shelve", "dill"}, path

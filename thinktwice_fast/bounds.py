@@ -11,6 +11,7 @@ if TYPE_CHECKING:
 
 _Value = TypeVar("_Value")
 _KEY = "bounds"
+MOST_SECONDS = 1_000_000  # beyond, timers overflow
 _MOST_INTEGER = 2**31 - 1  # what the kernels' arguments hold
 
 

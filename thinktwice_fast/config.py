@@ -8,9 +8,8 @@ what combinations are refused.
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from thinktwice_fast.bounds import bounded
-
-_MOST_SECONDS = 1_000_000  # beyond, timers overflow
+from thinktwice_fast.bounds import MOST_SECONDS, bounded
+from thinktwice_fast.thinktuning_options import ThinkTuningOptions
 
 
 @dataclass
@@ -93,6 +92,39 @@ class ThinkTwiceOptions:
     refine_instruction: str = "default"
     """The user message after the base solution, or a .txt or .md file with it; "default" = the paper-style
     task-agnostic instruction, or the word "recheck" for the shipped model and arithmetic."""
+
+
+@dataclass
+class DapoOptions:
+    """Dynamic sampling and overlong shaping (`algorithm: dapo`)."""
+
+    max_draws: int | Literal["off"] = bounded(10, least=1)
+    """Draws, each of up to `problems_per_step` problems, in which a step has to find as many whose samples are not all
+    rewarded alike, before the run stops with an error; "off" = no bound. (In a YAML file write 'off' with quotes.)"""
+    overlong_buffer_tokens: int | None = bounded(None, least=0)
+    """Rewards fall over so many tokens before `rollout.max_response_tokens`, linearly; null = a fifth of these, as
+    published (4096 of 20480); 0 = off."""
+    overlong_penalty: float = bounded(1.0, least=0)
+    """How far they have fallen at the end."""
+
+
+@dataclass
+class StarOptions:
+    """Iterations of sampling, then of fine-tuning the start model on right answers (`algorithm: star`)."""
+
+    problems_per_iteration: int = bounded(512, least=1)
+    """Problems sampled in an iteration, `problems_per_step` of them in a step."""
+    finetune_steps: int = bounded(40, least=1)
+    """Fine-tuning steps that follow in the first iteration, each on `problems_per_step` kept answers."""
+    finetune_growth: float = bounded(1.2, least=1)
+    """Each iteration has so many times the fine-tuning steps of the one before."""
+    dedupe: bool = True
+    """Keep answers of a problem that are the same token for token once."""
+    rationalize: bool = False
+    """Sample a problem again where no answer was right, with its gold answer as a hint; what is right then is learned
+    as an answer to the question without the hint."""
+    hint: str = "(The answer is {answer}; explain how to get there.)"
+    """Text appended to the question then, after a space, with "{answer}" where the gold answer goes."""
 
 
 @dataclass
@@ -182,23 +214,6 @@ class LossOptions:
 
 
 @dataclass
-class ThinkTuningOptions:
-    """A teacher's feedback in some of the rollouts; names of the loss as in `thinktwice_kernels.grpo_loss`."""
-
-    shaping_coefficient: float = bounded(2.5e-4, least=0, most=1)
-    """A guided token of probability p weighs p / (p + gamma), with gamma = this times the advantage."""
-    shaping_clamp: float = bounded(1e-3, least=0, most=1)
-    """Largest absolute value of gamma."""
-    shaping_min_probability: float = bounded(0.01, least=0, most=1)
-    """A guided token with a negative advantage is not shaped where it is less likely than this."""
-    guide_fallback: Literal["mask", "clip"] = "mask"
-    """What such a token gets instead: nothing, or the term of an ordinary one (the released code's)."""
-    released_code_compat: bool = False
-    """Do as the released code: gamma always minus `shaping_clamp`, weights 1.0001 and 0.9999 where p + gamma is below 0
-    and above 1, all tokens of a guided rollout guided, and no dual clip where no rollout is."""
-
-
-@dataclass
 class UpdateOptions:
     """Optimizer and batches."""
 
@@ -277,17 +292,20 @@ class RunOptions:
     """Length of the run and what it writes."""
 
     steps: int = bounded(200, least=1)
-    """Global steps; a solve step and a refine step count as one each (with `thinktwice.pairing: joint` both as one), an
-    SFT batch as one."""
+    """Global steps; a solve step and a refine step count as one each (with `thinktwice.pairing: joint` both as one), a
+    batch of supervised examples as one."""
     checkpoint_every: int = bounded(20, least=0)
     """Write a checkpoint every so many steps (and at the end); 0 = only at the end."""
     keep_checkpoints: int = bounded(2, least=1)
     """Newest checkpoints kept."""
+    keep_best: str | None = None
+    """Metric of the evaluations, such as eval/average/solve_accuracy: the checkpoint of the evaluated step of its
+    highest value (of equals the first) is kept besides; `checkpoints/best.json` names it."""
     save: bool = True
     """Write checkpoints and the trained model. Off, as where only speed is of interest, the run can't be continued."""
     transcripts_every: int = bounded(20, least=0)
     """Write a sample of transcripts of the first pair of steps, then every so many; 0 = none."""
-    distributed_timeout: float = bounded(1800.0, least=1, most=_MOST_SECONDS)
+    distributed_timeout: float = bounded(1800.0, least=1, most=MOST_SECONDS)
     """Seconds a process waits for the others before it gives up."""
 
 
@@ -302,24 +320,32 @@ class Config:
     folder."""
     seed: int = bounded(0, least=0)
     """Seed of problem order, sampling, base selection and random weights; 0 to 2147483647."""
-    algorithm: Literal["thinktwice", "sft"] = "thinktwice"
-    """What to train by."""
+    algorithm: Literal["thinktwice", "grpo", "dr_grpo", "dapo", "star", "thinktuning", "sft"] = "thinktwice"
+    """What to train by. Its published loss stands in for the defaults of the `loss` options."""
     problems_per_step: int = bounded(32, least=1)
-    """Problems per step (P), over all processes; SFT: examples per step."""
+    """Problems per step (P), over all processes; where a step fine-tunes (SFT, STaR): examples."""
     samples_per_problem: int = bounded(8, least=1)
     """Samples per problem (G): the group that an advantage is taken over."""
     reward: str = "math"
     """"math" (last \\boxed{}, math-verify), "math_strict" (the same by the rules of ThinkTwice's released code),
     "choice" (multiple-choice letter), "yes_no", "exact" (stripped text), or my_file.py:function with TRL's reward
     signature. Evaluation sets may have one of their own."""
-    reward_timeout: float = bounded(10.0, above=0, most=_MOST_SECONDS)
+    reward_timeout: float = bounded(10.0, above=0, most=MOST_SECONDS)
     """Seconds a grader may take for one answer before it is stopped (math: graded 0; own function: an error)."""
     reward_workers: int | None = bounded(None, least=1)
     """Grader processes, per training process. Default: for math one per two CPU cores, at most 8; for an own function
     1, which keeps its module's state from call to call: give more where it needs none."""
+    track: str = "tensorboard"
+    """Trackers that get every metric, separated by commas: tensorboard, wandb, trackio (the last two also get the
+    transcripts); "none" = none. One that fails is left out, and the run goes on."""
+    profile: str | None = None
+    """Steps to profile, as FIRST:LAST or one step, at most 10; in a file in quotation marks. Traces and a table of the
+    slowest kernels go to `profile/` in `output`."""
     model: ModelOptions = field(default_factory=ModelOptions)
     data: DataOptions = field(default_factory=DataOptions)
     thinktwice: ThinkTwiceOptions = field(default_factory=ThinkTwiceOptions)
+    dapo: DapoOptions = field(default_factory=DapoOptions)
+    star: StarOptions = field(default_factory=StarOptions)
     sft: SftOptions = field(default_factory=SftOptions)
     rollout: RolloutOptions = field(default_factory=RolloutOptions)
     loss: LossOptions = field(default_factory=LossOptions)
@@ -344,3 +370,9 @@ def samples_per_step(config: Config) -> int:
     """Samples (over all processes) that a step of reinforcement learning draws and trains on."""
     groups = 2 if config.thinktwice.pairing == "joint" else 1
     return groups * config.problems_per_step * config.samples_per_problem
+
+
+def overlong_buffer(config: Config) -> int:
+    """``dapo.overlong_buffer_tokens``, its default resolved."""
+    tokens = config.dapo.overlong_buffer_tokens
+    return config.rollout.max_response_tokens // 5 if tokens is None else tokens

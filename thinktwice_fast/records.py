@@ -74,8 +74,9 @@ class Request:
     prompt: tuple[int, ...]  # token ids
     sample_ids: tuple[int, ...]  # one per sample: with the seed and the position they key its random numbers
     sampling: Sampling
-    keep: bool = False  # keep each rollout's cache when it ends, while there is room, to be extended once
+    keep: bool = False  # keep each rollout's cache when it ends, while there is room, to be extended
     extends: Rollout | None = None  # a kept rollout whose prompt and response this prompt continues
+    shares: bool = False  # ... and leaves its cache to others that extend it too
 
 
 @dataclass(frozen=True)

@@ -6,14 +6,18 @@ from typing import Any, cast
 
 from tests.small_models import bpe_tokenizer
 from thinktwice_fast import parallel
+from thinktwice_fast.algorithms.parts import Parts
+from thinktwice_fast.algorithms.registry import METHODS
 from thinktwice_fast.algorithms.sampler import Sampler
-from thinktwice_fast.algorithms.thinktwice import ThinkTwice
-from thinktwice_fast.config import Config
+from thinktwice_fast.algorithms.thinktuning.feedback import Feedback, tagged
+from thinktwice_fast.algorithms.thinktuning.teacher import Answer, Asked
+from thinktwice_fast.config import Config, DapoOptions, RolloutOptions, StarOptions
 from thinktwice_fast.errors import UserError
 from thinktwice_fast.records import Message, Problem, Request, Rollout
 from thinktwice_fast.rollout.engine import OnEnd
 from thinktwice_fast.rollout.prefix_cache import Counts
 from thinktwice_fast.tasks.prompts import ChatFormat
+from thinktwice_fast.update.batches import Example
 
 END = bpe_tokenizer().eos_token_id
 INSTRUCTION = "Recheck it."
@@ -100,23 +104,54 @@ class Grader:
 
 
 class Updater:
-    """Counts an optimizer step per mini-batch."""
+    """Counts an optimizer step per mini-batch, and for a new start."""
 
     def __init__(self) -> None:
         self.version = 0
         self.updates: list[list[list[Rollout]]] = []
+        self.learned: list[list[Example] | str] = []  # supervised batches, and "restart"
 
     def policy_update(self, minibatches: list[list[Rollout]]) -> dict[str, float]:
         self.version += len(minibatches)
         self.updates.append(minibatches)
         return {"loss": 0.0}
 
+    def supervised_update(self, examples: list[Example]) -> dict[str, float]:
+        self.version += 1
+        self.learned.append(examples)
+        return {"loss": 0.0}
+
+    def trained_weights(self) -> list[Any]:
+        return []
+
+    def restart(self, weights: object) -> None:
+        self.version += 1
+        self.learned.append("restart")
+
+
+class Teacher:
+    """Of three answers, by the response, one can be used, one can't be read, and one does not come."""
+
+    def __init__(self) -> None:
+        self.asked: list[Asked] = []
+
+    def ask(self, asked: Sequence[Asked]) -> list[Answer]:
+        self.asked += asked
+        return [self._answer(one.response) for one in asked]
+
+    def _answer(self, response: str) -> Answer:
+        usable = tagged(Feedback("incorrect", f"Hm, {len(response)}", "\\boxed{7}"))
+        answers = (Answer(usable), Answer("Well done."), Answer(refusal="unanswered", detail="no reply"))
+        return random.Random(response).choice(answers)
+
 
 class World:
-    """A ThinkTwice run over the stubs."""
+    """A run over the stubs."""
 
-    def __init__(self, grader: Grader | None = None, selection: Any = "uniform", **options: Any) -> None:
-        self.config = Config(problems_per_step=4, samples_per_problem=6)
+    def __init__(
+        self, grader: Grader | None = None, selection: Any = "uniform", algorithm: Any = "thinktwice", **options: Any
+    ) -> None:
+        self.config = Config(algorithm=algorithm, problems_per_step=4, samples_per_problem=6)
         self.config.thinktwice.base_selection = selection
         for name, value in options.items():
             setattr(self.config, name, value)
@@ -126,17 +161,44 @@ class World:
         chat = ChatFormat(bpe_tokenizer())
         self.sampler = Sampler(self.engine, chat, self.grader, INSTRUCTION, frozenset({END}))
         problems = cast(Any, Problems())
-        self.algorithm = ThinkTwice(self.config, problems, self.sampler, self.updater)
+        self.teacher = Teacher()
+        parts = Parts(self.config, problems, self.sampler, self.updater, cast(Any, None), END, self.teacher)
+        self.algorithm = METHODS[algorithm].build(parts)
 
 
-def bases_and_advantages(seed: int = 0) -> dict[str, Any]:
-    """The state after a solve step, and every process's advantages by sample id. Collective."""
-    world = World(seed=seed)
+def first_steps() -> dict[str, Any]:
+    """What a first step of each algorithm that samples comes to. Collective."""
+    dapo = DapoOptions(overlong_buffer_tokens=20)
+    star = StarOptions(problems_per_iteration=4, finetune_steps=2, rationalize=True)
+    return {
+        "thinktwice": one_step(World()),
+        "grpo": one_step(World(algorithm="grpo")),
+        "dapo": one_step(World(algorithm="dapo", samples_per_problem=2, dapo=dapo)),
+        "thinktuning": one_step(World(algorithm="thinktuning", rollout=RolloutOptions(max_response_tokens=100))),
+        "star": one_step(World(algorithm="star", samples_per_problem=2, star=star), then=1),
+    }
+
+
+def one_step(world: World, then: int = 0) -> dict[str, Any]:
+    """State, metrics and every process's advantages by sample id after a step, and what the next ones learn."""
     world.config.loss.scale_rewards = "batch"
     step = world.algorithm.step(1)
+    state = world.algorithm.state()
+    for number in range(then):
+        world.algorithm.step(2 + number)
     own = {rollout.sample_id: rollout.advantage for group in step.groups for rollout in group.rollouts}
     return {
-        "state": world.algorithm.state(),
+        "states": parallel.gather(state),
         "advantages": {sample: value for part in parallel.gather(own) for sample, value in part.items()},
+        "generations": step.generations,
+        "minibatches": [
+            sorted(rollout.sample_id for part in parts for rollout in part)
+            for update in world.updater.updates
+            for parts in zip(*parallel.gather(update), strict=True)
+        ],
+        "learned": [
+            batch if isinstance(batch, str) else [e for part in parallel.gather(batch) for e in part]
+            for batch in world.updater.learned
+        ],
         "metrics": {name: value for name, value in step.metrics.items() if "second" not in name},
     }

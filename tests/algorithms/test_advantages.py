@@ -5,7 +5,7 @@ import math
 import pytest
 
 from tests.algorithms.stubs import problem
-from thinktwice_fast.algorithms.metrics import rollout_metrics, sample_metrics
+from thinktwice_fast.algorithms.metrics import Sample, rollout_metrics, sample_metrics
 from thinktwice_fast.algorithms.policy_step import set_advantages
 from thinktwice_fast.algorithms.sampler import SamplingTimes
 from thinktwice_fast.errors import UserError
@@ -77,7 +77,10 @@ def test_metrics_by_hand() -> None:
             rollout.entropies = [0.5] * rollout.sampled
     third.prompt = tuple(range(10))
     groups = [first, second, third]
-    got = sample_metrics(groups) | rollout_metrics(groups, SamplingTimes(2.0, 0.25, 3, 4))
+    samples = Sample.of(groups)
+    got = sample_metrics(samples) | rollout_metrics(
+        samples, SamplingTimes(0.5, 0.25, 1, 0) + SamplingTimes(1.5, 0, 2, 4)
+    )
     assert got == pytest.approx(
         {
             "response_tokens": 16 / 7,
@@ -100,6 +103,6 @@ def test_metrics_by_hand() -> None:
 
 
 def test_metrics_where_nothing_was_graded() -> None:
-    got = sample_metrics([group(0, None, None)])
+    got = sample_metrics(Sample.of([group(0, None, None)]))
     assert got["rewards_missing"] == 2
     assert not {"reward", "reward_std", "group_signal_rate"} & got.keys()

@@ -6,12 +6,10 @@ from pathlib import Path
 import torch
 
 from tests.algorithms.joint_world import joint_step
-from tests.algorithms.stubs import bases_and_advantages
+from tests.algorithms.stubs import first_steps
 from tests.update.worlds import save
 from thinktwice_fast import parallel
 
 if __name__ == "__main__":
     parallel.start(torch.device("cpu"), 60.0)
-    step = bases_and_advantages()
-    states = parallel.gather(step["state"])
-    save({"step": step, "states": states, "joint": joint_step()}, Path(sys.argv[1]))
+    save({"steps": first_steps(), "joint": joint_step()}, Path(sys.argv[1]))

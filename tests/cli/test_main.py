@@ -1,5 +1,6 @@
 """The program `thinktwice-fast`: what every command has to offer."""
 
+import re
 import subprocess
 import sys
 from dataclasses import fields, is_dataclass
@@ -13,7 +14,7 @@ from thinktwice_fast.cli.main import COMMANDS, load_command, overview
 @pytest.mark.parametrize("name", COMMANDS)
 def test_what_a_command_says_of_itself(name: str) -> None:
     command = load_command(name)
-    assert [name, command.help] in [line.split(maxsplit=1) for line in overview().splitlines()]
+    assert re.search(rf"^  {name} +{re.escape(command.help)}$", overview(), re.M)
     assert is_dataclass(command.options)
     own = {option.name for option in fields(command.options)}
     assert {*command.names.values(), command.positional} - {None} <= own

@@ -150,12 +150,16 @@ def test_options_out_of_range(options: dict[str, Any], message: str) -> None:
         csrc.sample(**{name: value if name == "seed" else value.to(GPU) for name, value in given.items()})
 
 
-def test_broken_logits_name_the_row() -> None:
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_broken_logits_name_the_row(value: float) -> None:
     logits = torch.zeros(3, 70)
-    logits[1, 65] = math.nan
+    logits[1, 65] = value
     given = arguments(logits, sample_ids=range(40, 43), positions=7)
+    there = {name: tensor if name == "seed" else tensor.to(GPU) for name, tensor in given.items()}
     with pytest.raises(RuntimeError, match=r"logits of row 1 \(sample 41, position 7\) hold NaN or \+inf, or nothing"):
-        csrc.sample(**{name: value if name == "seed" else value.to(GPU) for name, value in given.items()})
+        csrc.sample(**there)
+    there["logits"].zero_()
+    assert torch.equal(csrc.sample(**there).tokens.cpu(), csrc.sample(**given | {"logits": torch.zeros(3, 70)}).tokens)
 
 
 def test_a_graph_replays_the_ops() -> None:

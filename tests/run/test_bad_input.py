@@ -213,6 +213,30 @@ OPTION_CASES = [
 ]
 REWARD_CASES = [
     Case(
+        "teacher's server is down",
+        ("--thinktuning.endpoint_url http://127.0.0.1:9/v1", "start the server or mend the address"),
+        options(
+            "--algorithm",
+            "thinktuning",
+            "--thinktuning.teacher",
+            "endpoint",
+            "--thinktuning.endpoint_retries",
+            "0",
+            "--thinktuning.endpoint_url",
+            "http://127.0.0.1:9/v1",
+            "--thinktuning.endpoint_model",
+            "wise",
+        ),
+    ),
+    Case(
+        "teacher beyond the context",
+        (
+            "prompts of up to 3072 tokens and answers of 1024 are longer than the model's context of 512",
+            "lower --thinktuning.teacher_prompt_tokens",
+        ),
+        options("--algorithm", "thinktuning", "--thinktuning.teacher", "frozen"),
+    ),
+    Case(
         "choice between no letters",
         ("problems.jsonl: row 4", "the gold answer '11' is no letter A-Z", "use --reward exact"),
         lambda folder: [

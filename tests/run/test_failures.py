@@ -9,7 +9,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 from transformers import AutoModelForCausalLM
 
 from tests.command import LIMIT, ROOT, TRAIN, environment, train
@@ -146,9 +145,9 @@ def test_a_loss_that_is_not_finite_saves_what_led_to_it(tmp_path: Path) -> None:
     huge = ("--update.learning_rate", "1e30", "--update.warmup_steps", "0", "--run.steps", "1", "--eval.sets", "{}")
     finished = train("--output", output, *settings, *huge)
     refused(finished, "step 1: ", "not finite", "lower --update.learning_rate", "not-finite-step-000001")
-    evidence = torch.load(output / "not-finite-step-000001" / "batch.pt", weights_only=False)
+    evidence = json.loads((output / "not-finite-step-000001" / "batch.json").read_text())
     assert [0 < len(process["sequences"]) <= 32 for process in evidence] == [True]
-    assert all(rollout.response and rollout.reward in (0.0, 1.0) for rollout in evidence[0]["sequences"])
+    assert all(rollout["response"] and rollout["reward"] in (0.0, 1.0) for rollout in evidence[0]["sequences"])
     model = AutoModelForCausalLM.from_pretrained(output / "not-finite-step-000001" / "model")
     assert max(float(parameter.detach().abs().max()) for parameter in model.parameters()) > 1e20
     assert not steps_on_disk(output)

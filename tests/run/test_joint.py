@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 
 from tests.command import train
 from tests.run.refusals import refused
-from thinktwice_fast.run.metrics import Record, read_metrics, reproducible
+from thinktwice_fast.run.metrics import Record, reproducible
+from thinktwice_fast.run.metrics_file import read_metrics
 
 BATCH = ("--problems_per_step", "4", "--samples_per_problem", "4", "--update.warmup_steps", "0")
 JOINT = (

@@ -8,14 +8,15 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.command import train
-from thinktwice_fast.run.metrics import Record, read_metrics
+from thinktwice_fast.run.metrics import Record
+from thinktwice_fast.run.metrics_file import read_metrics
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The first 40 steps of the default job."""
     output = tmp_path_factory.mktemp("learning")
-    options = ("--run.steps", "40", "--run.checkpoint_every", "0", "--output", output)
+    options = ("--run.steps", "40", "--run.checkpoint_every", "0", "--profile", "3:4", "--output", output)
     finished = train(*options, processes=1, fresh=True)
     assert finished.returncode == 0, finished.stderr
     (output / "stdout").write_text(finished.stdout)
@@ -47,7 +48,8 @@ def test_rollout_and_training_agree_on_log_probabilities(run: Path) -> None:
 
 
 def test_everything_promised_is_written(run: Path) -> None:
-    for name in ("config.yaml", "metrics.jsonl", "transcripts.jsonl", "curves.png", "model/model.safetensors"):
+    names = ("config.yaml", "metrics.jsonl", "transcripts.jsonl", "curves.png", "model/model.safetensors")
+    for name in (*names, "profile/top.json", "profile/step-000003.json.gz", "profile/step-000004.json.gz"):
         assert (run / name).stat().st_size > 0
         assert name.split("/")[0] in (run / "stdout").read_text() or name == "config.yaml"
     assert list((run / "tensorboard").iterdir())

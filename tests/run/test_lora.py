@@ -10,16 +10,18 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.checkpoints import save
 from tests.command import train
-from tests.small_models import bpe_tokenizer, own_model
+from tests.small_models import own_model
 from tests.update.worlds import one_process
 from thinktwice_fast.config import Config, ModelOptions
 from thinktwice_fast.errors import UserError
 from thinktwice_fast.model.loading import model_folder
 from thinktwice_fast.model.lora import add_adapters
 from thinktwice_fast.model.sharding import pair_models
-from thinktwice_fast.run.checkpoint import load_checkpoint, save_checkpoint
-from thinktwice_fast.run.metrics import read_metrics, reproducible
+from thinktwice_fast.run.checkpoint import load_checkpoint
+from thinktwice_fast.run.metrics import reproducible
+from thinktwice_fast.run.metrics_file import read_metrics
 from thinktwice_fast.update.optimizer import build_optimizer
 from thinktwice_fast.update.updater import Updater
 
@@ -111,7 +113,7 @@ def made(family: str = "llama", options: ModelOptions | None = RANK_4, seed: int
 def test_other_adapters_or_other_weights_below_them_are_refused(
     options: ModelOptions | None, seed: int, says: str, tmp_path: Path
 ) -> None:
-    folder = save_checkpoint(tmp_path, 1, made(), bpe_tokenizer(), {}, 1)
+    folder = save(tmp_path, 1, made())
     load_checkpoint(folder, made())
     with pytest.raises(UserError, match=re.escape(says)):
         load_checkpoint(folder, made(options=options, seed=seed))
@@ -119,7 +121,7 @@ def test_other_adapters_or_other_weights_below_them_are_refused(
 
 @pytest.mark.usefixtures("one_process")
 def test_a_checkpoint_without_adapters_is_refused(tmp_path: Path) -> None:
-    folder = save_checkpoint(tmp_path, 1, made(options=None), bpe_tokenizer(), {}, 1)
+    folder = save(tmp_path, 1, made(options=None))
     with pytest.raises(UserError, match=r"a run without LoRA, and this is one with: give the same"):
         load_checkpoint(folder, made())
 

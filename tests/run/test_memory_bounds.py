@@ -113,6 +113,16 @@ def test_an_example_may_take_what_its_prompt_leaves() -> None:
     assert (tokens, targets) <= (phase.row_tokens, phase.row_targets) == (49, 49 + 3)
 
 
+def test_kept_answers_may_all_be_to_one_question() -> None:
+    config = row_config(8, 2, budget=20, longest=2, shared=True)
+    config.algorithm = "star"
+    solve, sft = phases(config, FLOPS, {"solve": 12, "sft": 10}, 1)
+    assert (solve.samples, solve.optimizer_steps, solve.row_tokens) == (2, 0, 0)
+    assert (sft.samples, sft.optimizer_steps) == (1, 1)
+    tokens, targets, keys = largest_rows(config, [10], [2] * 8, 1)
+    assert tokens <= sft.row_tokens and targets <= sft.row_targets and 2 * sft.row_tokens < keys <= sft.row_keys
+
+
 # Blocks of the KV cache
 
 STOP, VOCABULARY = 3, 8

@@ -1,4 +1,4 @@
-"""Metrics: declarations, the two files, and cutting them back on resume."""
+"""Metrics: declarations, the file, and cutting them back on resume."""
 
 import json
 import math
@@ -8,17 +8,14 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from thinktwice_fast.errors import UserError
-from thinktwice_fast.run.metrics import (
-    METRICS,
+from thinktwice_fast.run.metrics import METRICS, find_metric, reproducible
+from thinktwice_fast.run.metrics_file import (
     MetricsWriter,
     append_json_lines,
-    find_metric,
     read_json_lines,
     read_metrics,
-    reproducible,
     truncate_json_lines,
 )
 from thinktwice_kernels.metrics import METRICS as LOSS_METRICS
@@ -39,7 +36,7 @@ def test_every_declaration_is_complete_and_unambiguous() -> None:
         assert metric.definition.endswith("."), metric.name
         assert ("{phase}" in metric.name) == bool(metric.phases), metric.name
         for phase in metric.phases or ("",):
-            example = metric.name.format(phase=phase, set="held_out", k=4, sign="pos")
+            example = metric.name.format(phase=phase, set="held_out", k=4, sign="pos", behaviour="agreement")
             assert [other.name for other in METRICS if other.pattern.fullmatch(example)] == [metric.name]
             examples.add(example)
     assert {"solve/reward", "refine/reward", "sft/loss", "sft/grad_norm", "eval/held_out/refine_pass@4"} <= examples
@@ -63,38 +60,35 @@ def test_undeclared_name_is_a_bug(name: str) -> None:
 
 
 def test_writer_refuses_undeclared_names_and_those_of_another_phase(tmp_path: Path) -> None:
-    with MetricsWriter(tmp_path, None) as writer:
-        with pytest.raises(KeyError, match="not declared"):
-            writer.write(1, "solve", {"solve/rewards": 1.0})
-        with pytest.raises(KeyError, match="phase 'solve'"):
-            writer.write(1, "solve", {"refine/reward": 1.0})
-        with pytest.raises(KeyError, match="phase 'eval'"):
-            writer.write(1, "eval", {"sft/loss": 1.0})
-        with pytest.raises(KeyError, match="phase 'pair'"):
-            writer.write(1, "pair", {"sft/loss": 1.0})
-        with pytest.raises(KeyError, match="phase 'refine'"):
-            writer.write(1, "refine", {"pair/loss": 1.0})
+    writer = MetricsWriter(tmp_path, None)
+    with pytest.raises(KeyError, match="not declared"):
+        writer.write(1, "solve", {"solve/rewards": 1.0})
+    with pytest.raises(KeyError, match="phase 'solve'"):
+        writer.write(1, "solve", {"refine/reward": 1.0})
+    with pytest.raises(KeyError, match="phase 'eval'"):
+        writer.write(1, "eval", {"sft/loss": 1.0})
+    with pytest.raises(KeyError, match="phase 'pair'"):
+        writer.write(1, "pair", {"sft/loss": 1.0})
+    with pytest.raises(KeyError, match="phase 'refine'"):
+        writer.write(1, "refine", {"pair/loss": 1.0})
     assert not writer.path.exists()
 
 
 def test_a_pair_has_one_record_with_the_keys_of_both_phases(tmp_path: Path) -> None:
     values = {"solve/reward": 0.25, "refine/reward": 0.5, "pair/loss": 0.1, "generations": 512}
-    with MetricsWriter(tmp_path, None) as writer:
-        writer.write(1, "pair", values)
-        assert read_metrics(writer.path) == [{"step": 1, "phase": "pair", **values}]
-    events = EventAccumulator(str(writer.tensorboard_folder))
-    events.Reload()
-    assert sorted(events.Tags()["scalars"]) == sorted(values)
+    writer = MetricsWriter(tmp_path, None)
+    writer.write(1, "pair", values)
+    assert read_metrics(writer.path) == [{"step": 1, "phase": "pair", **values}]
 
 
 def test_records_come_back_as_written_and_non_finite_values_as_null(tmp_path: Path) -> None:
-    with MetricsWriter(tmp_path / "new" / "run", None) as writer:
-        written = [
-            writer.write(0, "eval", {"eval/held_out/solve_accuracy": 0.1 + 0.2, "seconds_evaluation": 2.5}),
-            writer.write(1, "solve", {"solve/reward": 1 / 3, "generations": 256, "solve/grad_norm": math.nan}),
-            writer.write(2, "refine", {"refine/ratio_max": math.inf, "refine/kl_ref": None}),
-        ]
-        assert read_metrics(writer.path) == written  # flushed record by record, while the writer is open
+    writer = MetricsWriter(tmp_path / "new" / "run", None)
+    written = [
+        writer.write(0, "eval", {"eval/held_out/solve_accuracy": 0.1 + 0.2, "seconds_evaluation": 2.5}),
+        writer.write(1, "solve", {"solve/reward": 1 / 3, "generations": 256, "solve/grad_norm": math.nan}),
+        writer.write(2, "refine", {"refine/ratio_max": math.inf, "refine/kl_ref": None}),
+    ]
+    assert read_metrics(writer.path) == written
     assert written[1] == {
         "step": 1,
         "phase": "solve",
@@ -106,40 +100,19 @@ def test_records_come_back_as_written_and_non_finite_values_as_null(tmp_path: Pa
     assert "NaN" not in writer.path.read_text() and "Infinity" not in writer.path.read_text()
 
 
-def test_tensorboard_holds_the_same_numbers_without_those_a_resume_takes_back(tmp_path: Path) -> None:
-    with MetricsWriter(tmp_path, None) as writer:
+def test_a_resumed_run_drops_what_came_after_its_checkpoint_and_a_new_one_everything(tmp_path: Path) -> None:
+    for resume_step, kept in ((None, []), (3, [1, 3]), (None, [])):
+        writer = MetricsWriter(tmp_path, resume_step)
+        assert (steps_in(writer.path) if writer.path.exists() else []) == kept
         for step in (1, 3, 5):
             writer.write(step, "solve", {"solve/reward": step / 8})
-    with MetricsWriter(tmp_path, 3) as writer:
-        writer.write(5, "solve", {"solve/reward": 0.75, "solve/entropy": math.nan})
-    assert [(record["step"], record["solve/reward"]) for record in read_metrics(writer.path)] == [
-        (1, 0.125),
-        (3, 0.375),
-        (5, 0.75),
-    ]
-    events = EventAccumulator(str(writer.tensorboard_folder))
-    events.Reload()
-    assert [(event.step, event.value) for event in events.Scalars("solve/reward")] == [
-        (1, 0.125),
-        (3, 0.375),
-        (5, 0.75),
-    ]
-    assert events.Tags()["scalars"] == ["solve/reward"]
-
-
-def test_run_from_the_start_drops_what_an_earlier_attempt_left(tmp_path: Path) -> None:
-    with MetricsWriter(tmp_path, None) as writer:
-        writer.write(1, "solve", {"solve/reward": 0.5})
-    with MetricsWriter(tmp_path, None) as writer:
-        writer.write(1, "solve", {"solve/reward": 0.25})
-    assert [record["solve/reward"] for record in read_metrics(writer.path)] == [0.25]
 
 
 def test_full_disk_is_one_line_with_a_remedy(tmp_path: Path) -> None:
-    with MetricsWriter(tmp_path, None) as writer:
-        writer.path.mkdir()  # stands for any error of the system
-        with pytest.raises(UserError, match=r"cannot write .*metrics\.jsonl: .*--resume auto"):
-            writer.write(1, "solve", {"solve/reward": 0.5})
+    writer = MetricsWriter(tmp_path, None)
+    writer.path.mkdir()  # stands for any error of the system
+    with pytest.raises(UserError, match=r"cannot write .*metrics\.jsonl: .*--resume auto"):
+        writer.write(1, "solve", {"solve/reward": 0.5})
 
 
 def test_truncation_keeps_the_records_up_to_a_step(tmp_path: Path) -> None:

@@ -166,6 +166,8 @@ def test_the_tiny_configuration_is_the_default() -> None:
         "--eval.sets {} --eval.every 10",
         "--run.save false --resume auto",
         "--run.save false --run.checkpoint_every 5",
+        "--run.save false --run.keep_best eval/held_out/solve_accuracy",
+        "--eval.sets {} --run.keep_best eval/held_out/solve_accuracy",
         "--data.source mine.jsonl --eval.limit 10",  # a file holds nothing back, so there are no sets
     ],
 )
@@ -270,6 +272,8 @@ def test_evaluation_sets_follow_the_training_data() -> None:
         ("--rollout.top_p 0", 1, "above 0 and at most 1"),
         ("--rollout.min_p 2", 1, "from 0 to 1"),
         ("--run.keep_checkpoints 0", 1, "at least 1"),
+        ("--run.keep_best eval/average/solve_accuracy", 1, "give one of eval/held_out/solve_accuracy, "),
+        ("--run.keep_best eval/held_out/damage_correct", 1, "eval/held_out/fix_wrong"),
         ("--seed -1", 1, "--seed -1: must be at least 0"),
         ("--seed 2147483648", 1, "--seed 2147483648: must be at most 2147483647"),
         ("--rollout.top_k 5000000000", 1, "--rollout.top_k 5000000000: must be at most 2147483647"),

@@ -3,6 +3,7 @@
 A value that stands in an overlay and not in its table here is an error, and the other way round.
 """
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,7 @@ VALUES: dict[str, dict[str, Any]] = {
         "run.steps": 1170,
         "run.checkpoint_every": 10,
         "run.keep_checkpoints": 1,
+        "run.keep_best": "eval/average/solve_accuracy",
     },
     "qwen3-4b": {
         "model.path": "Qwen/Qwen3-4B-Instruct-2507",
@@ -70,9 +72,87 @@ VALUES: dict[str, dict[str, Any]] = {
         "model.compute_dtype": "bfloat16",
         "model.activation_checkpointing": True,
     },
+    # Baselines of its tables: of these its code tells that there is no KL term, that DAPO filters groups without a
+    # bound, and no overlong shaping. The rest is each method's own paper.
+    "grpo": {
+        "algorithm": "grpo",
+        "loss.scale_rewards": "group",
+        "loss.epsilon_low": 0.2,
+        "loss.epsilon_high": 0.2,
+        "loss.dual_clip": None,
+        "loss.beta": 0.0,
+        "loss.loss_agg_mode": "seq-mean-token-mean",
+    },
+    "dr_grpo": {
+        "algorithm": "dr_grpo",
+        "loss.scale_rewards": "none",
+        "loss.epsilon_low": 0.2,
+        "loss.epsilon_high": 0.2,
+        "loss.dual_clip": None,
+        "loss.beta": 0.0,
+        "loss.loss_agg_mode": "seq-mean-token-sum-norm",
+    },
+    "dapo": {
+        "algorithm": "dapo",
+        "dapo.max_draws": "off",
+        "dapo.overlong_buffer_tokens": 0,
+        "loss.scale_rewards": "group",
+        "loss.epsilon_low": 0.2,
+        "loss.epsilon_high": 0.28,
+        "loss.dual_clip": None,
+        "loss.beta": 0.0,
+        "loss.loss_agg_mode": "token-mean",
+    },
+    # ThinkTuning, arXiv 2508.07616: its released script; prompts and evaluation are ours.
+    "thinktuning-llama3.2-3b": {
+        "algorithm": "thinktuning",
+        "problems_per_step": 128,
+        "samples_per_problem": 5,
+        "reward": "math",
+        "model.path": "meta-llama/Llama-3.2-3B-Instruct",
+        "model.compute_dtype": "bfloat16",
+        "model.activation_checkpointing": True,
+        "data.source": "openai/gsm8k",
+        "data.subset": "main",
+        "data.split": "train",
+        "data.instruction": "Solve the following math problem step by step. Put your final answer inside \\boxed{}, "
+                            "like \\boxed{42} or \\boxed{\\frac{1}{2}}.",
+        "thinktuning.teacher": "frozen",
+        "thinktuning.fraction": 0.1,
+        "thinktuning.min_fraction": 0.01,
+        "thinktuning.cutoff": 0.06,
+        "thinktuning.guidance_tokens": 512,
+        "thinktuning.teacher_prompt_tokens": 3072,
+        "thinktuning.teacher_answer_tokens": 1024,
+        "rollout.temperature": 1.0,
+        "rollout.top_p": 1.0,
+        "rollout.top_k": 0,
+        "rollout.max_prompt_tokens": 512,
+        "rollout.max_response_tokens": 1024,
+        "loss.scale_rewards": "group",
+        "loss.epsilon_low": 0.2,
+        "loss.epsilon_high": 0.2,
+        "loss.dual_clip": 3.0,
+        "loss.beta": 0.0,
+        "loss.entropy_coef": 0.0,
+        "loss.loss_agg_mode": "token-mean",
+        "update.learning_rate": 1e-6,
+        "update.warmup_steps": 0,
+        "update.lr_schedule": "constant",
+        "update.adam_betas": [0.9, 0.999],
+        "update.weight_decay": 0.01,
+        "update.grad_clip": 1.0,
+        "update.minibatch_sequences": 32 * 5,
+        "eval.sets": ["gsm8k"],
+        "eval.limit": 0,
+        "eval.every": 10,
+        "run.steps": 50,
+        "run.checkpoint_every": 10,
+    },
 }  # fmt: skip
 OURS = {"output", "rollout.max_sequences", "run.transcripts_every"}  # nothing that a result hangs on
 MODELS = ("qwen3-4b", "olmo3-7b")
+BASELINES = ("grpo", "dr_grpo", "dapo")
 
 
 def stated(path: Path) -> dict[str, Any]:
@@ -103,8 +183,18 @@ def test_overlays_make_a_run_together(model: str, processes: int) -> None:
     assert config.model.path == VALUES[model]["model.path"]
     # The prompts of the sets and of training say the same.
     assert {entry.data.instruction for entry in evaluation_sets(config).values()} == {config.data.instruction}
-    # A set of one's own in place of these, as in the README.
+    # A set of one's own in place of these, as in docs/guide.md.
     own = ["--data.source", "my.jsonl", "--data.subset", "null", "--eval.sets.mine", "test.jsonl"]
+    own += ["--run.keep_best", "eval/mine/solve_accuracy"]
     config = parse_config([*files, *own])
     check_config(config, processes)
     assert config.eval.sets == {"mine": "test.jsonl"}
+
+
+@pytest.mark.parametrize("name", BASELINES)
+def test_a_baseline_goes_on_top_of_the_run_that_it_is_compared_with(name: str) -> None:
+    below = [part for other in ("math", MODELS[0]) for part in ("--config", str(PAPER / f"{other}.yaml"))]
+    config = parse_config([*below, "--config", str(PAPER / f"{name}.yaml")])
+    check_config(config, 2)
+    compared = parse_config(below)
+    assert replace(config, algorithm="thinktwice", dapo=compared.dapo, loss=compared.loss) == compared

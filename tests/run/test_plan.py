@@ -20,7 +20,7 @@ from thinktwice_fast.model.flops import Flops
 from thinktwice_fast.model.lora import add_adapters
 from thinktwice_fast.model.policy import Policy
 from thinktwice_fast.run.memory import Load, Shape, held_bytes, layer_bytes, predict
-from thinktwice_fast.run.metrics import read_metrics
+from thinktwice_fast.run.metrics_file import read_metrics
 from thinktwice_fast.run.options import parse_command
 from thinktwice_fast.run.workload import phases
 
@@ -81,7 +81,9 @@ def dry_run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
 
 @pytest.mark.parametrize("budget", [256, 4096])
 def test_a_run_takes_the_memory_predicted(budget: int, model: Path, tmp_path: Path) -> None:
-    arguments = (*STEP, "--model.path", model, "--update.microbatch_tokens", str(budget), "--output", tmp_path / "run")
+    # How long a checkpoint's copy stays is for the disk to say: it is left out.
+    options = ("--update.microbatch_tokens", str(budget), "--run.save", "false")
+    arguments = (*STEP, *options, "--model.path", model, "--output", tmp_path / "run")
     fresh = budget == 256  # a fork of what has imported more takes more, and says so in both
     planned = train(*arguments, "--dry-run", fresh=fresh)
     assert planned.returncode == 0, planned.stderr
@@ -108,6 +110,8 @@ def test_the_plan_counts_what_a_step_does(dry_run: Command, model: Path, tmp_pat
     assert re.search(r"solve +per process 4 x 4 = 16 responses.*up to 48; 2 optimizer steps of 1 micro-batch ", text)
     assert table["master weights"] == (103, 103) and table["optimizer state"] == (207, 207)
     assert table["gradients"] == (0, 103) and table["packed weights"] == (103, 103)
+    assert table["checkpoint copy"] == (310, 310)
+    assert "each waits for the disk as 310 MiB of main memory per process" in text
     assert re.search(r"it fits, with \d+% to spare$", text)
     assert not (tmp_path / "run").exists()
 

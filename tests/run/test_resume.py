@@ -14,7 +14,7 @@ from tests.command import LIMIT, ROOT, TRAIN, environment, train
 from thinktwice_fast.config import UpdateOptions
 from thinktwice_fast.errors import UserError
 from thinktwice_fast.run.checkpoint import check_room, checkpoints
-from thinktwice_fast.run.metrics import read_metrics
+from thinktwice_fast.run.metrics_file import read_metrics
 
 BATCH = ("--problems_per_step", "4", "--samples_per_problem", "4", "--update.warmup_steps", "0")
 SMALL = (
@@ -97,13 +97,17 @@ def test_a_disk_without_room_for_one_checkpoint_is_refused(monkeypatch: pytest.M
         free: int
 
     layer = torch.nn.Linear(100, 99)  # 9,999 parameters
-    for bias_trained, needed in ((True, 12 * 9_999), (False, 12 * 9_900 + 4 * 99)):
+    for bias_trained, processes, needed in (
+        (True, 1, 12 * 9_999),
+        (False, 1, 12 * 9_900 + 4 * 99),
+        (True, 2, 16 * 9_999),
+    ):
         layer.bias.requires_grad_(bias_trained)
         monkeypatch.setattr("shutil.disk_usage", lambda folder, needed=needed: Usage(needed))
-        check_room(tmp_path, layer, UpdateOptions())
+        check_room(tmp_path, layer, UpdateOptions(), processes)
         monkeypatch.setattr("shutil.disk_usage", lambda folder, needed=needed: Usage(needed - 1))
         with pytest.raises(UserError, match="make room"):
-            check_room(tmp_path, layer, UpdateOptions())
+            check_room(tmp_path, layer, UpdateOptions(), processes)
 
 
 def start(*options: str | Path, processes: int) -> subprocess.Popen[str]:

@@ -13,11 +13,12 @@ from torch.nn.utils.rnn import pad_sequence
 from tests.kernels.formulas import released_weight
 from tests.small_models import VOCABULARY, own_model
 from thinktwice_fast import parallel
-from thinktwice_fast.config import Config, ModelOptions, ThinkTuningOptions
+from thinktwice_fast.config import Config, ModelOptions
 from thinktwice_fast.model.lora import Adapters, add_adapters, is_adapter
 from thinktwice_fast.model.policy import Policy, named_weights
 from thinktwice_fast.model.sharding import frozen_copy, pair_models
 from thinktwice_fast.records import Rollout
+from thinktwice_fast.thinktuning_options import ThinkTuningOptions
 from thinktwice_fast.update.updater import Updater
 
 TEMPERATURE = 0.8

@@ -2,21 +2,19 @@
 
 import sys
 from pathlib import Path
+from tempfile import mkdtemp
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_optimizer_state_dict,
-    set_optimizer_state_dict,
-)
 
+from tests import checkpoints
 from tests.small_models import own_model
 from tests.update.cases import config, rollouts, share, updater, weights
 from thinktwice_fast import parallel
-from thinktwice_fast.config import UpdateOptions
-from thinktwice_fast.model.sharding import full_state, load_full_state, pair_models
+from thinktwice_fast.model.sharding import pair_models
+from thinktwice_fast.run.checkpoint import load_checkpoint
 from thinktwice_fast.update.optimizer import build_optimizer
+from thinktwice_fast.update.updater import Updater
 
 
 def update() -> tuple[torch.Tensor, dict[str, float], list[int]]:
@@ -33,45 +31,23 @@ def update() -> tuple[torch.Tensor, dict[str, float], list[int]]:
     return after - before, metrics, parallel.gather(own.numel())
 
 
-def state_round_trip() -> torch.Tensor:
-    """Weights saved whole, and loaded into a model that started from others."""
-    shards = max(1, parallel.world_size() // 2)
-    first = pair_models(own_model("llama"), torch.float32, shard_processes=shards)
-    state = {name: value.clone() for name, value in full_state(first.policy).items()}
-    other = pair_models(own_model("llama", seed=7), torch.float32, shard_processes=shards)
-    load_full_state(other.policy, state)
-    other.sync()
-    assert torch.equal(weights(other.policy), weights(other.rollout))
-    return weights(other.policy)
-
-
-def optimizer_round_trip() -> None:
-    """AdamW's state as a checkpoint has it, whole, set in a fresh optimizer of other weights."""
-    shards = max(1, parallel.world_size() // 2)
-    optimizers, policies = [], []
+def round_trip() -> torch.Tensor:
+    """Weights and AdamW's state saved, and loaded into others; gives the weights."""
+    made = []
     for seed in (0, 7):
-        policy = pair_models(own_model("llama", seed=seed), torch.float32, shard_processes=shards).policy
-        optimizer, _ = build_optimizer(policy, UpdateOptions(), 10)
-        for parameter in policy.parameters():
-            parameter.grad = torch.full_like(parameter, 0.5 + seed)
-        optimizer.step()
-        optimizers.append(optimizer)
-        policies.append(policy)
-    whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    saved = get_optimizer_state_dict(policies[0], optimizers[0], options=whole)
-    assert bool(saved) == (parallel.rank() == 0)
-    from_rank_0 = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
-    set_optimizer_state_dict(policies[1], optimizers[1], saved, options=from_rank_0)
-    for first, second in zip(policies[0].parameters(), policies[1].parameters(), strict=True):
-        for name in ("exp_avg", "exp_avg_sq"):
-            kept, loaded = optimizers[0].state[first][name], optimizers[1].state[second][name]
-            assert torch.equal(kept.full_tensor(), loaded.full_tensor())
+        options = config(update__shard_processes=max(1, parallel.world_size() // 2))
+        models = pair_models(own_model("llama", seed=seed), torch.float32, None, options.update.shard_processes)
+        made.append(Updater(models, None, *build_optimizer(models.masters, options.update, 10), options))
+        made[-1].policy_update(share([rollouts(8, seed)]))
+    load_checkpoint(checkpoints.save(checkpoints.one_folder(Path(mkdtemp())), 1, made[0]), made[1])
+    assert checkpoints.same(checkpoints.everything(made[1]), checkpoints.everything(made[0]))
+    assert torch.equal(weights(made[1].models.policy), weights(made[1].models.rollout))
+    return weights(made[1].models.policy)
 
 
 def everything() -> dict[str, Any]:
     """All results, those of rank 0. Collective."""
-    optimizer_round_trip()
-    return {"update": update(), "state": state_round_trip()}
+    return {"update": update(), "state": round_trip()}
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from thinktwice_fast.model.attention import NAME, causal_attention
 from thinktwice_fast.model.loading import load_model, save_model
 from thinktwice_fast.model.lora import add_adapters, is_adapter
 from thinktwice_fast.model.policy import Policy, linear_head
-from thinktwice_fast.model.sharding import adapter_state, full_state, pair_models
+from thinktwice_fast.model.sharding import full_state, own_state, pair_models
 from thinktwice_fast.model.transformer import Transformer
 from thinktwice_fast.update.optimizer import build_optimizer
 
@@ -35,6 +35,10 @@ def with_biases() -> Any:
             if name.endswith("bias"):
                 parameter.normal_(0, 0.1)
     return own(model)
+
+
+def adapters_of(policy: Policy) -> dict[str, torch.Tensor]:
+    return {name: value.detach().clone() for name, value in own_state(policy).items() if is_adapter(name)}
 
 
 def logits(policy: Policy) -> torch.Tensor:  # [T, V]
@@ -63,9 +67,9 @@ def test_rollouts_read_what_the_policy_computes(make: Callable[[], Any], dtype: 
 def test_gradient_of_the_adapters_is_that_of_the_formula_in_float64(family: str) -> None:
     batch = rollouts(11)
     made = updater(config(), family, adapt=adapt)
-    before = {name: value.clone() for name, value in adapter_state(made.models.policy).items()}
+    before = adapters_of(made.models.policy)
     made.policy_update([batch])
-    after = adapter_state(made.models.policy)
+    after = adapters_of(made.models.policy)
 
     model = random_model(family).double()
     leaves = {name: value.double().requires_grad_() for name, value in before.items()}
@@ -99,7 +103,7 @@ def test_training_starts_from_the_model_itself_and_from_the_seed() -> None:
         options = ModelOptions(lora_rank=2)
         models = pair_models(own_model("qwen3"), torch.float32, lambda m: add_adapters(m, options, seed))
         assert torch.equal(logits(models.policy), logits(Policy(own_model("qwen3"))))
-        return adapter_state(models.policy)
+        return adapters_of(models.policy)
 
     one, again, other = drawn(1), drawn(1), drawn(2)
     assert all(torch.equal(one[name], again[name]) for name in one)
@@ -143,7 +147,7 @@ def test_saved_adapters_load_in_peft(family: str, targets: tuple[str, ...], tmp_
     models.sync()
     save_model(models.rollout, full_state(models.policy), loaded.tokenizer, tmp_path / "model", torch.float32)
     assert models.policy.adapters is not None
-    models.policy.adapters.save(adapter_state(models.policy), tmp_path / "adapter")
+    models.policy.adapters.save(adapters_of(models.policy), tmp_path / "adapter")
     ids = torch.arange(12)[None] * 37 % 512
     read = logits(Policy(models.rollout))
     for back in (

@@ -1,21 +1,23 @@
 """AdamW and its schedules."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_optimizer_state_dict,
-    set_optimizer_state_dict,
-)
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import distribute_tensor
 
-from thinktwice_fast.config import UpdateOptions
+from tests.checkpoints import everything, same, save
+from tests.small_models import own_model
+from tests.update.cases import rollouts
+from thinktwice_fast.config import Config, UpdateOptions
 from thinktwice_fast.errors import UserError
+from thinktwice_fast.model.sharding import pair_models
+from thinktwice_fast.run.checkpoint import load_checkpoint
 from thinktwice_fast.update import optimizer as module_under_test
 from thinktwice_fast.update.optimizer import build_optimizer, few_threads
+from thinktwice_fast.update.updater import Updater
 
 
 def rates(steps: int, total: int = 10, **options: Any) -> list[float]:
@@ -82,22 +84,21 @@ def test_eight_bit_moments_follow_adamw_at_a_quarter_of_its_memory() -> None:
     assert sum(tensor.nbytes for tensor in state) == 2 * module.weight.numel()
 
 
-def test_eight_bit_moments_come_back_from_a_checkpoint(one_process: None, tmp_path: Any) -> None:
+def test_eight_bit_moments_come_back_from_a_checkpoint(one_process: None, tmp_path: Path) -> None:
     pytest.importorskip("bitsandbytes")
-    module, optimizer = stepped(EIGHT_BIT)
-    whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    torch.save(get_optimizer_state_dict(module, optimizer, options=whole), tmp_path / "optimizer.pt")
-    other, fresh = stepped(EIGHT_BIT, 0)
-    saved = torch.load(tmp_path / "optimizer.pt", weights_only=True)
-    from_rank_0 = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
-    set_optimizer_state_dict(other, fresh, saved, options=from_rank_0)
-    other.load_state_dict(module.state_dict())
-    for trained in (module, other):
-        for parameter in trained.parameters():
-            parameter.grad = torch.ones_like(parameter)
-    optimizer.step()
-    fresh.step()
-    assert torch.equal(module.weight, other.weight) and torch.equal(module.bias, other.bias)
+
+    def made(seed: int) -> Updater:
+        models = pair_models(own_model("llama", seed=seed), torch.float32)
+        return Updater(models, None, *build_optimizer(models.masters, EIGHT_BIT, 10), Config())
+
+    first, second = made(0), made(7)
+    first.policy_update([rollouts(8)])
+    load_checkpoint(save(tmp_path, 1, first), second)
+    assert {value.dtype for value in everything(second).values()} == {torch.uint8, torch.float32}
+    assert same(everything(second), everything(first))
+    for updater in (first, second):
+        updater.policy_update([rollouts(8, 1)])
+    assert same(everything(second), everything(first))
 
 
 def test_eight_bits_need_their_library_and_whole_weights(one_process: None, monkeypatch: pytest.MonkeyPatch) -> None:

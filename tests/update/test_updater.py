@@ -26,6 +26,7 @@ from thinktwice_fast.model.attention import NAME
 from thinktwice_fast.records import Rollout
 from thinktwice_fast.update import updater as updater_module
 from thinktwice_fast.update.batches import Example
+from thinktwice_fast.update.optimizer import build_optimizer
 from thinktwice_fast.update.updater import NonFiniteLoss
 from thinktwice_kernels import rows as rows_of_logits
 
@@ -334,6 +335,25 @@ def test_supervised_training_learns() -> None:
     made = updater(config(), learning_rate=0.3)
     losses = [made.supervised_update(examples())["loss"] for _ in range(25)]
     assert losses[-1] < losses[0] / 2
+
+
+def test_a_restart_trains_as_from_the_start() -> None:
+    options = config(update__warmup_steps=3)
+    made = updater(options)
+    made.optimizer, made.schedule = build_optimizer(made.models.masters, options.update, 10)
+    start = made.trained_weights()
+
+    def trained() -> tuple[list[float], list[float], torch.Tensor]:
+        metrics = [made.supervised_update(examples()) for _ in range(3)]
+        losses, rates = ([step[name] for step in metrics] for name in ("loss", "learning_rate"))
+        return losses, rates, weights(made.models.rollout)
+
+    losses, rates, moved = trained()
+    made.restart(start)
+    assert made.version == 4 and torch.equal(weights(made.models.rollout), weights(updater(options).models.rollout))
+    again = trained()
+    assert again[:2] == (losses, rates) and torch.equal(again[2], moved)
+    assert rates == sorted(set(rates)), "it warms up anew"
 
 
 @pytest.mark.filterwarnings("ignore:FSDP")

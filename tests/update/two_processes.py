@@ -3,18 +3,21 @@
 import sys
 from functools import partial
 from pathlib import Path
+from tempfile import mkdtemp
 from typing import Any
 
 import torch
 
+from tests import checkpoints
 from tests.small_models import own_model
 from tests.update.cases import adapt, config, rollouts, share, updater, weights
 from thinktwice_fast import parallel
 from thinktwice_fast.config import ModelOptions
 from thinktwice_fast.model.loading import checkpoint_layers
-from thinktwice_fast.model.lora import add_adapters
-from thinktwice_fast.model.sharding import adapter_state, full_state, load_full_state, pair_models
+from thinktwice_fast.model.lora import add_adapters, is_adapter
+from thinktwice_fast.model.sharding import full_state, pair_models
 from thinktwice_fast.records import Rollout
+from thinktwice_fast.run.checkpoint import load_checkpoint
 from thinktwice_fast.update.batches import Example
 from thinktwice_fast.update.updater import NonFiniteLoss
 
@@ -107,30 +110,27 @@ def adapted(options: dict[str, Any], prepare: Any = lambda model: None) -> dict[
 
 
 def adapter_round_trip() -> dict[str, Any]:
-    """Adapters in bfloat16 saved on rank 0 and loaded into other ones; gives what rollouts read before and after."""
-    models = pair_models(own_model("llama"), torch.bfloat16, adapt)
-    models.sync()
-    state = {name: value.clone() for name, value in adapter_state(models.policy).items()}
-    other = pair_models(own_model("llama"), torch.bfloat16, partial(add_adapters, options=RANK_4, seed=7))
-    load_full_state(other.policy, state)
-    other.sync()
+    """Adapters in bfloat16 saved and loaded into other ones; gives what rollouts read before and after."""
+    made, other = (
+        updater(config(), dtype=torch.bfloat16, adapt=own, model=own_model("llama"))
+        for own in (adapt, partial(add_adapters, options=RANK_4, seed=7))
+    )
+    load_checkpoint(checkpoints.save(checkpoints.one_folder(Path(mkdtemp())), 1, made), other)
     return {
-        "saved": state,
-        "merged": full_state(models.policy),
-        "read": weights(models.rollout),
-        "loaded": weights(other.rollout),
+        "saved": {name: value for name, value in checkpoints.everything(made).items() if is_adapter(name)},
+        "merged": full_state(made.models.policy),
+        "read": weights(made.models.rollout),
+        "loaded": weights(other.models.rollout),
     }
 
 
 def state_round_trip() -> dict[str, Any]:
-    """Saved on rank 0, loaded into other weights; gives what was saved and what rollouts then read."""
-    models = pair_models(own_model("llama"), torch.float32)
-    state = {name: value.clone() for name, value in full_state(models.policy).items()}
+    """Saved, and loaded into other weights; gives what was saved and what rollouts then read."""
+    made, other = (updater(config(), model=own_model("llama", seed=seed)) for seed in (0, 7))
+    state = {name: value.clone() for name, value in full_state(made.models.policy).items()}
     assert bool(state) == (parallel.rank() == 0)
-    other = pair_models(own_model("llama", seed=7), torch.float32)
-    load_full_state(other.policy, state)
-    other.sync()
-    return {"state": state, "read": weights(other.rollout), "trained": weights(other.policy)}
+    load_checkpoint(checkpoints.save(checkpoints.one_folder(Path(mkdtemp())), 1, made), other)
+    return {"state": state, "read": weights(other.models.rollout), "trained": weights(other.models.policy)}
 
 
 def bfloat16_pair() -> dict[str, torch.Tensor]:

@@ -3,12 +3,12 @@
 from typing import Any
 
 from thinktwice_fast import parallel
-from thinktwice_fast.algorithms.metrics import sample_metrics
+from thinktwice_fast.algorithms.metrics import Sample, rollout_metrics, sample_metrics
 from thinktwice_fast.algorithms.pair_rollout import fill_joint
 from thinktwice_fast.algorithms.policy_step import PolicyStep
 from thinktwice_fast.algorithms.sampler import Sampler
 from thinktwice_fast.algorithms.step import Step
-from thinktwice_fast.config import Config
+from thinktwice_fast.config import Config, samples_per_step
 from thinktwice_fast.tasks.stream import ProblemStream
 from thinktwice_fast.update.updater import Updater
 
@@ -34,11 +34,12 @@ class JointThinkTwice:
         spec = self._policy_step.spec(2 * number - 1)
         refine, times = fill_joint(self._sampler, solve, spec, self._config.thinktwice.base_selection)
         extended = sum(parallel.gather(self._sampler.engine.counts.extended - extended))
-        metrics = self._policy_step.learn((solve, refine), times)
+        solved, refined = Sample.of(solve), Sample.of(refine)
+        metrics = rollout_metrics([*solved, *refined], times) | self._policy_step.learn((solve, refine))
         metrics["refine_extended"] = extended / self._config.problems_per_step
         self._position += self._config.problems_per_step
-        halves = (Step("solve", sample_metrics(solve), solve), Step("refine", sample_metrics(refine), refine))
-        return Step("pair", metrics, [], halves)
+        halves = (Step("solve", sample_metrics(solved), solve), Step("refine", sample_metrics(refined), refine))
+        return Step("pair", metrics, [], halves, samples_per_step(self._config))
 
     def state(self) -> dict[str, Any]:
         """What ``load_state`` needs to continue, as plain JSON values; the same on every process."""

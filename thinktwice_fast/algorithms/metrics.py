@@ -11,8 +11,8 @@ from thinktwice_fast.tasks.answers import extract_boxed
 
 
 @dataclass(frozen=True)
-class _Sample:
-    """What other processes need to know of one rollout."""
+class Sample:
+    """What is counted of one rollout, and all that other processes need to know of it."""
 
     slot: int
     reward: float | None
@@ -23,11 +23,29 @@ class _Sample:
     boxed: bool
     entropy: float  # summed over its tokens
 
+    @classmethod
+    def of(cls, groups: Sequence[Group]) -> "list[Sample]":
+        """One for each rollout of this process's groups."""
+        return [
+            cls(
+                group.slot,
+                rollout.reward,
+                len(rollout.response),
+                rollout.sampled,
+                len(group.prompt),
+                rollout.finished,
+                extract_boxed(rollout.text) is not None,
+                sum(rollout.entropies),
+            )
+            for group in groups
+            for rollout in group.rollouts
+        ]
 
-def rollout_metrics(groups: Sequence[Group], times: SamplingTimes) -> dict[str, float]:
-    """Figures of drawing these samples, all in one go. Collective."""
+
+def rollout_metrics(own: Sequence[Sample], times: SamplingTimes) -> dict[str, float]:
+    """Figures of drawing this process's samples, which took it these times. Collective."""
     everyone = parallel.gather(times)
-    tokens = sum(parallel.gather(sum(rollout.sampled for group in groups for rollout in group.rollouts)))
+    tokens = sum(parallel.gather(sum(sample.sampled for sample in own)))
     slowest_rollout = max(other.rollout for other in everyone)
     return {
         "tokens_per_second": tokens / slowest_rollout,
@@ -38,23 +56,9 @@ def rollout_metrics(groups: Sequence[Group], times: SamplingTimes) -> dict[str, 
     }
 
 
-def sample_metrics(groups: Sequence[Group]) -> dict[str, float]:
-    """Figures of the samples themselves. Collective."""
-    own = [
-        _Sample(
-            group.slot,
-            rollout.reward,
-            len(rollout.response),
-            rollout.sampled,
-            len(group.prompt),
-            rollout.finished,
-            extract_boxed(rollout.text) is not None,
-            sum(rollout.entropies),
-        )
-        for group in groups
-        for rollout in group.rollouts
-    ]
-    samples = parallel.gather_flat(own)
+def sample_metrics(own: Sequence[Sample]) -> dict[str, float]:
+    """Figures of the samples themselves; those of one slot are a group. Collective."""
+    samples = parallel.gather_flat([*own])
     count, tokens = len(samples), sum(sample.tokens for sample in samples)
     metrics = {
         "response_tokens": tokens / count,

@@ -1,18 +1,24 @@
 """The step of every algorithm that learns from its own samples: roll out, grade, advantages, update, metrics."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
 
 from thinktwice_fast import parallel
-from thinktwice_fast.algorithms.metrics import rollout_metrics, sample_metrics
-from thinktwice_fast.algorithms.sampler import Sampler, SampleSpec, SamplingTimes
+from thinktwice_fast.algorithms.metrics import Sample, rollout_metrics, sample_metrics
+from thinktwice_fast.algorithms.sampler import Sampler, SampleSpec
 from thinktwice_fast.config import Config
 from thinktwice_fast.errors import UserError
 from thinktwice_fast.records import Group, Rollout, Sampling
 from thinktwice_fast.update.updater import Updater
 from thinktwice_kernels import group_advantages
+
+
+def raw_reward(rollout: Rollout) -> float:
+    """What the grader gave a graded rollout."""
+    assert rollout.reward is not None
+    return rollout.reward
 
 
 class PolicyStep:
@@ -23,24 +29,25 @@ class PolicyStep:
         sampler: rolls out and grades.
         updater: learns.
         groups_per_slot: groups of one problem that are trained on together, whose samples never part.
+        reward_of: what the advantage of a graded rollout is made from.
     """
 
-    def __init__(self, config: Config, sampler: Sampler, updater: Updater, groups_per_slot: int = 1):
+    def __init__(
+        self,
+        config: Config,
+        sampler: Sampler,
+        updater: Updater,
+        groups_per_slot: int = 1,
+        reward_of: Callable[[Rollout], float] = raw_reward,
+    ):
         self._config = config
         self._sampler = sampler
         self._updater = updater
-        samples = groups_per_slot * config.samples_per_problem
-        self._minibatches = minibatch_slots(
-            config.problems_per_step,
-            config.update.minibatch_sequences // samples or config.problems_per_step,
-            parallel.rank(),
-            parallel.world_size(),
-        )
-
-    @property
-    def slots(self) -> list[int]:
-        """This process's problems of a step, by number."""
-        return [slot for minibatch in self._minibatches for slot in minibatch]
+        self._reward_of = reward_of
+        problems, samples = config.problems_per_step, groups_per_slot * config.samples_per_problem
+        self._minibatch = config.update.minibatch_sequences // samples or problems  # problems in it
+        own = minibatch_slots(problems, self._minibatch, parallel.rank(), parallel.world_size())
+        self.slots = [slot for minibatch in own for slot in minibatch]  # this process's problems of a step, by number
 
     def __call__(self, groups: Sequence[Group], stream: int) -> dict[str, float]:
         """Fill the groups with graded samples of the present policy and learn from them. Collective.
@@ -53,38 +60,54 @@ class PolicyStep:
             Metrics by name without their phase.
         """
         times = self._sampler.fill(groups, self.spec(stream))
-        return sample_metrics(groups) | self.learn([groups], times)
+        samples = Sample.of(groups)
+        return sample_metrics(samples) | rollout_metrics(samples, times) | self.learn([groups])
 
     def spec(self, stream: int) -> SampleSpec:
         """The samples of a training step by the present weights."""
-        options = self._config.rollout
-        sampling = Sampling(
-            options.temperature,
-            options.top_p,
-            options.top_k,
-            options.min_p,
-            options.max_response_tokens,
-            options.stop_strings,
-        )
-        return SampleSpec(self._config.samples_per_problem, sampling, stream, self._config.seed, self._updater.version)
+        return training_spec(self._config, stream, self._updater.version)
 
-    def learn(self, phases: Sequence[Sequence[Group]], times: SamplingTimes) -> dict[str, float]:
+    def learn(self, phases: Sequence[Sequence[Group]]) -> dict[str, float]:
         """Advantages and an update on groups that are filled. Collective.
 
         Args:
-            phases: of each a group of each slot; an advantage compares answers to one prompt, and its scale those of
-                one phase.
-            times: what sampling them all took.
+            phases: of each this process's groups, slot by slot alike; over all processes one of each slot. An advantage
+                compares answers to one prompt, and its scale those of one phase.
 
         Returns:
-            Metrics of rolling out and of the update, by name without their phase.
+            Metrics of the update, by name without their phase.
         """
         for groups in phases:
-            set_advantages(groups, self._config.loss.scale_rewards)
-        by_slot = {together[0].slot: together for together in zip(*phases, strict=True)}
-        minibatches = [[group for slot in slots for group in by_slot[slot]] for slots in self._minibatches]
-        update = self._updater.policy_update([graded(groups) for groups in minibatches])
-        return rollout_metrics([group for groups in phases for group in groups], times) | update
+            set_advantages(groups, self._config.loss.scale_rewards, self._reward_of)
+        minibatches = [
+            [group for together in zip(*phases, strict=True) if together[0].slot in slots for group in together]
+            for slots in self._minibatch_slots()
+        ]
+        return self._updater.policy_update([graded(groups) for groups in minibatches])
+
+    def _minibatch_slots(self) -> list[range]:
+        """The slots of each mini-batch, whichever process has them."""
+        problems, size = self._config.problems_per_step, self._minibatch
+        return [range(start, start + size) for start in range(0, problems, size)]
+
+
+def training_spec(config: Config, stream: int, version: int) -> SampleSpec:
+    """How a training step samples.
+
+    Args:
+        stream: keeps random numbers apart (the step's number).
+        version: of the weights.
+    """
+    options = config.rollout
+    sampling = Sampling(
+        options.temperature,
+        options.top_p,
+        options.top_k,
+        options.min_p,
+        options.max_response_tokens,
+        options.stop_strings,
+    )
+    return SampleSpec(config.samples_per_problem, sampling, stream, config.seed, version)
 
 
 def minibatch_slots(slots: int, size: int, rank: int, world: int) -> list[list[int]]:
@@ -103,13 +126,17 @@ def minibatch_slots(slots: int, size: int, rank: int, world: int) -> list[list[i
     return [list(range(start + rank * share, start + (rank + 1) * share)) for start in range(0, slots, size)]
 
 
-def set_advantages(groups: Sequence[Group], scale_rewards: Literal["none", "group", "batch", "mean"]) -> None:
+def set_advantages(
+    groups: Sequence[Group],
+    scale_rewards: Literal["none", "group", "batch", "mean"],
+    reward_of: Callable[[Rollout], float] = raw_reward,
+) -> None:
     """Set each graded rollout's group-normalised advantage. Collective: ``batch`` scales over all processes.
 
     Raises UserError, on every process, for a negative reward with ``mean``.
     """
     own = [(group.slot, rollout) for group in groups for rollout in graded([group])]
-    everyone = parallel.gather([(slot, rollout.reward) for slot, rollout in own])
+    everyone = parallel.gather([(slot, reward_of(rollout)) for slot, rollout in own])
     slots, rewards = zip(*[pair for part in everyone for pair in part], strict=True) if any(everyone) else ((), ())
     if scale_rewards == "mean" and min(rewards, default=0.0) < 0:
         raise UserError(

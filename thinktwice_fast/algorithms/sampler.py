@@ -17,12 +17,21 @@ Gradings = list[tuple[Group, Grading]]  # complete groups with their rewards on 
 
 @dataclass(frozen=True)
 class SamplingTimes:
-    """What one call of ``Sampler.fill`` took on this process."""
+    """What calls of ``Sampler.fill`` took on this process."""
 
     rollout: float  # seconds of sampling
     grading: float  # seconds of waiting for graders after the last sample was drawn
     timeouts: int  # answers whose grader was stopped
     preemptions: int  # times a sequence had to leave a full KV cache and start over
+
+    def __add__(self, other: "SamplingTimes") -> "SamplingTimes":
+        """Of two calls, one after the other."""
+        return SamplingTimes(
+            self.rollout + other.rollout,
+            self.grading + other.grading,
+            self.timeouts + other.timeouts,
+            self.preemptions + other.preemptions,
+        )
 
 
 @dataclass(frozen=True)

@@ -1,19 +1,20 @@
 """Supervised fine-tuning on worked responses; the warm start of the shipped model is made by it."""
 
-from collections.abc import Callable, Sequence
 from typing import Any
 
 from thinktwice_fast import parallel
+from thinktwice_fast.algorithms.parts import ExampleStream, Parts
 from thinktwice_fast.algorithms.step import Step
 from thinktwice_fast.config import Config
 from thinktwice_fast.errors import UserError
-from thinktwice_fast.records import Message
 from thinktwice_fast.tasks.prompts import ChatFormat
 from thinktwice_fast.update.batches import Example
 from thinktwice_fast.update.updater import Updater
 
-# position in the stream of examples -> the chat, and the response to learn
-ExampleStream = Callable[[int], tuple[Sequence[Message], str]]
+
+def build(parts: Parts) -> "SFT":
+    """SFT on the examples of a run."""
+    return SFT(parts.config, parts.examples, parts.sampler.chat, parts.end_id, parts.updater)
 
 
 class SFT:

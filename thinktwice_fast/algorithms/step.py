@@ -14,6 +14,8 @@ class Step:
     metrics: dict[str, float]  # without the prefix; the same on every process
     groups: list[Group]  # this process's samples, for transcripts; empty for SFT and a pair
     halves: tuple["Step", ...] = ()  # of a pair: what belongs to its solutions alone, and to its refinements
+    generations: int = 0  # samples drawn for it, over all processes, those that were discarded among them
+    notes: tuple[str, ...] = ()  # for the user, a line each
 
 
 class Algorithm(Protocol):

@@ -5,14 +5,22 @@ from typing import Any
 
 from thinktwice_fast import parallel
 from thinktwice_fast.algorithms.bases import choose_base
+from thinktwice_fast.algorithms.joint import JointThinkTwice
+from thinktwice_fast.algorithms.parts import Parts
 from thinktwice_fast.algorithms.policy_step import PolicyStep
 from thinktwice_fast.algorithms.sampler import Sampler
 from thinktwice_fast.algorithms.step import Step
-from thinktwice_fast.config import Config
+from thinktwice_fast.config import Config, samples_per_step
 from thinktwice_fast.errors import UserError
 from thinktwice_fast.records import Base, Group
 from thinktwice_fast.tasks.stream import ProblemStream
 from thinktwice_fast.update.updater import Updater
+
+
+def build(parts: Parts) -> "ThinkTwice | JointThinkTwice":
+    """ThinkTwice, paired as ``thinktwice.pairing`` says."""
+    kind = JointThinkTwice if parts.config.thinktwice.pairing == "joint" else ThinkTwice
+    return kind(parts.config, parts.problems, parts.sampler, parts.updater)
 
 
 class ThinkTwice:
@@ -40,7 +48,7 @@ class ThinkTwice:
             self._position += self._config.problems_per_step
         else:
             self._bases = self._choose_bases(groups, number)
-        return Step(phase, metrics, groups)
+        return Step(phase, metrics, groups, generations=samples_per_step(self._config))
 
     def state(self) -> dict[str, Any]:
         """What ``load_state`` needs to continue, as plain JSON values; the same on every process."""

@@ -25,7 +25,7 @@ class Command:
     positional: str | None = None  # the option, a list of texts, that stands there without its name
     names: Mapping[str, str] = field(default_factory=dict)  # of options that have another key in training, by that key
 
-    def option_names(self) -> dict[str, str]:
+    def option_names(self) -> Mapping[str, str] | None:
         """What errors call its options (see ``UserError.line``): all of them, by their key in training."""
         return {option.name: option.name for option in fields(self.options)} | dict(self.names)
 

@@ -41,7 +41,7 @@ def as_transformers(model: Transformer, attention: str = NAME) -> Any:
     config = copy.deepcopy(model.config)
     with torch.device("meta"):
         theirs: Any = AutoModelForCausalLM.from_config(config, dtype=model.dtype, attn_implementation=attention)
-    theirs.load_state_dict(dict(model.split(model.state_dict())), strict=False, assign=True)
+    theirs.load_state_dict(dict(model.split(model.state_dict().items())), strict=False, assign=True)
     theirs.tie_weights()
     with torch.device(model.device):  # its frequencies are no weights
         theirs.base_model.rotary_emb = type(theirs.base_model.rotary_emb)(config)

@@ -3,28 +3,39 @@
 import contextlib
 import copy
 import logging
+import tempfile
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from thinktwice_fast.config import ModelOptions
 from thinktwice_fast.errors import Option, UserError
 from thinktwice_fast.model.agreement import agrees, packed_logits
 from thinktwice_fast.model.attention import NAME as ATTENTION_NAME
-from thinktwice_fast.model.files import readable_by_all
+from thinktwice_fast.model.files import readable_by_all, write_safetensors
 from thinktwice_fast.model.policy import Model, check_head_is_linear, decoder_layers
 from thinktwice_fast.model.transformer import Layer, Transformer
-from thinktwice_fast.model.weights import generation_config, read_transformer, weight_files, write_transformer
+from thinktwice_fast.model.weights import (
+    SHARD,
+    generation_config,
+    read_transformer,
+    remove_weights,
+    save_config,
+    weight_files,
+    write_weights,
+)
 
+_T = TypeVar("_T")
 SHIPPED = "tiny"
 _WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin")
 log = logging.getLogger(__name__)
@@ -153,15 +164,78 @@ def checkpoint_layers(model: Model) -> None:
 
 def save_model(model: Model, state: dict[str, torch.Tensor], tokenizer: Any, folder: Path, dtype: torch.dtype) -> None:
     """Write ``state``, under transformers' names, as a folder that ``AutoModelForCausalLM.from_pretrained`` loads."""
-    tokenizer.save_pretrained(folder)
+    write_model(model, state, state.items(), model_files(model, tokenizer, dtype), folder, dtype)
+
+
+def model_files(model: Model, tokenizer: Any, dtype: torch.dtype) -> dict[str, bytes]:
+    """Name and content of what stands beside the weights in a model's folder: tokenizer and configs."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        tokenizer.save_pretrained(folder)
+        if isinstance(model, Transformer):
+            save_config(model, folder, dtype)
+        else:
+            config = copy.deepcopy(model.config)
+            config.dtype = dtype  # save_pretrained writes the model's own
+            config.save_pretrained(folder)
+        return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def write_model(
+    model: Model,
+    outline: Mapping[str, torch.Tensor],
+    weights: Iterable[tuple[str, torch.Tensor]],
+    files: Mapping[str, bytes],
+    folder: Path,
+    dtype: torch.dtype,
+) -> None:
+    """Write weights, one after another, and the ``files`` beside them, as ``save_model`` does.
+
+    Args:
+        outline: transformers' names and shapes; may be on the meta device.
+        weights: names and values, on the CPU, in the order of ``outline``.
+        files: as ``model_files`` gives them.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
     if isinstance(model, Transformer):
-        write_transformer(model, state, folder, dtype)
-        return
-    saved = {name: value.to(dtype) for name, value in state.items()}
-    model.save_pretrained(folder, state_dict=saved)
-    config = copy.deepcopy(model.config)
-    config.dtype = dtype  # save_pretrained writes the model's own
-    config.save_pretrained(folder)
+        write_weights(folder, outline, weights, dtype)
+    else:
+        _write_module(model, outline, weights, folder, dtype)
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+
+
+def under_every_name(saved: dict[str, _T], model: torch.nn.Module) -> dict[str, _T]:
+    """Of tied parameters (embedding and head) transformers saves one; here it stands under all their names."""
+    names: dict[torch.nn.Parameter, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(parameter, []).append(name)
+    complete = dict(saved)
+    for tied in names.values():
+        known = [saved[name] for name in tied if name in saved]
+        complete |= dict.fromkeys(tied, known[0]) if known else {}
+    return complete
+
+
+def _write_module(
+    model: PreTrainedModel,
+    outline: Mapping[str, torch.Tensor],
+    weights: Iterable[tuple[str, torch.Tensor]],
+    folder: Path,
+    dtype: torch.dtype,
+) -> None:
+    """It is for transformers to say what its modules' weights are called in a file, and it wants them all at once.
+
+    They are mapped from a file for it, so that they take no memory of their own.
+    """
+    remove_weights(folder)
+    mapped = folder / "weights.tmp"
+    saved = {name: torch.empty(weight.shape, dtype=dtype, device="meta") for name, weight in outline.items()}
+    write_safetensors(mapped, saved, ((name, weight.to(dtype)) for name, weight in weights), {})
+    with safe_open(mapped, "pt") as file:
+        state = under_every_name({name: file.get_tensor(name) for name in saved}, model)
+        model.save_pretrained(folder, state_dict=state, max_shard_size=SHARD)
+    mapped.unlink()
     for path in folder.glob("*.safetensors"):
         readable_by_all(path)
 

@@ -17,20 +17,19 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from thinktwice_fast.config import ModelOptions
 from thinktwice_fast.errors import Option, UserError
-from thinktwice_fast.model.files import readable_by_all
+from thinktwice_fast.model.files import write_safetensors
 from thinktwice_fast.model.transformer import Projection, Transformer
 
 # How peft names parameters in a model, and what it adds to the names in a file.
 _BASE, _NAME, _PREFIX = ".base_layer.", ".default.", "base_model.model."
 _A, _B = ".lora_A.", ".lora_B."
-_WEIGHTS = "adapter_model.safetensors"
+WEIGHTS = "adapter_model.safetensors"
 
 
 class Adapter(NamedTuple):
@@ -55,20 +54,18 @@ class Adapters:
         """s, what B A is multiplied by."""
         return self.config.lora_alpha / self.config.r
 
-    def save(self, state: Mapping[str, Tensor], folder: Path) -> None:
-        """Write the adapters' weights as a folder that peft's ``PeftModel.from_pretrained`` loads."""
+    def save(self, weights: Mapping[str, Tensor], folder: Path) -> None:
+        """Write the adapters' weights, whole, as a folder that peft's ``PeftModel.from_pretrained`` loads.
+
+        Args:
+            weights: under the names that they have in the model, on the CPU.
+        """
         folder.mkdir(exist_ok=True)
-        files = {file: state[name].contiguous() for name, file in self._files().items()}
-        save_file(files, folder / _WEIGHTS, metadata={"format": "pt"})
-        readable_by_all(folder / _WEIGHTS)
+        files = {file: weights[name] for name, file in self.files().items()}
+        write_safetensors(folder / WEIGHTS, files, files.items(), {"format": "pt"})
         self.config.save_pretrained(folder)
 
-    def read(self, folder: Path) -> dict[str, Tensor]:
-        """The weights that ``save`` wrote there, under the names that they have in the model."""
-        saved = load_file(folder / _WEIGHTS)
-        return {name: saved[file] for name, file in self._files().items()}
-
-    def _files(self) -> dict[str, str]:
+    def files(self) -> dict[str, str]:
         """What each parameter is called in the file."""
         names = (
             (adapter, getattr(adapter, part), kind) for adapter in self.all for part, kind in (("a", _A), ("b", _B))
@@ -162,9 +159,9 @@ def merged_weights(weights: Mapping[str, Tensor], adapters: Adapters | None) -> 
         by_weight.setdefault(adapter.weight, []).append(adapter)
     for name, value in weights.items():
         if adapters is not None and name in by_weight:
-            merged = _whole(value).to(torch.float32, copy=True)
+            merged = whole(value).to(torch.float32, copy=True)
             for adapter in by_weight[name]:
-                a, b = _whole(weights[adapter.a]), _whole(weights[adapter.b])  # [R, I], [O, R]
+                a, b = whole(weights[adapter.a]), whole(weights[adapter.b])  # [R, I], [O, R]
                 merged[adapter.first : adapter.first + len(b)] += adapters.scale * (b @ a)
             yield name.replace(_BASE, "."), merged
         elif not is_adapter(name):
@@ -176,7 +173,8 @@ def is_adapter(name: str) -> bool:
     return _A in name or _B in name
 
 
-def _whole(value: Tensor) -> Tensor:
+def whole(value: Tensor) -> Tensor:
+    """All of a tensor, without its history. Collective if it is sharded."""
     value = value.detach()
     return value.full_tensor() if isinstance(value, DTensor) else value
 

@@ -5,7 +5,7 @@ It is the trainer's own ``Transformer``, or, of an architecture that this does n
 Letters: T tokens of the row, N rows of hidden state that go to the head, H hidden size, V vocabulary.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -97,12 +97,12 @@ def context_length(model: Model) -> int | None:
 
 def named_weights(model: Model, weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """``weights`` of the model under the names that transformers gives them."""
-    return dict(model.split(weights) if isinstance(model, Transformer) else weights)
+    return dict(iterate_named(model, weights.items()))
 
 
-def own_weights(model: Model, weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The way back: ``weights`` that transformers knows under the model's own names."""
-    return dict(model.joined(weights) if isinstance(model, Transformer) else weights)
+def iterate_named(model: Model, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+    """The same one after another, with no need of them all at a time."""
+    return model.split(weights) if isinstance(model, Transformer) else iter(weights)
 
 
 @torch.no_grad()

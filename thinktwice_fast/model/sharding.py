@@ -9,25 +9,22 @@ the copy has the two merged.
 """
 
 import copy
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
-from typing import TypeVar, cast
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from thinktwice_fast.model.lora import Adapters, is_adapter, merged_weights
-from thinktwice_fast.model.policy import Model, Policy, decoder_layers, named_weights, own_weights
+from thinktwice_fast.model.lora import Adapters, merged_weights, whole
+from thinktwice_fast.model.policy import Model, Policy, decoder_layers, iterate_named
 
 M = TypeVar("M", bound=Model)
-_WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
-_FROM_RANK_0 = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
 
 
 @dataclass
@@ -102,34 +99,78 @@ def cast_parameters(model: M, dtype: torch.dtype) -> M:
     return model
 
 
+def own_state(policy: Policy) -> dict[str, torch.Tensor]:
+    """The master weights (and buffers that are saved) under the model's own names, each once; sharded as they are."""
+    named: dict[torch.Tensor, str] = {}
+    for name, value in policy.model.state_dict(keep_vars=True).items():
+        named.setdefault(value, name)
+    return {name: value for value, name in named.items()}
+
+
+def saved_weights(
+    model: Model, weights: Mapping[str, torch.Tensor], adapters: Adapters | None
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Names and whole values of a saved model, adapters merged, one after another. Collective if sharded.
+
+    Args:
+        weights: as ``own_state`` has them; of a mapping that reads them each is asked for when it is its turn.
+    """
+    merged = merged_weights(weights, adapters)
+    return iterate_named(model, ((name, whole(value)) for name, value in merged))
+
+
 def full_state(policy: Policy) -> dict[str, torch.Tensor]:
     """Whole master weights on the CPU, adapters merged, under transformers' names; empty but on rank 0. Collective."""
-    state = cast(dict[str, torch.Tensor], get_model_state_dict(policy, options=_WHOLE))
-    return named_weights(policy.model, dict(merged_weights(_without_prefix(state), policy.adapters)))
+    weights = saved_weights(policy.model, own_state(policy), policy.adapters)
+    first = dist.get_rank() == 0
+    return {name: value.cpu() for name, value in weights if first}
 
 
-def adapter_state(policy: Policy) -> dict[str, torch.Tensor]:
-    """Whole weights of the adapters on the CPU, as the model names them; empty but on rank 0. Collective."""
-    if policy.adapters is None:
-        return {}
-    options = replace(_WHOLE, ignore_frozen_params=True)
-    state = cast(dict[str, torch.Tensor], get_model_state_dict(policy, options=options))
-    return {name: value for name, value in _without_prefix(state).items() if is_adapter(name)}
+def cpu_mesh(policy: Policy) -> DeviceMesh | None:
+    """A mesh for copies of the sharded weights on the CPU, of the same processes; None where none is sharded.
 
-
-def load_full_state(policy: Policy, state: dict[str, torch.Tensor]) -> None:
-    """Set the master weights from rank 0's ``state`` (the others pass an empty one). Collective.
-
-    Of a policy with adapters these are the adapters', as ``adapter_state`` gives them; else it is as ``full_state``'s.
+    Collective.
     """
-    if policy.adapters is None and state:
-        state = own_weights(policy.model, state)
-    options = replace(_FROM_RANK_0, strict=policy.adapters is None)
-    set_model_state_dict(policy, {f"model.{name}": value for name, value in state.items()}, options=options)
+    for parameter in policy.parameters():
+        if isinstance(parameter, DTensor):
+            mesh = parameter.device_mesh
+            if mesh.device_type == "cpu":
+                return mesh
+            return init_device_mesh("cpu", tuple(mesh.shape), mesh_dim_names=mesh.mesh_dim_names)
+    return None
 
 
-def _without_prefix(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {name.removeprefix("model."): value for name, value in state.items()}
+def own_shard(tensor: torch.Tensor) -> torch.Tensor:
+    """Of a sharded tensor this process's shard."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def cpu_copy(tensor: torch.Tensor, mesh: DeviceMesh | None) -> torch.Tensor:
+    """A copy on the CPU; of a sharded tensor of this process's shard, sharded alike over ``mesh``."""
+    if not isinstance(tensor, DTensor):
+        return tensor.detach().to("cpu", copy=True)
+    assert mesh is not None, "as `cpu_mesh` gives it"
+    local = own_shard(tensor).detach().to("cpu", copy=True)
+    return DTensor.from_local(
+        local, mesh, tensor.placements, run_check=False, shape=tensor.shape, stride=tensor.stride()
+    )
+
+
+def trained_shards(policy: Policy) -> list[torch.Tensor]:
+    """Copies on the CPU of what this process has of each trained weight."""
+    return [
+        own_shard(parameter).detach().to("cpu", copy=True)
+        for parameter in policy.parameters()
+        if parameter.requires_grad
+    ]
+
+
+@torch.no_grad()
+def set_trained_shards(policy: Policy, shards: Sequence[torch.Tensor]) -> None:
+    """Set the trained weights to what ``trained_shards`` gave; every process its own."""
+    trained = (parameter for parameter in policy.parameters() if parameter.requires_grad)
+    for parameter, shard in zip(trained, shards, strict=True):
+        own_shard(parameter).copy_(shard)
 
 
 def _one_set(model: Model, dtype: torch.dtype) -> ModelPair:

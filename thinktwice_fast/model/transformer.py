@@ -11,7 +11,7 @@ What the tokens attend to is a value handed in, and so is the matrix product.
 Letters: T tokens, H hidden size, Hq / Hkv query / key-value heads, D head size, V vocabulary, I / O inputs / outputs.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from math import sqrt
@@ -162,17 +162,10 @@ class Transformer(nn.Module):
             return name
         return ".".join(filter(None, ("model", above, _NORMS[self._norms].get(name, name))))
 
-    def split(self, weights: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    def split(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
         """Transformers' names and tensors of these, which have this model's: views, but for sharded ones."""
         parts = self.parts()
-        return ((part.name, part.of(weight)) for name, weight in weights.items() for part in parts[name])
-
-    def joined(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """This model's names and tensors of these, which have transformers'; copies where there are several."""
-        return {
-            name: torch.cat([weights[part.name] for part in parts]) if len(parts) > 1 else weights[parts[0].name]
-            for name, parts in self.parts().items()
-        }
+        return ((part.name, part.of(weight)) for name, weight in weights for part in parts[name])
 
 
 class Layer(nn.Module):

@@ -2,23 +2,24 @@
 
 import copy
 import json
-from collections.abc import Mapping
+import shutil
+from collections.abc import Iterable, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download, split_torch_state_dict_into_shards
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from thinktwice_fast.model.files import readable_by_all
+from thinktwice_fast.model.files import write_safetensors
 from thinktwice_fast.model.transformer import Transformer
 
 _INDEX = "model.safetensors.index.json"
-_SHARD = "5GB"
+SHARD = "5GB"  # a file's largest size
 
 
 def weight_files(name: str) -> list[Path]:
@@ -68,25 +69,77 @@ def read_transformer(files: list[Path], config: PreTrainedConfig, device: torch.
     return model
 
 
-def write_transformer(model: Transformer, weights: Mapping[str, Tensor], folder: Path, dtype: torch.dtype) -> None:
-    """Write ``weights``, of transformers' names, with the model's config; ``AutoModelForCausalLM`` loads the folder."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for old in (*folder.glob("model*.safetensors"), *folder.glob(_INDEX)):
-        old.unlink()
-    saved = {name: weight.to(dtype) for name, weight in weights.items()}
+def write_weights(
+    folder: Path, outline: Mapping[str, Tensor], weights: Iterable[tuple[str, Tensor]], dtype: torch.dtype
+) -> None:
+    """Write a model's weights as ``dtype``, under transformers' names, one after another.
+
+    Args:
+        outline: names and shapes; may be on the meta device.
+        weights: names and values, on the CPU, in the order of ``outline``.
+    """
+    remove_weights(folder)
+    saved = {name: torch.empty(weight.shape, dtype=dtype, device="meta") for name, weight in outline.items()}
     split = split_torch_state_dict_into_shards(
-        saved, filename_pattern="model{suffix}.safetensors", max_shard_size=_SHARD
+        saved, filename_pattern="model{suffix}.safetensors", max_shard_size=SHARD
     )
+    cast = ((name, weight.to(dtype)) for name, weight in weights)
     for file, names in split.filename_to_tensors.items():
-        save_file({name: saved[name] for name in names}, folder / file, metadata={"format": "pt"})
-        readable_by_all(folder / file)
+        part = {name: saved[name] for name in names}
+        write_safetensors(folder / file, part, islice(cast, len(part)), {"format": "pt"})
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         (folder / _INDEX).write_text(json.dumps(index, indent=2, sort_keys=True))
+
+
+def remove_weights(folder: Path) -> None:
+    """Clear away what an earlier model of another number of files would leave beside a new one's."""
+    for old in (*folder.glob("model*.safetensors"), *folder.glob(_INDEX)):
+        old.unlink()
+
+
+def save_config(model: Transformer, folder: Path, dtype: torch.dtype) -> None:
+    """Write what ``AutoModelForCausalLM`` has to know beside weights of ``dtype``."""
     config: Any = copy.deepcopy(model.config)
     config.dtype, config.architectures = dtype, [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type]]
     config.save_pretrained(folder)
     model.generation_config.save_pretrained(folder)
+
+
+def convert_model(source: Path, target: Path, dtype: torch.dtype) -> None:
+    """Write the model of a folder into another one with weights of ``dtype``, tensor by tensor."""
+    target.mkdir(parents=True, exist_ok=True)
+    remove_weights(target)
+    sizes = 0
+    for path in sorted(source.glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+        outline = {name: torch.empty(part.get_shape(), dtype=dtype, device="meta") for name, part in slices.items()}
+        values = ((name, read_tensor(path, name).to(dtype)) for name in outline)
+        write_safetensors(target / path.name, outline, values, {"format": "pt"})
+        sizes += sum(tensor.nbytes for tensor in outline.values())
+    for path in source.iterdir():
+        if path.suffix != ".safetensors":
+            shutil.copyfile(path, target / path.name)
+    _change(target / "config.json", ("dtype",), str(dtype).removeprefix("torch."))
+    if (target / _INDEX).is_file():
+        _change(target / _INDEX, ("metadata", "total_size"), sizes)
+
+
+def read_tensor(path: Path, name: str) -> Tensor:
+    """One tensor of a safetensors file; nothing else of the file stays mapped into memory with it."""
+    with safe_open(path, "pt") as file:
+        return file.get_tensor(name)
+
+
+def _change(path: Path, place: tuple[str, ...], value: object) -> None:
+    content = json.loads(path.read_text())
+    *outer, last = place
+    inner = content
+    for name in outer:
+        inner = inner[name]
+    inner[last] = value
+    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
 
 
 def generation_config(folder: str, config: PreTrainedConfig) -> GenerationConfig:

@@ -24,6 +24,7 @@ class Sequence:
     keep: bool = False  # keep the cache when the sample ends
     handle: int | None = None  # in the cache; None = not admitted
     extends: Rollout | None = None  # whose kept cache it will begin with, once admitted
+    shares: bool = False  # ... with a copy of it
 
     @property
     def cached(self) -> int:

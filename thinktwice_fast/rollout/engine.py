@@ -38,6 +38,8 @@ class Engine:
         reserve: bytes of this GPU that others will still take; a cache whose size the options leave open keeps off
             them.
         decode: tokens to text, for stop strings.
+        cache: of another engine whose model has the same layers and heads, to be used while that one is idle; None =
+            one of its own.
         group_attention: read keys that samples of one prompt share once for all of them, while decoding.
 
     Raises:
@@ -54,6 +56,7 @@ class Engine:
         reserve: int = 0,
         decode: Decode | None = None,
         *,
+        cache: PagedKVCache | None = None,
         group_attention: bool = True,
     ):
         self.model = model
@@ -63,7 +66,7 @@ class Engine:
         _, heads, head_dim = attention_heads(model)
         layers: int = model.config.get_text_config().num_hidden_layers
         on_gpu = model.device.type == "cuda"
-        self.cache = PagedKVCache(
+        self.cache = cache or PagedKVCache(
             layers,
             _blocks(options, max_tokens, needed, bytes_per_block(model), model.device, reserve),
             heads,

@@ -16,7 +16,7 @@ class Counts:
     extended: int = 0  # only the tokens after that rollout were computed
     prompt_differs: int = 0  # computed anew: the prompt does not continue that rollout token for token
     policy_changed: int = 0  # computed anew: the cache was written by another policy version
-    released: int = 0  # computed anew: not kept, extended by another request, or given up because blocks ran out
+    released: int = 0  # computed anew: not kept, taken over by another request, or given up because blocks ran out
 
     @property
     def prefilled_anew(self) -> int:
@@ -75,6 +75,14 @@ class PrefixCache:
         del self._rollouts[handle], self._blocks[handle]
         self._counts.extended += 1
         return handle
+
+    def copy(self, rollout: Rollout) -> int | None:
+        """As ``take``, but what is handed over is a copy: its full blocks are shared, its last one takes a free one."""
+        handle = self.handle(rollout)
+        if handle is None or not self._cache.free_blocks:
+            return self.take(rollout)
+        self._counts.extended += 1
+        return self._cache.fork(handle, 1)[0]
 
     def make_room(self, blocks: int, spare: int | None = None) -> bool:
         """Whether ``blocks`` are free, after giving up sequences, oldest first, where that can help.

@@ -117,9 +117,11 @@ class Scheduler:
         for start in range(0, len(request.sample_ids), self.max_sequences):
             ids = request.sample_ids[start : start + self.max_sequences]
             samples = [Rollout(request.group, sample, request.prompt) for sample in ids]
-            sequence = Sequence(list(request.prompt), samples, request.sampling, request.keep, extends=extends)
+            sequence = Sequence(
+                list(request.prompt), samples, request.sampling, request.keep, None, extends, request.shares
+            )
             (self.waiting if extends is None else self.returning).append(sequence)
-            extends = None  # a kept cache is extended once
+            extends = extends if request.shares else None  # taken over, it is extended once
 
     def _select(self) -> tuple[list[Sequence], list[int]]:
         budget = self.max_batch_tokens
@@ -153,7 +155,8 @@ class Scheduler:
 
     def _admit(self, sequence: Sequence) -> None:
         if sequence.extends is not None:
-            sequence.handle = self.prefixes.take(sequence.extends)
+            take = self.prefixes.copy if sequence.shares else self.prefixes.take
+            sequence.handle = take(sequence.extends)
             sequence.extends = None
         if sequence.handle is None:
             sequence.handle = self.cache.prefill()

@@ -9,11 +9,12 @@ import torch
 import torch.distributed as dist
 
 from thinktwice_fast import launch, parallel
-from thinktwice_fast.algorithms.joint import JointThinkTwice
+from thinktwice_fast.algorithms.parts import ExampleStream, Parts
+from thinktwice_fast.algorithms.registry import METHODS
 from thinktwice_fast.algorithms.sampler import Sampler
-from thinktwice_fast.algorithms.sft import SFT
+from thinktwice_fast.algorithms.star import with_hint
 from thinktwice_fast.algorithms.step import Algorithm
-from thinktwice_fast.algorithms.thinktwice import ThinkTwice
+from thinktwice_fast.algorithms.thinktuning.teacher import Voice
 from thinktwice_fast.config import ARITHMETIC, Config, samples_per_step
 from thinktwice_fast.errors import UserError
 from thinktwice_fast.model.flops import Flops
@@ -23,8 +24,9 @@ from thinktwice_fast.model.policy import context_length
 from thinktwice_fast.model.sharding import frozen_copy, pair_models, shards_weights
 from thinktwice_fast.records import Message, Problem
 from thinktwice_fast.rollout.engine import Engine
-from thinktwice_fast.run.memory import device_bytes, held_bytes, keep_freed_memory, predict
-from thinktwice_fast.run.workload import Evaluated, heaviest_load, phases
+from thinktwice_fast.run.memory import SecondModel, device_bytes, held_bytes, keep_freed_memory, predict
+from thinktwice_fast.run.teacher import TeacherPlan, make_teacher, plan_teacher
+from thinktwice_fast.run.workload import Evaluated, Taught, heaviest_load, phases
 from thinktwice_fast.tasks.arithmetic import RECHECK, warm_start_example
 from thinktwice_fast.tasks.evaluation_sets import evaluation_sets
 from thinktwice_fast.tasks.grading import Graders
@@ -67,8 +69,19 @@ class Prepared:
     longest_prompts: dict[str, int]  # tokens, by phase
     evaluation_sets: Mapping[str, Sequence[Problem]]
     evaluated: Evaluated
+    teacher: TeacherPlan | None
     notes: list[str]
     held_bytes: int  # before the model was loaded
+
+    @property
+    def taught(self) -> Taught | None:
+        """What a teacher is asked in the policy's KV cache."""
+        return self.teacher.in_cache if self.teacher is not None else None
+
+    @property
+    def second(self) -> SecondModel | None:
+        """A teacher's model beside the policy's."""
+        return self.teacher.second if self.teacher is not None else None
 
 
 def prepare(
@@ -111,11 +124,11 @@ def prepare(
     instruction = refine_instruction(config)
     prompts = _PromptLimit(config, chat, instruction, loaded.stop_ids)
     notes = [*recipe_notes(config), *chat.notes, *(note for source in (train, *sets.values()) for note in source.notes)]
-    graded = config.algorithm != "sft"  # SFT neither grades nor refines what it learns from
-    usable = prompts.usable(train, config.data.source, notes, refined=graded)
-    longest_prompts = prompts.longest if graded else {"sft": prompts.longest["solve"]}
+    method = METHODS[config.algorithm]
+    usable = prompts.usable(train, config.data.source, notes, refined="refine" in method.phases, hint=_hint(config))
+    longest_prompts = {phase: prompts.longest["refine" if phase == "refine" else "solve"] for phase in method.phases}
     _check_enough(config, usable)
-    if graded:
+    if method.samples:  # else it grades nothing that it learns from
         check_answers(grader, config.data.source, (train[i] for i in ((0,) if usable is None else usable)))
     stream = ProblemStream(train, usable, config.seed, config.data.shuffle)
     held_out, evaluated = {}, Evaluated()
@@ -129,9 +142,12 @@ def prepare(
             config.eval.samples,
             max(evaluated.prompt_tokens, prompts.longest["refine"]),
         )
+    teacher = None
+    if config.algorithm == "thinktuning":
+        teacher = plan_teacher(config, loaded, chat, longest_prompts["solve"], launch.env_world_size(), resources)
     return Prepared(
         device, dtype, loaded, chat, grader, instruction, stream,
-        None if usable is None else len(usable), longest_prompts, held_out, evaluated, notes, before,
+        None if usable is None else len(usable), longest_prompts, held_out, evaluated, teacher, notes, before,
     )  # fmt: skip
 
 
@@ -153,9 +169,11 @@ def build_run(config: Config, resources: ExitStack) -> Run:
     loaded, dtype, chat, stream = ready.loaded, ready.dtype, ready.chat, ready.stream
     world = parallel.world_size()
     planned = phases(config, Flops.of(loaded.model), ready.longest_prompts, world)
-    heaviest = heaviest_load(config, planned, ready.longest_prompts, ready.evaluated, world)
+    heaviest = heaviest_load(config, planned, ready.longest_prompts, ready.evaluated, world, ready.taught)
     room = device_bytes(ready.device, launch.env_local_world_size())
-    predicted = predict(config, loaded.model, ready.device, dtype, heaviest, world, ready.held_bytes, room)
+    predicted = predict(
+        config, loaded.model, ready.device, dtype, heaviest, world, ready.held_bytes, room, ready.second
+    )
     shards = config.update.shard_processes
     reference = frozen_copy(loaded.model, dtype, shards) if config.loss.beta else None
     adapt = partial(add_adapters, options=config.model, seed=config.seed) if config.model.lora_rank else None
@@ -164,7 +182,7 @@ def build_run(config: Config, resources: ExitStack) -> Run:
         models.rollout,
         loaded.stop_ids,
         config.rollout,
-        config.rollout.max_prompt_tokens + config.rollout.max_response_tokens,
+        max(config.rollout.max_prompt_tokens + config.rollout.max_response_tokens, heaviest.teacher_tokens),
         heaviest.needed_blocks,
         predicted.reserve,
         decode=partial(chat.response_text, stop_ids=loaded.stop_ids),
@@ -172,12 +190,23 @@ def build_run(config: Config, resources: ExitStack) -> Run:
     sampler = Sampler(engine, chat, ready.grader, ready.instruction, loaded.stop_ids)
     optimizer, schedule = build_optimizer(models.masters, config.update, _optimizer_steps(config))
     updater = Updater(models, reference, optimizer, schedule, config)
-    algorithm: Algorithm
-    if config.algorithm == "sft":
-        algorithm = SFT(config, _examples(config, stream), chat, loaded.tokenizer.eos_token_id, updater)
-    else:
-        kind = JointThinkTwice if config.thinktwice.pairing == "joint" else ThinkTwice
-        algorithm = kind(config, stream, sampler, updater)
+    teacher = None
+    if ready.teacher is not None:
+        whole = reference.model if reference is not None and world == 1 else None
+        teacher = make_teacher(
+            ready.teacher, config, lambda: Voice(engine, chat, loaded.stop_ids, updater.version), whole, dtype
+        )
+    algorithm = METHODS[config.algorithm].build(
+        Parts(
+            config,
+            stream,
+            sampler,
+            updater,
+            _examples(config, stream),
+            loaded.tokenizer.eos_token_id,
+            teacher,
+        )
+    )
     return Run(config, loaded, sampler, updater, algorithm, ready.evaluation_sets, ready.notes, predicted.peak)
 
 
@@ -196,8 +225,14 @@ class _PromptLimit:
         self._stop_ids = stop_ids
         self.longest: dict[str, int] = {}  # tokens, by phase, of the source asked about last
 
-    def usable(self, source: Source, name: str, notes: list[str], *, refined: bool = True) -> list[int] | None:
+    def usable(
+        self, source: Source, name: str, notes: list[str], *, refined: bool = True, hint: str | None = None
+    ) -> list[int] | None:
         """Indices of the problems short enough, with a note of how many are not; None for an endless source.
+
+        Args:
+            refined: an answer will be refined.
+            hint: comes after the question (see `with_hint`).
 
         Raises:
             UserError: none is short enough.
@@ -205,11 +240,16 @@ class _PromptLimit:
         size = source.size
         beside = self._beside_question(source[0]) if refined else 0
         less = " less a response and the refine instruction" if refined else ""
+
+        def length(index: int) -> int:
+            problem = source[index]
+            return len(self._chat.prompt_ids(problem.messages if hint is None else with_hint(problem, hint)))
+
         if size is None:
-            self._require_room(name, len(self._chat.prompt_ids(source[0].messages)), beside)
-            self._note_longest((len(self._chat.prompt_ids(source[i].messages)) for i in range(_ENDLESS_SAMPLE)), beside)
+            self._require_room(name, length(0), beside)
+            self._note_longest(map(length, range(_ENDLESS_SAMPLE)), beside)
             return None
-        lengths = [len(self._chat.prompt_ids(source[index].messages)) for index in range(size)]
+        lengths = [length(index) for index in range(size)]
         room = self._limit - beside
         kept = [index for index, length in enumerate(lengths) if length <= room]
         if not kept:
@@ -293,10 +333,14 @@ def _check_context(loaded: LoadedModel, longest: int) -> None:
 
 def _optimizer_steps(config: Config) -> int:
     minibatch = config.update.minibatch_sequences
-    return config.run.steps * (samples_per_step(config) // minibatch if minibatch and config.algorithm != "sft" else 1)
+    return config.run.steps * (samples_per_step(config) // minibatch if minibatch else 1)
 
 
-def _examples(config: Config, stream: ProblemStream) -> Callable[[int], tuple[Sequence[Message], str]]:
+def _hint(config: Config) -> str | None:
+    return config.star.hint if config.star.rationalize else None
+
+
+def _examples(config: Config, stream: ProblemStream) -> ExampleStream:
     if config.data.source.startswith(ARITHMETIC):
         options, variant = config.sft, config.data.source.removeprefix(ARITHMETIC)
         return lambda position: warm_start_example(

@@ -4,9 +4,11 @@ A checkpoint folder ``checkpoints/step-000040`` holds
 
 - ``model/``: the float32 master weights, tokenizer and config in transformers format;
 - ``adapter/``: with LoRA, the adapters in peft's format, which are merged in ``model/`` and continued from here;
-- ``optimizer.pt``: AdamW's state, whole, whatever the number of processes;
+- ``optimizer/``: the tensors of AdamW's state, in a safetensors file of each process; any number of them reads it;
 - ``state.json``: step, algorithm state (data position, a half-finished pair), schedule, counters;
-- ``random.pt``: every random state of every process.
+- ``random/``: a JSON file of every process's random states.
+
+Nothing in it is pickled: reading one runs nobody's code. ``saving`` writes them.
 """
 
 import contextlib
@@ -14,37 +16,36 @@ import json
 import os
 import random
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_optimizer_state_dict,
-    set_optimizer_state_dict,
-)
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.tensor import DTensor
 
 from thinktwice_fast import parallel
 from thinktwice_fast.config import UpdateOptions
-from thinktwice_fast.errors import UserError
-from thinktwice_fast.model.loading import save_model
+from thinktwice_fast.errors import UserError, one_line
+from thinktwice_fast.model.loading import under_every_name
+from thinktwice_fast.model.lora import WEIGHTS as ADAPTER_WEIGHTS
 from thinktwice_fast.model.lora import Adapters
-from thinktwice_fast.model.policy import Model, named_weights
-from thinktwice_fast.model.sharding import adapter_state, full_state, load_full_state
+from thinktwice_fast.model.policy import Model, Policy, named_weights
+from thinktwice_fast.model.sharding import own_state
+from thinktwice_fast.model.transformer import Transformer
+from thinktwice_fast.run.shards import Chunk, Chunks, cause, file_chunks, read_shards, shape_of, shard_chunks
 from thinktwice_fast.update.optimizer import MOMENT_BYTES, continue_schedule
 from thinktwice_fast.update.updater import Updater
 
 FOLDER = "checkpoints"
-_T = TypeVar("_T")
+BEST = "best.json"  # beside the checkpoints: which of them is kept as the best
+MODEL, ADAPTER, OPTIMIZER, RANDOM, STATE = "model", "adapter", "optimizer", "random", "state.json"
+LAYOUT = 3  # of a checkpoint
 _PREFIX = "step-"
 _PARTIAL = ".partial-"
-ADAPTER = "adapter"
-_LAYOUT = 2  # of a checkpoint; the optimizer's state names parameters as the model does
 _WEIGHT_BYTES = 4  # of a parameter in float32
-_ASKED = ("initial_lr", "betas", "weight_decay")  # of an optimizer's parameter group, what the options say
 
 
 def checkpoint_folder(output: Path, step: int) -> Path:
@@ -55,15 +56,17 @@ def checkpoint_folder(output: Path, step: int) -> Path:
 def checkpoints(output: Path) -> list[Path]:
     """Whole checkpoints in a run's folder, oldest first."""
     folders = (output / FOLDER).glob(f"{_PREFIX}*")
-    return sorted((folder for folder in folders if folder.name.removeprefix(_PREFIX).isdecimal()), key=_step_of)
+    return sorted((folder for folder in folders if folder.name.removeprefix(_PREFIX).isdecimal()), key=step_of)
 
 
-def check_room(output: Path, model: torch.nn.Module, options: UpdateOptions) -> None:
-    """Raise UserError when the disk can't hold even one checkpoint of the model."""
-    moments = MOMENT_BYTES[options.optimizer]
+def check_room(output: Path, model: torch.nn.Module, options: UpdateOptions, processes: int) -> None:
+    """Raise UserError when the disk can't hold even one checkpoint of the model.
+
+    Until several processes' shards of the weights are put together these are there twice.
+    """
+    moments, weights = MOMENT_BYTES[options.optimizer], _WEIGHT_BYTES * (1 if processes == 1 else 2)
     needed = sum(
-        parameter.numel() * (_WEIGHT_BYTES + (moments if parameter.requires_grad else 0))
-        for parameter in model.parameters()
+        parameter.numel() * (weights + (moments if parameter.requires_grad else 0)) for parameter in model.parameters()
     )
     free = shutil.disk_usage(output).free
     if needed > free:
@@ -73,46 +76,23 @@ def check_room(output: Path, model: torch.nn.Module, options: UpdateOptions) -> 
         )
 
 
-def save_checkpoint(
-    output: Path, step: int, updater: Updater, tokenizer: Any, state: dict[str, Any], keep: int
-) -> Path:
-    """Write the checkpoint of ``step``, then remove all but the ``keep`` newest. Collective; rank 0 writes.
+def remove_older(output: Path, keep: int, best: int | None) -> None:
+    """Remove all checkpoints but the ``keep`` newest and that of step ``best``."""
+    for old in checkpoints(output)[:-keep]:
+        if step_of(old) != best:
+            shutil.rmtree(old.rename(old.with_name(_PARTIAL + old.name)))
 
-    Args:
-        state: JSON values of the loop and the algorithm.
 
-    Raises:
-        UserError: on every process, when it can't be written; earlier checkpoints stay as they are.
-    """
-    weights = full_state(updater.models.masters)
-    adapters = adapter_state(updater.models.masters)
-    optimizer = get_optimizer_state_dict(
-        updater.models.masters, updater.optimizer, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
-    )
-    states = parallel.gather(_random_state(updater.models.masters.device))
-    folder = checkpoint_folder(output, step)
-    error: UserError | None = None
-    if parallel.rank() == 0:
-        try:
-            with _renamed_when_whole(folder) as partial:
-                save_model(updater.models.rollout, weights, tokenizer, partial / "model", torch.float32)
-                if updater.models.masters.adapters is not None:
-                    updater.models.masters.adapters.save(adapters, partial / ADAPTER)
-                torch.save(optimizer, partial / "optimizer.pt")
-                torch.save(states, partial / "random.pt")
-                whole = state | {
-                    "layout": _LAYOUT,
-                    "step": step,
-                    "version": updater.version,
-                    "optimizer_steps": updater.schedule.last_epoch,
-                }
-                (partial / "state.json").write_text(json.dumps(whole))
-            for old in checkpoints(output)[:-keep]:
-                shutil.rmtree(old.rename(old.with_name(_PARTIAL + old.name)))
-        except UserError as caught:
-            error = caught
-    parallel.agree(error)
-    return folder
+def optimizer_state(policy: Policy, optimizer: torch.optim.Optimizer) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """What the optimizer keeps of each parameter, as ``NAME/KEY``: its tensors, sharded as they are, and the rest."""
+    names = {parameter: name for name, parameter in own_state(policy).items()}
+    kept = {
+        f"{names[parameter]}/{key}": value
+        for parameter, state in optimizer.state.items()
+        for key, value in state.items()
+    }
+    tensors = {name: value for name, value in kept.items() if isinstance(value, torch.Tensor)}
+    return tensors, {name: value for name, value in kept.items() if name not in tensors}
 
 
 def load_checkpoint(folder: Path, updater: Updater) -> dict[str, Any]:
@@ -121,43 +101,42 @@ def load_checkpoint(folder: Path, updater: Updater) -> dict[str, Any]:
     Learning rate, betas and weight decay are those asked for now, not those of the checkpoint.
 
     Returns:
-        The ``state`` that ``save_checkpoint`` was given, with ``step``.
+        The ``state`` that it was saved with, with ``step``.
 
     Raises:
         UserError: the folder is no whole checkpoint, or one of another model or of other adapters.
     """
     state = read_state(folder)
     _check_layout(folder, state)
-    weights: dict[str, torch.Tensor] = {}
-    optimizer: dict[str, Any] = {}
     masters, model = updater.models.masters, updater.models.rollout
-    _check_same_model(folder, model)
-    _check_same_adapters(folder, masters.adapters)
-    if parallel.rank() == 0:
-        adapters = masters.adapters
-        weights = _read_weights(folder, model) if adapters is None else adapters.read(folder / ADAPTER)
-        optimizer = torch.load(folder / "optimizer.pt", weights_only=True)
-    load_full_state(masters, weights)
-    updater.models.sync()
-    if masters.adapters is not None:
-        _check_same_base(folder, model)
-    asked = [{name: group[name] for name in _ASKED} for group in updater.optimizer.param_groups]
-    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
-    set_optimizer_state_dict(masters, updater.optimizer, optimizer, options=options)
-    for group, values in zip(updater.optimizer.param_groups, asked, strict=True):
-        group.update(values)
+    try:
+        _check_same_model(folder, model)
+        _check_same_adapters(folder, masters.adapters)
+        chunks = _weight_chunks(folder, masters)
+        weights = own_state(masters)
+        read_shards({name: weights[name] for name in chunks}, chunks)
+        updater.models.sync()
+        if masters.adapters is not None:
+            _check_same_base(folder, model)
+        _load_optimizer(folder, updater, state["optimizer"])
+        random_states = [json.loads(path.read_text()) for path in sorted((folder / RANDOM).glob("*.json"))]
+    except UserError:
+        raise
+    except CheckpointException as error:
+        raise _not_whole(folder, cause(error)) from error
+    except (OSError, SafetensorError, ValueError, KeyError) as error:
+        raise _not_whole(folder, error) from error
     continue_schedule(updater.optimizer, updater.schedule, state["optimizer_steps"])
     updater.version = state["version"]
-    states = torch.load(folder / "random.pt", weights_only=False)
-    if len(states) == parallel.world_size():
-        _set_random_state(states[parallel.rank()], masters.device)
+    if len(random_states) == parallel.world_size():
+        _set_random_state(random_states[parallel.rank()], masters.device)
     return state
 
 
 def read_state(folder: Path) -> dict[str, Any]:
     """The JSON state of a checkpoint; UserError where there is none."""
     try:
-        return json.loads((folder / "state.json").read_text())
+        return json.loads((folder / STATE).read_text())
     except (OSError, ValueError) as error:
         raise UserError(
             f"--resume {folder}: not a checkpoint (no readable state.json): give a folder under checkpoints/, or auto"
@@ -175,7 +154,7 @@ def writing(path: Path) -> Iterator[Path]:
     """Say in one line what goes wrong while ``path``, which this gives back, is written.
 
     Raises:
-        UserError: for an OSError, and for what `torch.save` and safetensors make of one.
+        UserError: for an OSError, and for what torch and safetensors make of one.
     """
     try:
         yield path
@@ -186,22 +165,24 @@ def writing(path: Path) -> Iterator[Path]:
         ) from error
 
 
-@contextlib.contextmanager
-def _renamed_when_whole(folder: Path) -> Iterator[Path]:
-    """A temporary folder that takes ``folder``'s name once everything in it has reached the disk."""
-    partial = folder.with_name(_PARTIAL + folder.name)
-    try:
-        with writing(folder):
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-            yield partial
-            for path in partial.rglob("*"):
-                _sync(path)
-            shutil.rmtree(folder, ignore_errors=True)
-            partial.rename(folder)
-            _sync(folder.parent)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+def partial_folder(folder: Path) -> Path:
+    """What ``folder`` is called while it is written."""
+    return folder.with_name(_PARTIAL + folder.name)
+
+
+def start_partial(partial: Path) -> None:
+    """Make the folder, empty."""
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+
+
+def finish_partial(partial: Path, folder: Path) -> None:
+    """See everything reach the disk, then give it its name."""
+    for path in partial.rglob("*"):
+        _sync(path)
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.rename(folder)
+    _sync(folder.parent)
 
 
 def _sync(path: Path) -> None:
@@ -212,12 +193,17 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
-def _step_of(folder: Path) -> int:
+def step_of(folder: Path) -> int:
+    """The number in a checkpoint's name."""
     return int(folder.name.removeprefix(_PREFIX))
 
 
+def _not_whole(folder: Path, error: BaseException) -> UserError:
+    return UserError(f"--resume {folder}: not a whole checkpoint ({one_line(error)}): take an earlier one")
+
+
 def _check_layout(folder: Path, state: dict[str, Any]) -> None:
-    if state.get("layout") != _LAYOUT:
+    if state.get("layout") != LAYOUT:
         raise UserError(
             f"--resume {folder}: a checkpoint of an earlier version, which this one can't continue: start from its "
             f"weights with --model.path {folder / 'model'} and another --output"
@@ -226,11 +212,7 @@ def _check_layout(folder: Path, state: dict[str, Any]) -> None:
 
 def _check_same_model(folder: Path, model: Model) -> None:
     here = {name: tuple(value.shape) for name, value in named_weights(model, model.state_dict()).items()}
-    saved: dict[str, tuple[int, ...]] = {}
-    for path in _weight_files(folder):
-        with safe_open(path, "pt") as file:
-            saved |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-    saved = _under_every_name(saved, model)
+    saved = {name: chunk.sizes for name, chunk in _model_chunks(folder, model).items()}
     different = sorted(name for name in here | saved if here.get(name) != saved.get(name))
     if different:
         name = different[0]
@@ -274,24 +256,52 @@ def _differs(here: torch.Tensor, saved: torch.Tensor) -> bool:
     return not torch.allclose(here.float().cpu(), there, rtol=torch.finfo(here.dtype).eps, atol=tolerance)
 
 
-def _read_weights(folder: Path, model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    weights: dict[str, torch.Tensor] = {}
+def _model_chunks(folder: Path, model: Model) -> dict[str, Chunk]:
+    """Where each weight of a checkpoint's model lies, by transformers' names."""
+    found: dict[str, Chunk] = {}
     for path in _weight_files(folder):
-        with safe_open(path, "pt") as file:
-            weights |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    return _under_every_name(weights, model)
+        found |= file_chunks(path)
+    return under_every_name(found, model)
 
 
-def _under_every_name(saved: dict[str, _T], model: torch.nn.Module) -> dict[str, _T]:
-    """Of tied parameters (embedding and head) transformers saves one; here it stands under all their names."""
-    names: dict[torch.nn.Parameter, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(parameter, []).append(name)
-    complete = dict(saved)
-    for tied in names.values():
-        known = [saved[name] for name in tied if name in saved]
-        complete |= dict.fromkeys(tied, known[0]) if known else {}
-    return complete
+def _weight_chunks(folder: Path, masters: Policy) -> Chunks:
+    """Where what is trained lies, by the model's own names."""
+    if masters.adapters is not None:
+        there = file_chunks(folder / ADAPTER / ADAPTER_WEIGHTS)
+        return {name: [there[file]] for name, file in masters.adapters.files().items()}
+    model = masters.model
+    saved = _model_chunks(folder, model)
+    if not isinstance(model, Transformer):
+        return {name: [saved[name]] for name in own_state(masters)}
+    chunks: Chunks = {}
+    for name, parts in model.parts().items():
+        found = [(part.first, saved[part.name]) for part in parts]
+        chunks[name] = [chunk._replace(offsets=(first, *chunk.offsets[1:])) for first, chunk in found]
+    return chunks
+
+
+def _load_optimizer(folder: Path, updater: Updater, rest: Mapping[str, Any]) -> None:
+    """Tensors of the files and values of ``rest``, under the names that ``optimizer_state`` gives."""
+    chunks = shard_chunks(folder / OPTIMIZER)
+    if len(chunks) != rest["tensors"]:
+        raise ValueError(f"a file is missing in {OPTIMIZER}/")
+    parameters = own_state(updater.models.masters)
+    values: dict[str, Any] = {
+        name: _room_for(chunk, parameters[name.rpartition("/")[0]]) for name, chunk in chunks.items()
+    }
+    read_shards(values, chunks)
+    updater.optimizer.state.clear()
+    for name, value in (values | rest["values"]).items():
+        parameter, _, key = name.rpartition("/")
+        updater.optimizer.state[parameters[parameter]][key] = value
+
+
+def _room_for(chunks: list[Chunk], parameter: torch.Tensor) -> torch.Tensor:
+    """For a tensor of an optimizer's state, which is sharded where it is of a sharded parameter's shape."""
+    shape = torch.Size(shape_of(chunks))
+    if isinstance(parameter, DTensor) and shape == parameter.shape:
+        return torch.empty_like(parameter.detach(), dtype=chunks[0].dtype)
+    return torch.empty(shape, dtype=chunks[0].dtype, device=parameter.device)
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -301,18 +311,28 @@ def _weight_files(folder: Path) -> list[Path]:
     return files
 
 
-def _random_state(device: torch.device) -> dict[str, Any]:
+def random_state(device: torch.device) -> dict[str, Any]:
+    """Every random state of this process, as JSON values."""
     return {
         "python": random.getstate(),
-        "numpy": np.random.get_state(),
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
+        "numpy": [part.tolist() if isinstance(part, np.ndarray) else part for part in np.random.get_state(legacy=True)],
+        "torch": _hex(torch.get_rng_state()),
+        "cuda": _hex(torch.cuda.get_rng_state(device)) if device.type == "cuda" else None,
     }
 
 
 def _set_random_state(state: dict[str, Any], device: torch.device) -> None:
-    random.setstate(state["python"])
-    np.random.set_state(state["numpy"])
-    torch.set_rng_state(state["torch"])
+    version, numbers, gauss = state["python"]
+    random.setstate((version, tuple(numbers), gauss))
+    np.random.set_state(tuple(state["numpy"]))
+    torch.set_rng_state(_from_hex(state["torch"]))
     if state["cuda"] is not None and device.type == "cuda":
-        torch.cuda.set_rng_state(state["cuda"], device)
+        torch.cuda.set_rng_state(_from_hex(state["cuda"]), device)
+
+
+def _hex(state: torch.Tensor) -> str:
+    return state.numpy().tobytes().hex()
+
+
+def _from_hex(text: str) -> torch.Tensor:
+    return torch.frombuffer(bytearray.fromhex(text), dtype=torch.uint8)

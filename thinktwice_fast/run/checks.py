@@ -11,10 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from thinktwice_fast import launch
+from thinktwice_fast.algorithms.registry import METHODS
+from thinktwice_fast.algorithms.thinktuning.options import check_teacher, unused_options
 from thinktwice_fast.bounds import check_bounds
-from thinktwice_fast.config import ARITHMETIC, LOSS_BOUNDS, Config, samples_per_step
+from thinktwice_fast.config import ARITHMETIC, LOSS_BOUNDS, Config, overlong_buffer, samples_per_step
 from thinktwice_fast.errors import UserError
+from thinktwice_fast.run.best import rising_metrics
 from thinktwice_fast.run.metrics import AVERAGE
+from thinktwice_fast.run.options import default_config
+from thinktwice_fast.run.tracking import tracker_names
 from thinktwice_fast.tasks.evaluation_sets import FROM_EVAL, evaluation_sets, source_kind
 from thinktwice_fast.tasks.graders import GRADERS
 from thinktwice_fast.tasks.tables import check_file
@@ -24,6 +29,7 @@ RUN_FILES = ("metrics.jsonl", "checkpoints")  # there from the first record on
 
 # whether; the options that would then be ignored; the circumstance in words
 _Ignored = tuple[bool, tuple[str, ...], str]
+_REFINE_INSTRUCTION = "thinktwice.refine_instruction"  # evaluations refine too, whatever trains
 
 
 def check_config(config: Config, world_size: int) -> None:
@@ -34,6 +40,7 @@ def check_config(config: Config, world_size: int) -> None:
     _check_ignored(config)
     _check_loss(config)
     _check_cache(config)
+    _check_profile(config)
 
 
 def check_files(config: Config) -> None:
@@ -85,8 +92,10 @@ def _ask_permission(folder: Path) -> None:
 
 def _check_meanings(config: Config) -> None:
     """Values that are each in range but mean nothing, or nothing together."""
-    if config.algorithm == "thinktwice" and config.samples_per_problem < 2:
+    if METHODS[config.algorithm].preset is not None and config.samples_per_problem < 2:
         raise UserError("--samples_per_problem must be at least 2: an advantage compares the samples of a group")
+    if config.algorithm == "thinktuning":
+        check_teacher(config)
     if not config.sft.draft_error_rates:
         raise UserError("--sft.draft_error_rates []: give at least one rate")
     for name, entry in evaluation_sets(config).items():
@@ -100,17 +109,54 @@ def _check_meanings(config: Config) -> None:
         )
     if "" in config.rollout.stop_strings:
         raise UserError("--rollout.stop_strings: an empty string would end every response at once: leave it out")
+    tracker_names(config.track)
     warmup, decay = config.update.warmup_steps, config.update.lr_decay_steps
     if config.update.lr_schedule != "constant" and 0 < decay <= warmup:
         raise UserError(
             f"--update.lr_decay_steps {decay} ends before the warm-up does: give more than --update.warmup_steps "
             f"{warmup}, or 0 for the run's length"
         )
+    _check_best(config)
+    _check_own_options(config)
     from_table = config.algorithm == "sft" and not config.data.source.startswith(ARITHMETIC)
     if from_table and (config.data.target_column is None or config.sft.refine_fraction):
         raise UserError(
             f"--algorithm sft from {config.data.source}: set --data.target_column to the column of the responses to "
             "learn, and --sft.refine_fraction 0 (only arithmetic sources have drafts)"
+        )
+
+
+def _check_best(config: Config) -> None:
+    sets, name = list(evaluation_sets(config)), config.run.keep_best
+    known = rising_metrics(sets, config.eval.samples if config.eval.temperature else 1)
+    if name is not None and sets and name not in known:
+        raise UserError(
+            f"--run.keep_best {name}: not what this run evaluates and is better for when higher: give one of "
+            f"{', '.join(known)}"
+        )
+
+
+def _check_own_options(config: Config) -> None:
+    """What algorithms' own options mean beside others."""
+    buffer, response = config.dapo.overlong_buffer_tokens or 0, config.rollout.max_response_tokens
+    if config.algorithm == "dapo" and buffer > response:
+        raise UserError(
+            f"--dapo.overlong_buffer_tokens {buffer}: must be at most --rollout.max_response_tokens {response}"
+        )
+    if config.algorithm != "star":
+        return
+    star, batch = config.star, config.problems_per_step
+    if star.problems_per_iteration % batch:
+        raise UserError(
+            f"--star.problems_per_iteration {star.problems_per_iteration}: take a multiple of --problems_per_step "
+            f"{batch}, which is what a step samples"
+        )
+    if star.rationalize and "{answer}" not in star.hint:
+        raise UserError(f"--star.hint {star.hint!r}: write {{answer}} where the gold answer is to stand")
+    if config.update.lr_schedule != "constant" and not config.update.lr_decay_steps:
+        raise UserError(
+            f"--update.lr_schedule {config.update.lr_schedule} with --algorithm star, whose every iteration starts "
+            "anew: give --update.lr_decay_steps"
         )
 
 
@@ -133,7 +179,7 @@ def _check_division(config: Config, world: int) -> None:
         )
     minibatch = config.update.minibatch_sequences
     groups = "pairs of groups" if config.thinktwice.pairing == "joint" else "groups"
-    if minibatch and config.algorithm == "thinktwice":
+    if minibatch and METHODS[config.algorithm].preset is not None:
         if minibatch % samples or problems % (minibatch // samples or problems + 1):
             raise UserError(
                 f"--update.minibatch_sequences {minibatch} does not divide a phase of {problems} x {samples} samples "
@@ -148,7 +194,7 @@ def _check_division(config: Config, world: int) -> None:
 
 def _check_ignored(config: Config) -> None:
     """An option that differs from its default and would change nothing is a misunderstanding."""
-    default = Config()
+    default = default_config(config.algorithm)
     for condition, names, when in (*_ignored_in_training(config), *_ignored_in_evaluation(config)):
         for name in (inner for group in names if condition for inner in _inner(config, group)):
             # null is "off" or "as usual", and that is so anyway
@@ -160,28 +206,35 @@ def _check_ignored(config: Config) -> None:
 
 
 def _ignored_in_training(config: Config) -> list[_Ignored]:
-    sft, kind = config.algorithm == "sft", source_kind(config.data.source)
+    name, kind = config.algorithm, source_kind(config.data.source)
+    method, sft = METHODS[name], name == "sft"
     arithmetic = kind == "arithmetic"
-    lacking = [name for name in LOSS_BOUNDS["clip"] if name not in LOSS_BOUNDS[config.loss.policy_loss]]
+    lacking = [bound for bound in LOSS_BOUNDS["clip"] if bound not in LOSS_BOUNDS[config.loss.policy_loss]]
     rewards = {config.reward} | {entry.reward for entry in evaluation_sets(config).values()} - {None}
     file_only = ("data.question_column", "data.context_column", "data.answer_column", "data.choices_column",
                  "data.wrong_columns", "data.choices_seed", "data.target_column", "data.instruction")  # fmt: skip
+    sections = {other.section for other in METHODS.values() if other.section} | {"thinktuning"}
     return [
-        (sft, ("samples_per_problem", "thinktwice.pairing", "thinktwice.base_selection", "loss", "rollout.temperature",
-               "rollout.top_p", "rollout.top_k", "rollout.min_p", "rollout.exact", "update.minibatch_sequences",
-               "update.old_logps"),
+        *((True, _own_options(config, section), f"with --algorithm {name}")
+          for section in sorted(sections - {method.section})),
+        (method.preset is None, ("loss", "rollout.exact", "update.minibatch_sequences", "update.old_logps"),
+         f"with --algorithm {name}"),
+        (sft, ("samples_per_problem", "rollout.temperature", "rollout.top_p", "rollout.top_k", "rollout.min_p"),
          "with --algorithm sft"),
         (sft and not evaluation_sets(config), ("reward", "reward_timeout", "reward_workers", "rollout.max_sequences",
-               "rollout.max_batch_tokens", "rollout.cache_tokens", "rollout.decoder", "rollout.stop_strings",
-               "thinktwice.refine_instruction"),
+               "rollout.max_batch_tokens", "rollout.cache_tokens", "rollout.decoder", "rollout.stop_strings"),
          "with --algorithm sft and no --eval.sets"),
-        (not sft, ("sft", "data.target_column"), "without --algorithm sft"),
-        (config.algorithm in ("thinktwice", "sft"), ("thinktuning",), f"with --algorithm {config.algorithm}"),
+        ("refine" not in method.phases and not evaluation_sets(config), (_REFINE_INSTRUCTION,),
+         f"with --algorithm {name} and no --eval.sets"),
+        (not sft, ("data.target_column",), "without --algorithm sft"),
+        (overlong_buffer(config) == 0, ("dapo.overlong_penalty",), "with --dapo.overlong_buffer_tokens 0"),
+        (not config.star.rationalize, ("star.hint",), "without --star.rationalize true"),
         (sft and not arithmetic, ("sft.draft_error_rates",), "unless --data.source is arithmetic"),
         (sft and arithmetic, ("data.limit", "data.shuffle"), "with --algorithm sft and an arithmetic --data.source"),
         (arithmetic, file_only, "with an arithmetic --data.source"),
         (arithmetic and not config.data.limit, ("data.shuffle",), "with an endless --data.source (no --data.limit)"),
         (kind != "hub", ("data.subset", "data.split"), "unless --data.source is a hub dataset"),
+        *((True, (f"thinktuning.{name}",), when) for name, when in unused_options(config)),
         (config.model.lora_rank == 0, ("model.lora_alpha", "model.lora_targets"), "without --model.lora_rank"),
         (all(reward in GRADERS and GRADERS[reward].verify is None for reward in rewards),
          ("reward_timeout", "reward_workers"), f"with --reward {config.reward}"),
@@ -193,8 +246,14 @@ def _ignored_in_training(config: Config) -> list[_Ignored]:
          "where rollouts' log-probabilities are the old ones (--rollout.exact true, --update.old_logps rollout)"),
         (config.rollout.exact, ("rollout.decoder", "update.old_logps"), "with --rollout.exact true"),
         (config.update.lr_schedule == "constant", ("update.lr_decay_steps",), "with --update.lr_schedule constant"),
-        (not config.run.save, ("resume", "run.checkpoint_every", "run.keep_checkpoints"), "with --run.save false"),
+        (not config.run.save, ("resume", "run.checkpoint_every", "run.keep_checkpoints", "run.keep_best"),
+         "with --run.save false"),
     ]  # fmt: skip
+
+
+def _own_options(config: Config, section: str) -> tuple[str, ...]:
+    """The options of an algorithm's section that no other algorithm reads."""
+    return tuple(name for name in _inner(config, section) if name != _REFINE_INSTRUCTION)
 
 
 def _ignored_in_evaluation(config: Config) -> list[_Ignored]:
@@ -202,7 +261,7 @@ def _ignored_in_evaluation(config: Config) -> list[_Ignored]:
     followed = {option for entry in sets for option in entry.from_eval}
     drawn_only = ("eval.top_p", "eval.top_k", "eval.samples")
     return [
-        (not sets, ("eval.every", "eval.temperature", *drawn_only), "without --eval.sets"),
+        (not sets, ("eval.every", "eval.temperature", *drawn_only, "run.keep_best"), "without --eval.sets"),
         (config.eval.temperature == 0, drawn_only, "with --eval.temperature 0"),
         (True, tuple(f"eval.{option}" for option in FROM_EVAL if option not in followed),
          "where none of --eval.sets leaves it open (arithmetic ones, files and ready sets have no use for some)"),
@@ -245,6 +304,18 @@ def _check_cache(config: Config) -> None:
         raise UserError(
             f"--rollout.cache_tokens {options.cache_tokens}: one sequence may take {longest} "
             "(--rollout.max_prompt_tokens and --rollout.max_response_tokens): give at least that, or 0"
+        )
+
+
+def _check_profile(config: Config) -> None:
+    if config.profile is None:
+        return
+    from thinktwice_fast.run.profiling import profiled_steps
+
+    if profiled_steps(config.profile)[-1] > config.run.steps:
+        raise UserError(
+            f"--profile {config.profile}: the run ends with step {config.run.steps}: give earlier steps, or more "
+            "--run.steps"
         )
 
 

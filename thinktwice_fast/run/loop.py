@@ -1,8 +1,11 @@
 """The run: steps, evaluations and checkpoints, until the end or a signal."""
 
 import errno
+import json
+import shutil
 import time
 from contextlib import ExitStack
+from dataclasses import asdict
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -10,25 +13,32 @@ from typing import Any
 import torch
 
 from thinktwice_fast import parallel
+from thinktwice_fast.algorithms.registry import METHODS
 from thinktwice_fast.algorithms.step import Step
-from thinktwice_fast.config import Config, samples_per_step
+from thinktwice_fast.config import Config
 from thinktwice_fast.errors import UserError
 from thinktwice_fast.model.loading import save_model
-from thinktwice_fast.model.sharding import adapter_state, full_state
+from thinktwice_fast.model.sharding import full_state
+from thinktwice_fast.model.weights import convert_model
+from thinktwice_fast.run.best import Best
 from thinktwice_fast.run.build import Run, build_run
 from thinktwice_fast.run.checkpoint import (
     ADAPTER,
+    MODEL,
     check_room,
+    checkpoint_folder,
     checkpoints,
     load_checkpoint,
     read_state,
     remove_partial,
-    save_checkpoint,
+    step_of,
     writing,
 )
 from thinktwice_fast.run.evaluation import evaluate
 from thinktwice_fast.run.memory import peak_bytes
 from thinktwice_fast.run.output import Output
+from thinktwice_fast.run.profiling import StepProfiler, profiled_steps
+from thinktwice_fast.run.saving import Saver
 from thinktwice_fast.run.signals import StopSignals
 from thinktwice_fast.update.updater import NonFiniteLoss
 
@@ -67,16 +77,28 @@ class Trainer:
         self._config = parts.config
         self._folder = Path(parts.config.output)
         self._step = 0
-        self._saved_step = 0  # of the newest checkpoint
+        self._saved: Path | None = None  # the newest checkpoint, which may be under way
+        self._saved_step = 0  # of it
         self._generations = 0
         self._elapsed = 0.0  # seconds of training before this session
         if self._config.run.save:
-            check_room(self._folder, parts.loaded.model, self._config.update)
+            check_room(self._folder, parts.loaded.model, self._config.update, parallel.world_size())
         resumed = self._resume()
         self._started = time.perf_counter()
         self._output = resources.enter_context(Output(self._config, self._step, resumed))
         for note in parts.notes:
             self._output.message(note)
+        steps = profiled_steps(self._config.profile)
+        if steps and steps[0] <= self._step:
+            self._output.message(f"--profile {self._config.profile}: steps up to {self._step} are done already")
+        own = steps if parallel.rank() == 0 else range(0)
+        self._profiler = StepProfiler(own, self._folder, parts.loaded.model.device)
+        self._saver: Saver | None = None
+        if self._config.run.save:
+            options, tokenizer = self._config.run, parts.loaded.tokenizer
+            saver = Saver(self._folder, parts.updater, tokenizer, options.keep_checkpoints, options.distributed_timeout)
+            self._saver = resources.enter_context(saver)
+            self._find_best(saver)
 
     def train(self) -> None:
         """All steps that are left, then the closing evaluation, model and report."""
@@ -86,7 +108,7 @@ class Trainer:
         while self._step < steps:
             self._advance()
             last = self._step == steps
-            stopping = any(parallel.gather(self._stop.requested))
+            stopping = self._is_stopping()
             # Before the evaluation, which may take long: what comes after a checkpoint is made up for on resume.
             if saves and (last or stopping or _due(self._step, self._config.run.checkpoint_every)):
                 self._checkpoint()
@@ -95,9 +117,22 @@ class Trainer:
                 self._close({}, f"stopped by a signal after step {self._step}; {then}")
                 return
             self._evaluate_if_due()
-        self._close(self._save_model() if saves else {}, f"complete: {self._step} of {steps} steps")
+        self._close(self._save_model(), f"complete: {self._step} of {steps} steps")
+
+    def _is_stopping(self) -> bool:
+        """Whether a signal came, on any process; a checkpoint that could not be written stops them all."""
+        failed = self._saver is not None and self._saver.failed
+        asked = parallel.gather((self._stop.requested, failed))
+        if self._saver is not None and any(failed for _, failed in asked):
+            self._saver.wait()
+        return any(stop for stop, _ in asked)
 
     def _close(self, written: dict[str, Path], outcome: str) -> None:
+        if self._saver is not None:
+            self._saver.wait()
+            if self._saver.best is not None:
+                written = written | {"best": checkpoint_folder(self._folder, self._saver.best.step)}
+        written = {"profile": self._profiler.folder, **written}
         self._output.close_report(written, outcome, self._parts.predicted_bytes)
 
     def _resume(self) -> bool:
@@ -125,6 +160,7 @@ class Trainer:
         state = load_checkpoint(folder, self._parts.updater)
         self._parts.algorithm.load_state(state["algorithm_state"])
         self._step = self._saved_step = state["step"]
+        self._saved = folder
         self._generations = state["generations"]
         self._elapsed = state["elapsed_seconds"]
         return True
@@ -138,18 +174,19 @@ class Trainer:
             )
 
     def _advance(self) -> None:
-        started = time.perf_counter()
         number = self._step + 1
         try:
-            step = self._parts.algorithm.step(number)
+            with self._profiler.around(number):
+                started = time.perf_counter()
+                step = self._parts.algorithm.step(number)
+                seconds = time.perf_counter() - started
         except NonFiniteLoss as error:
             raise UserError(f"step {number}: {error}; {self._keep_evidence(number, error)}") from error
         except UserError as error:
             raise UserError(f"step {number}: {error}; {self._keep_progress()}") from error
         self._step = number
-        if self._config.algorithm != "sft":
-            self._generations += samples_per_step(self._config)
-        self._log_step(step, time.perf_counter() - started)
+        self._generations += step.generations
+        self._log_step(step, seconds)
 
     def _log_step(self, step: Step, seconds: float) -> None:
         parts = (*step.halves, step)
@@ -161,9 +198,11 @@ class Trainer:
             "generations": self._generations,
         }
         self._output.record(self._step, step.phase, metrics)
+        for note in step.notes:
+            self._output.message(f"step {self._step}: {note}")
         every = self._config.run.transcripts_every
         # A whole pair each time, and the first one, which is what one looks at when trying something new.
-        ahead = 0 if step.halves else 1
+        ahead = int("refine" in METHODS[self._config.algorithm].phases and not step.halves)
         if every and (self._step <= 1 + ahead or _due(self._step, every) or _due(self._step + ahead, every)):
             for part in parts:
                 self._output.transcripts(self._step, part.phase, part.groups)
@@ -180,8 +219,28 @@ class Trainer:
             raise UserError(f"evaluation after step {self._step}: {error}; {self._keep_progress()}") from error
         metrics["seconds_evaluation"] = time.perf_counter() - started
         self._output.record(self._step, "eval", metrics)
+        name = self._config.run.keep_best
+        if self._saver is not None and name is not None and self._step:
+            self._keep_if_best(self._saver, name, metrics.get(name))
+
+    def _find_best(self, saver: Saver) -> None:
+        """What was the best before, by the metrics written, of the steps whose checkpoints are there."""
+        name = self._config.run.keep_best
+        steps = {step_of(folder) for folder in checkpoints(self._folder)}
+        known = [(step, value) for step, value in self._output.evaluations(name or "") if step in steps]
+        (best, *_) = parallel.gather(max(known, key=lambda found: found[1], default=None))
+        saver.keep_best(Best(best[0], name, best[1]) if best is not None and name is not None else None)
+
+    def _keep_if_best(self, saver: Saver, name: str, value: float | None) -> None:
+        """The first of equals stays the best; an evaluation may lack the metric (nothing was wrong to be put right)."""
+        if value is None or (saver.best is not None and value <= saver.best.value):
+            return
+        if self._saved != checkpoint_folder(self._folder, self._step):
+            self._checkpoint()
+        saver.keep_best(Best(self._step, name, value))
 
     def _checkpoint(self) -> None:
+        assert self._saver is not None
         started = time.perf_counter()
         state: dict[str, Any] = {
             **_fixed_options(self._config),
@@ -189,38 +248,35 @@ class Trainer:
             "generations": self._generations,
             "elapsed_seconds": self._elapsed_now(),
         }
-        tokenizer = self._parts.loaded.tokenizer
-        save_checkpoint(
-            self._folder, self._step, self._parts.updater, tokenizer, state, self._config.run.keep_checkpoints
-        )
+        self._saved = self._saver.save(self._step, state)
         self._saved_step = self._step
         self._output.record(self._step, "checkpoint", {"seconds_checkpoint": time.perf_counter() - started})
 
     def _save_model(self) -> dict[str, Path]:
-        """What is saved, and where."""
-        models, adapters = self._parts.updater.models, self._parts.updater.models.masters.adapters
-        state, adapter_weights = full_state(models.masters), adapter_state(models.masters)
-        saved = {"model": self._folder / "model"}
-        if adapters is not None:
-            saved["adapter"] = self._folder / ADAPTER
+        """What is saved, and where: what the last checkpoint holds, in the type that rollouts read."""
+        if self._saver is None or self._saved is None:
+            return {}
+        self._saver.wait()
+        saved = {name: self._folder / name for name in (MODEL, ADAPTER) if (self._saved / name).is_dir()}
         if parallel.rank() == 0:
-            with writing(saved["model"]) as folder:
-                save_model(models.rollout, state, self._parts.loaded.tokenizer, folder, models.rollout.dtype)
-            if adapters is not None:
-                with writing(saved["adapter"]) as folder:
-                    adapters.save(adapter_weights, folder)
+            with writing(saved[MODEL]) as folder:
+                convert_model(self._saved / MODEL, folder, self._parts.updater.models.rollout.dtype)
+            if ADAPTER in saved:
+                with writing(saved[ADAPTER]) as folder:
+                    shutil.copytree(self._saved / ADAPTER, folder, dirs_exist_ok=True)
         return saved
 
     def _keep_progress(self) -> str:
         """A failure before the update: the weights are those of the step before."""
         if self._step == 0:
             return "nothing was trained yet"
-        if not self._config.run.save:
+        if self._saver is None:
             return _NOTHING_SAVED
         if not all(parallel.gather(all(bool(p.isfinite().all()) for p in self._parts.loaded.model.parameters()))):
             return "the weights are not finite either and were not saved: continue from the last checkpoint"
         if self._step > self._saved_step:
             self._checkpoint()
+        self._saver.wait()
         return f"everything up to step {self._step} is kept: continue with --resume auto"
 
     def _keep_evidence(self, number: int, error: NonFiniteLoss) -> str:
@@ -231,7 +287,7 @@ class Trainer:
             model, tokenizer = self._parts.updater.models.rollout, self._parts.loaded.tokenizer
             with writing(folder):
                 save_model(model, weights, tokenizer, folder / "model", torch.float32)
-                torch.save(evidence, folder / "batch.pt")
+                (folder / "batch.json").write_text(json.dumps(evidence, default=asdict))
         return f"the batch and the weights that led to it are in {folder}"
 
     def _elapsed_now(self) -> float:

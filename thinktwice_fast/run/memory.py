@@ -10,7 +10,11 @@ V vocabulary; S sequences that decode at once; T tokens and R response tokens of
     reference            b n / N, with a KL term
     gathered weights     b (rest + 2 l) + (b + 4) max(rest, l), in updates, where FSDP2 gathers them: the rest of the
                          model (embedding and head) throughout, two layers at a time, and a gradient until it is reduced
+    checkpoint copy      what a process has of master weights and AdamW, and the largest weight at most, in main memory:
+                         there while a checkpoint is written in the background; on the CPU a part of the peak
     compute weights      b n, where rollouts (and one process's updates) do not read the masters
+    teacher              b n of its model, its packed weights and graphs, a KV cache where the policy's does not fit it,
+                         and what its activations take more than the policy's
     packed weights       b (n - V H, or n where the head is the embedding), for the C++ decoder
     KV cache             2 L K b a token, of the tokens that all sequences which are there together take at their
                          longest, the full blocks of a prompt once (``workload.needed_blocks``); on a GPU at most what
@@ -118,6 +122,16 @@ class Load:
     row_tokens: int  # T
     row_targets: int  # R
     row_keys: int  # keys that its segments see
+    teacher_tokens: int = 0  # of a teacher's prompt and answer, in the same cache
+
+
+@dataclass(frozen=True)
+class SecondModel:
+    """One that is sampled from beside the policy."""
+
+    model: Model  # may be on the meta device
+    copied: bool  # its weights are there for it alone
+    cache_blocks: int  # of a KV cache of its own; 0 = it uses the policy's
 
 
 @dataclass(frozen=True)
@@ -168,6 +182,7 @@ def predict(
     world: int,
     base: int,
     room: int,
+    second: SecondModel | None = None,
 ) -> Prediction:
     """The peak of each of ``world`` processes.
 
@@ -177,10 +192,13 @@ def predict(
         load: of the process that has most.
         base: bytes that the program holds on ``device`` before it loads the model.
         room: bytes that a process may have there.
+        second: a teacher's model.
     """
     shape = Shape.of(model, config.model)
     parts = [Part("program", base, base, base), *_weights(config, shape, model, device, dtype, world)]
     parts += _working(config, shape, model, device, dtype, load)
+    if second is not None:
+        parts += _second(config, shape, second, device, dtype, load)
     if device.type == "cuda":
         if config.rollout.decoder != "modules":
             graphs = _sampling_bytes(shape, dtype, load.sequences, load.sequences)
@@ -189,7 +207,7 @@ def predict(
         parts.append(Part("libraries", _GPU_LIBRARIES, _GPU_LIBRARIES, _GPU_LIBRARIES))
         parts.append(Part("allocator", margin, margin))
     others = Prediction(tuple(part for part in parts if part.rollout or part.update), 0, 0)
-    block_bytes = 2 * shape.layers * shape.keys * dtype.itemsize * BLOCK_SIZE
+    block_bytes = _block_bytes(shape, dtype)
     spare = SPARE_BLOCKS if device.type == "cuda" else 0
     blocks = _cache_blocks(config.rollout, load, device, (room - others.peak) // block_bytes - spare)
     return replace(others, cache_bytes=block_bytes * (blocks + spare), cache_tokens=BLOCK_SIZE * blocks)
@@ -201,12 +219,15 @@ def _weights(
     b, n, m = dtype.itemsize, shape.parameters, shape.trained
     shards = config.update.shard_processes or world
     lora = bool(config.model.lora_rank)
-    own = b * n + 4 * m if lora else 4 * n
+    own = _master_bytes(shape, b, lora=lora)
     rest = n - shape.layers * shape.layer_parameters
     moments = MOMENT_BYTES[config.update.optimizer] * m // shards
     yield Part("master weights", *(own // shards,) * 3)
     yield Part("gradients", 0, 4 * m // shards)
     yield Part("optimizer state", moments, moments)
+    if device.type == "cpu" and config.run.save:
+        copied = checkpoint_bytes(config, shape, dtype, world)
+        yield Part("checkpoint copy", copied, copied)
     if config.loss.beta:
         yield Part("reference weights", *(b * n // shards,) * 3)
     if shards_weights(world, dtype, lora=lora):
@@ -214,9 +235,20 @@ def _weights(
         yield Part("gathered weights", 0, b * (rest + 2 * shape.layer_parameters) + (b + 4) * largest)
     if world > 1 or lora or dtype != torch.float32:
         yield Part("compute weights", *(b * n,) * 3)
-    if planned_runner(model, config.rollout, device, dtype) == "decoder":
-        packed = b * (n if shape.tied else n - shape.vocabulary * shape.hidden)
+    if packed := _packed_bytes(config.rollout, shape, model, device, dtype):
         yield Part("packed weights", packed, packed)
+
+
+def checkpoint_bytes(config: Config, shape: Shape, dtype: torch.dtype, world: int) -> int:
+    """Bytes of main memory that each process takes while a checkpoint is written; rank 0 joins one weight at a time."""
+    shards, lora = config.update.shard_processes or world, bool(config.model.lora_rank)
+    kept = _master_bytes(shape, dtype.itemsize, lora=lora) + MOMENT_BYTES[config.update.optimizer] * shape.trained
+    joined = 4 * max(shape.vocabulary, shape.inner) * shape.hidden if world > 1 or lora else 0
+    return kept // shards + joined
+
+
+def _master_bytes(shape: Shape, b: int, *, lora: bool) -> int:
+    return b * shape.parameters + 4 * shape.trained if lora else 4 * shape.parameters
 
 
 def _working(
@@ -240,6 +272,34 @@ def _working(
     yield Part("loss head", 0, tiles * logit * rows * shape.vocabulary + gradient + 2 * b * targets * shape.hidden)
     if device.type == "cpu":
         yield Part("allocator", 4 * shape.trained, 4 * shape.trained)
+
+
+def _second(
+    config: Config, policy: Shape, second: SecondModel, device: torch.device, dtype: torch.dtype, load: Load
+) -> Iterator[Part]:
+    shape = Shape.of(second.model, ModelOptions())
+    theirs, ours = (_sampling_bytes(one, dtype, load.pass_tokens, load.sequences) for one in (shape, policy))
+    weights = dtype.itemsize * shape.parameters if second.copied else 0
+    packed = _packed_bytes(replace(config.rollout, exact=False), shape, second.model, device, dtype)
+    cache = second.cache_blocks * _block_bytes(shape, dtype)
+    yield Part("teacher weights", weights, weights)
+    yield Part("teacher packed weights", packed, packed)
+    yield Part("teacher KV cache", cache, cache)
+    yield Part("teacher activations", max(0, theirs - ours), 0)
+    if device.type == "cuda" and config.rollout.decoder != "modules":
+        graphs = _sampling_bytes(shape, dtype, load.sequences, load.sequences)
+        yield Part("teacher CUDA graphs", graphs, graphs)
+
+
+def _packed_bytes(options: RolloutOptions, shape: Shape, model: Model, device: torch.device, dtype: torch.dtype) -> int:
+    """Of the C++ decoder's own weights, where it runs."""
+    if planned_runner(model, options, device, dtype) != "decoder":
+        return 0
+    return dtype.itemsize * (shape.parameters - (0 if shape.tied else shape.vocabulary * shape.hidden))
+
+
+def _block_bytes(shape: Shape, dtype: torch.dtype) -> int:
+    return 2 * shape.layers * shape.keys * dtype.itemsize * BLOCK_SIZE
 
 
 def layer_bytes(shape: Shape, dtype: torch.dtype, *, own: bool) -> int:
@@ -272,7 +332,7 @@ def _sampling_bytes(shape: Shape, dtype: torch.dtype, pass_tokens: int, sequence
 
 
 def _cache_blocks(options: RolloutOptions, load: Load, device: torch.device, room: int) -> int:
-    longest = blocks_for(options.max_prompt_tokens + options.max_response_tokens)
+    longest = blocks_for(max(options.max_prompt_tokens + options.max_response_tokens, load.teacher_tokens))
     if device.type == "cuda":
         return max(longest, cache_blocks(options, load.needed_blocks, longest, room))
     return min(cache_blocks(options, load.needed_blocks, longest), load.needed_blocks)  # memory counts once written
@@ -318,3 +378,16 @@ def device_bytes(device: torch.device, processes: int) -> int:
     granted = limit.read_text().strip() if limit.is_file() else ""
     memory = os.sysconf("SC_PHYS_PAGES") * _PAGE
     return min(memory, int(granted) if granted.isdecimal() else memory) // processes
+
+
+def free_bytes(device: torch.device) -> int:
+    """What nobody holds of a GPU's memory, or of the main memory that this process may have, now."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    available = 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
+    limit, held = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.stat")
+    if limit.is_file() and limit.read_text().strip().isdecimal():  # what is no file's page can't be given back
+        anonymous = next(int(line.split()[1]) for line in held.read_text().splitlines() if line.startswith("anon "))
+        available = min(available, max(0, int(limit.read_text()) - anonymous))
+    return available

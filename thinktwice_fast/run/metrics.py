@@ -1,21 +1,15 @@
-"""Every metric, declared once with its definition, and the two files they go to.
+"""Every metric, declared once with its definition; ``metrics_file.py`` writes them.
 
-``metrics.jsonl`` holds one JSON object per line: ``step``, ``phase``, then metrics under the names declared
-here. The same numbers go to TensorBoard. Solve and refine metrics never share a key: their averages would mix
-two different prompts.
+Solve and refine metrics never share a key: their averages would mix two different prompts.
 """
 
-import json
-import math
-import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
-from thinktwice_fast.errors import UserError
+from thinktwice_fast.algorithms.thinktuning.feedback import REFUSALS
 
 Record = dict[str, Any]  # one line of metrics.jsonl: "step" (int), "phase" (str), then name: number or None
 
@@ -27,7 +21,11 @@ PHASES = (*TRAINED, "eval", "checkpoint")
 
 @dataclass(frozen=True)
 class Metric:
-    """One metric. In ``name``, ``{phase}`` is one of ``phases``, ``{set}`` an evaluation set, ``{k}`` a count."""
+    """One metric.
+
+    In ``name``, ``{phase}`` is one of ``phases``, ``{set}`` an evaluation set, ``{k}`` a count, ``{behaviour}`` a
+    teacher's.
+    """
 
     name: str
     unit: str
@@ -38,7 +36,8 @@ class Metric:
     @property
     def pattern(self) -> re.Pattern[str]:
         """Matches the keys that this metric may have in a record."""
-        fields = {"phase": f"(?:{'|'.join(self.phases)})", "set": "[^/]+", "k": "[1-9][0-9]*", "sign": "(?:pos|neg)"}
+        phase = f"(?:{'|'.join(self.phases)})"
+        fields = {"phase": phase, "set": "[^/]+", "k": "[1-9][0-9]*", "sign": "(?:pos|neg)", "behaviour": "[A-Za-z_]+"}
         return re.compile(re.sub(r"\{(\w+)\}", lambda found: fields[found[1]], self.name))
 
 
@@ -66,6 +65,22 @@ METRICS: tuple[Metric, ...] = (
     ),
     Metric("{phase}/grading_timeouts", "samples", "Samples whose grader was stopped at `reward_timeout`.", POLICY),
     Metric("{phase}/preemptions", "sequences", "Times a sequence had to leave a full KV cache and start over.", POLICY),
+    Metric(
+        "solve/draws",
+        "draws",
+        "DAPO: times that problems were sampled until the batch was full. Rewards, lengths and the like are those of "
+        "every sample drawn, figures of the loss those of the samples trained on.",
+    ),
+    Metric("solve/samples_discarded", "samples", "DAPO: samples drawn that were not trained on."),
+    Metric(
+        "solve/overlong_penalty",
+        "reward",
+        "DAPO: what `dapo.overlong_buffer_tokens` took off the rewards that advantages are made of, mean over the "
+        "samples trained on; `solve/reward` is what it was.",
+    ),
+    Metric("solve/kept", "samples", "STaR: answers of the step that are kept to be learned."),
+    Metric("solve/rationalized", "samples", "STaR: those of them that had the gold answer as a hint."),
+    Metric("{phase}/iteration", "", "STaR: which iteration the step belongs to, from 1.", ("solve", "sft")),
     Metric("{phase}/prompt_tokens", "tokens", "Mean prompt length, every sample counted.", SAMPLED),
     Metric("{phase}/response_tokens", "tokens", "Mean response length, stop token included.", SAMPLED),
     Metric("{phase}/response_tokens_max", "tokens", "Longest response, stop token included.", SAMPLED),
@@ -194,8 +209,36 @@ METRICS: tuple[Metric, ...] = (
         "Refine groups that went on from their base's KV cache, of all refine groups; the prompts of the others were "
         "computed anew, because they do not continue the base token for token or the cache had no room.",
     ),
+    Metric(
+        "solve/guided_fraction",
+        "share",
+        "Share of each group's properly ended rollouts that the teacher was to be asked about (at least one of them); "
+        "0 once `thinktuning.cutoff` has ended the guiding.",
+    ),
+    Metric("solve/guided_rate", "share", "Rollouts with feedback spliced in, of all rollouts."),
+    Metric(
+        "solve/teacher_answers",
+        "answers",
+        "Answers that the teacher was asked for since the start, unusable ones too; they are no `generations`.",
+    ),
+    Metric("solve/teacher_acceptance", "share", "Answers that were spliced in, of those asked for in the step."),
+    *(Metric(f"solve/refused/{reason}", "answers", text) for reason, text in REFUSALS.items()),
+    Metric(
+        "solve/behaviour/{behaviour}",
+        "answers",
+        "Answers spliced in whose request named this behaviour; absent where it is none, and without "
+        "`thinktuning.one_behaviour`, since an answer does not tell.",
+    ),
+    Metric("solve/reward_guided", "reward", "Mean reward of the guided rollouts, as graded with the feedback in them."),
+    Metric("solve/reward_unguided", "reward", "Mean reward of the other members of their groups."),
+    Metric(
+        "solve/seconds_teacher",
+        "s",
+        "Asking the teacher, splicing and grading anew, on the slowest process.",
+        timing=True,
+    ),
     Metric("seconds_evaluation", "s", "One evaluation, all sets.", timing=True),
-    Metric("seconds_checkpoint", "s", "Writing one checkpoint.", timing=True),
+    Metric("seconds_checkpoint", "s", "Training stood still for a checkpoint.", timing=True),
     Metric("elapsed_seconds", "s", "Since the start of training, over all sessions of a resumed run.", timing=True),
     Metric(
         "peak_memory_bytes",
@@ -206,8 +249,8 @@ METRICS: tuple[Metric, ...] = (
     Metric(
         "generations",
         "samples",
-        "Training samples drawn since the start, solve and refine together: what methods are compared at, since half "
-        "of ThinkTwice's steps refine.",
+        "Training samples drawn since the start, refinements and discarded ones among them: what methods are compared "
+        "at, since half of ThinkTwice's steps refine and DAPO's draw until a batch is full.",
     ),
     Metric("eval/{set}/solve_accuracy", "share", "Solutions that are right, of all solutions."),
     Metric("eval/{set}/refine_accuracy", "share", "The same after one greedy refinement of each solution."),
@@ -265,133 +308,12 @@ def reproducible(records: Iterable[Record]) -> list[Record]:
     """
     kept = []
     for record in records:
-        values = {name: value for name, value in _metrics_of(record).items() if not find_metric(name).timing}
+        values = {name: value for name, value in metrics_of(record).items() if not find_metric(name).timing}
         if values:
             kept.append({"step": record["step"], "phase": record["phase"], **values})
     return kept
 
 
-def _metrics_of(record: Record) -> Record:
+def metrics_of(record: Record) -> Record:
+    """The metrics of a record, by name."""
     return {name: value for name, value in record.items() if name not in ("step", "phase")}
-
-
-def append_json_lines(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
-    """Append one line per record, handed to the operating system before returning.
-
-    Raises:
-        UserError: the file cannot be written (no space left, say).
-        ValueError: a value is NaN or infinite, which JSON cannot hold.
-    """
-    try:
-        with path.open("ab") as file:
-            for record in records:
-                line = json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n"
-                # A lone surrogate (legal in a JSON data set) has no UTF-8 form; its backslash form is a JSON escape.
-                file.write(line.encode("utf-8", "backslashreplace"))
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}; mend that, then continue with --resume auto") from None
-
-
-def read_json_lines(path: Path) -> Iterator[Record]:
-    """The records of a JSON lines file, in order, without a last line that a kill cut in half.
-
-    Raises:
-        UserError: the file is missing, or a line that others follow is not a record with a ``step``.
-    """
-    try:
-        file = path.open("rb")
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}; give the path of a run's JSON lines file") from None
-    with file:
-        for number, line in enumerate(file, start=1):
-            try:
-                record = json.loads(line)
-                record["step"]
-            except (ValueError, TypeError, KeyError):
-                # Lines are appended whole, so only the end of the file can be torn.
-                if not line.endswith(b"\n"):
-                    return
-                raise UserError(f"{path}, line {number} is not a record of a run; delete that line") from None
-            yield record
-
-
-def read_metrics(path: Path) -> list[Record]:
-    """Every record of a ``metrics.jsonl``; raises UserError as `read_json_lines` does."""
-    return list(read_json_lines(path))
-
-
-def truncate_json_lines(path: Path, last_step: int | None) -> None:
-    """Keep only the records with ``step`` <= ``last_step``, or none where it is None.
-
-    What a killed run wrote after its last checkpoint will be written again. The file is replaced in one rename:
-    a kill leaves the old or the new one. A missing file stays missing.
-
-    Raises:
-        UserError: as `read_json_lines` and `append_json_lines`.
-    """
-    if not path.exists():
-        return
-    if last_step is None:
-        path.unlink()
-        return
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.unlink(missing_ok=True)
-    append_json_lines(temporary, (record for record in read_json_lines(path) if record["step"] <= last_step))
-    with temporary.open("rb") as file:
-        os.fsync(file.fileno())
-    temporary.replace(path)
-
-
-class MetricsWriter:
-    """Writes ``folder/metrics.jsonl`` and TensorBoard events under ``folder/tensorboard``. For rank 0 alone.
-
-    Args:
-        folder: The run's folder; made where it is missing.
-        resume_step: Step of the checkpoint that the run continues from: later records are removed from the file, and
-            TensorBoard is told to forget them. None for a run from the start: the same for all records.
-    """
-
-    def __init__(self, folder: Path, resume_step: int | None) -> None:
-        # Imported here because it takes seconds, and of all processes only this one needs it.
-        from torch.utils.tensorboard import SummaryWriter
-
-        folder.mkdir(parents=True, exist_ok=True)
-        self.path = folder / "metrics.jsonl"
-        truncate_json_lines(self.path, resume_step)
-        self.tensorboard_folder = folder / "tensorboard"
-        purge_step = 0 if resume_step is None else resume_step + 1
-        self._tensorboard = SummaryWriter(str(self.tensorboard_folder), purge_step=purge_step)
-
-    def write(self, step: int, phase: str, values: Mapping[str, float | None]) -> Record:
-        """Write one record and return it as written.
-
-        NaN and infinities become null: JSON has neither, and a broken metric must not stop a run.
-
-        Raises:
-            KeyError: an undeclared name, or one that belongs to another phase.
-            UserError: the file cannot be written.
-        """
-        assert phase in PHASES, phase
-        record: Record = {"step": step, "phase": phase}
-        for name, value in values.items():
-            find_metric(name)
-            if "/" in name and name.partition("/")[0] not in (POLICY if phase == "pair" else (phase,)):
-                raise KeyError(f"metric {name!r} does not belong into a record of phase {phase!r}")
-            record[name] = value if value is not None and math.isfinite(value) else None
-        append_json_lines(self.path, [record])
-        for name, value in _metrics_of(record).items():
-            if value is not None:
-                self._tensorboard.add_scalar(name, value, step)
-        # The writer's own interval is two minutes, all of which a kill would lose.
-        self._tensorboard.flush()
-        return record
-
-    def close(self) -> None:
-        """Close the TensorBoard file."""
-        self._tensorboard.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.close()

@@ -103,7 +103,7 @@ class Progress:
             parts.append(f"loss {self._number('sft/loss', '.3f')}")
             parts.append(f"token accuracy {self._number('sft/token_accuracy', '.3f')}")
         else:
-            rewards = [f"{phase} {self._number(f'{phase}/reward', '.3f')}" for phase in SAMPLED]
+            rewards = [f"{phase} {self._number(f'{phase}/reward', '.3f')}" for phase in self._sampled()]
             parts.append(f"reward {', '.join(rewards)}")
             drawn = SAMPLED if self._phase == "pair" else (self._phase,)
             lengths = [self._number(f"{phase}/response_tokens", ".0f") for phase in drawn]
@@ -127,7 +127,7 @@ class Progress:
 
     def _reward_table(self) -> Table:
         table = _numbers_table("", "reward", "with signal", "tokens a response", "cut off", "tokens/s")
-        for phase in (*SAMPLED, "pair") if self._phase == "pair" else SAMPLED:
+        for phase in (*self._sampled(), "pair") if self._phase == "pair" else self._sampled():
             table.add_row(
                 phase,
                 self._number(f"{phase}/reward", ".3f"),
@@ -143,6 +143,10 @@ class Progress:
         table = _numbers_table("", "loss", "token accuracy")
         table.add_row("sft", self._number("sft/loss", ".3f"), self._number("sft/token_accuracy", ".3f"))
         return table
+
+    def _sampled(self) -> list[str]:
+        """Phases that have been sampled so far."""
+        return [phase for phase in SAMPLED if f"{phase}/response_tokens" in self._latest]
 
     def _number(self, name: str, form: str) -> str:
         value = self._latest.get(name)

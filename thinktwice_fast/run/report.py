@@ -10,7 +10,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from thinktwice_fast.errors import UserError
-from thinktwice_fast.run.metrics import AVERAGE, POLICY, SAMPLED, Record, append_json_lines
+from thinktwice_fast.run.metrics import AVERAGE, POLICY, SAMPLED, Record
+from thinktwice_fast.run.metrics_file import append_json_lines
 from thinktwice_fast.run.progress import clock
 
 Curve = tuple[list[int], list[float]]  # steps, values

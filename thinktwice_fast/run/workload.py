@@ -7,9 +7,10 @@ responses, more of which fit together, may fill the budget better. So it is boun
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from thinktwice_fast.algorithms.registry import METHODS
 from thinktwice_fast.config import Config, samples_per_step
 from thinktwice_fast.model.flops import Flops
-from thinktwice_fast.rollout.engine import shared_blocks
+from thinktwice_fast.rollout.engine import BLOCK_SIZE, blocks_for, shared_blocks
 from thinktwice_fast.run.memory import Load
 from thinktwice_fast.update.batches import Example
 from thinktwice_fast.update.microbatches import plan_microbatches
@@ -24,7 +25,7 @@ class Phase:
     samples: int  # of each prompt
     prompt_tokens: int  # longest
     response_tokens: int  # longest
-    optimizer_steps: int
+    optimizer_steps: int  # 0 = it samples alone; then the rest is 0
     rows: int  # micro-batches of one optimizer step, with every response that long
     row_tokens: int  # of a micro-batch, whatever the lengths are
     row_targets: int  # response tokens of a micro-batch, whatever the lengths are
@@ -40,30 +41,57 @@ class Evaluated:
     prompt_tokens: int = 0  # longest, to refine
 
 
+@dataclass(frozen=True)
+class Taught:
+    """The most that a teacher which is sampled here is asked in a step, on one process."""
+
+    requests: int
+    prompt_tokens: int
+    shared_tokens: int  # that all prompts begin with
+    answer_tokens: int
+
+    @property
+    def tokens(self) -> int:
+        """Of a prompt and its answer."""
+        return self.prompt_tokens + self.answer_tokens
+
+    def blocks(self, sequences: int) -> int:
+        """Of KV cache, for so many requests at a time."""
+        shared = self.shared_tokens // BLOCK_SIZE
+        return 1 + shared + min(self.requests, sequences) * (blocks_for(self.tokens) - shared)
+
+
 def phases(config: Config, flops: Flops, longest_prompts: Mapping[str, int], world: int) -> list[Phase]:
-    """The phases of a pair of steps (SFT: the one of a step), on each of ``world`` processes."""
-    sft, joint = config.algorithm == "sft", config.thinktwice.pairing == "joint"
-    samples = 1 if sft else config.samples_per_problem
-    drawn = config.problems_per_step if sft else samples_per_step(config)
-    steps = 1 if sft else drawn // (config.update.minibatch_sequences or drawn)
-    together = {"pair": [*longest_prompts.values()]} if joint else {name: [n] for name, n in longest_prompts.items()}
-    return [
-        Phase(
-            name,
-            len(prompts) * config.problems_per_step // world,
-            samples,
-            max(prompts),
-            config.rollout.max_response_tokens,
-            steps,
-            _row_count(config, flops, world, prompts * (config.problems_per_step // steps)),
-            *_row_bounds(config, prompts * (config.problems_per_step // steps)),
-        )
-        for name, prompts in together.items()
-    ]
+    """The phases that an algorithm's steps have (a pair of steps, say), on each of ``world`` processes."""
+    if config.thinktwice.pairing == "joint":
+        return [_phase(config, flops, "pair", [*longest_prompts.values()], world)]
+    return [_phase(config, flops, name, [prompt], world) for name, prompt in longest_prompts.items()]
+
+
+def _phase(config: Config, flops: Flops, name: str, prompts: list[int], world: int) -> Phase:
+    """What a phase makes of groups of ``prompts``, the longest ones, in each of its slots."""
+    batch, response = config.problems_per_step, config.rollout.max_response_tokens
+    samples, steps = config.samples_per_problem, 0
+    if name == "sft":
+        samples, steps = 1, 1
+    elif METHODS[config.algorithm].preset is not None:
+        steps = samples_per_step(config) // (config.update.minibatch_sequences or samples_per_step(config))
+    rows, bounds = 0, (0, 0, 0)
+    if steps:
+        together = prompts * (batch // steps)
+        rows = _row_count(config, flops, world, together, samples)
+        # Of kept answers any number may be to one question.
+        bounds = _row_bounds(config, together, samples, len(together) if config.algorithm == "star" else samples)
+    return Phase(name, len(prompts) * batch // world, samples, max(prompts), response, steps, rows, *bounds)
 
 
 def heaviest_load(
-    config: Config, planned: Sequence[Phase], longest_prompts: Mapping[str, int], evaluated: Evaluated, world: int
+    config: Config,
+    planned: Sequence[Phase],
+    longest_prompts: Mapping[str, int],
+    evaluated: Evaluated,
+    world: int,
+    taught: Taught | None = None,
 ) -> Load:
     """The most that one of ``world`` processes has to hold at a time.
 
@@ -71,18 +99,21 @@ def heaviest_load(
         planned: see ``phases``.
         longest_prompts: tokens, by phase.
         evaluated: in the largest evaluation.
+        taught: by a teacher that uses the policy's KV cache.
     """
     options = config.rollout
-    sampled = 0 if config.algorithm == "sft" else max(phase.prompts * phase.samples for phase in planned)
+    sampled = max((phase.prompts * phase.samples for phase in planned if phase.name != "sft"), default=0)
     sequences = min(options.max_sequences, max(sampled, _solutions(evaluated, world)))
-    longest = max(evaluated.prompt_tokens, *longest_prompts.values())
+    longest = max(evaluated.prompt_tokens, *longest_prompts.values(), taught.prompt_tokens if taught else 0)
+    needed = needed_blocks(config, longest_prompts, evaluated, world)
     return Load(
         sequences,
-        needed_blocks(config, longest_prompts, evaluated, world),
+        max(needed, taught.blocks(options.max_sequences)) if taught else needed,
         min(options.max_batch_tokens, sequences * longest),
         max(phase.row_tokens for phase in planned),
         max(phase.row_targets for phase in planned),
         max(phase.row_keys for phase in planned),
+        taught.tokens if taught else 0,
     )
 
 
@@ -100,7 +131,7 @@ def needed_blocks(config: Config, longest_prompts: Mapping[str, int], evaluated:
     most, response = config.rollout.max_sequences, config.rollout.max_response_tokens
     chats = min(most, _solutions(evaluated, world))
     of_evaluation = shared_blocks([evaluated.prompt_tokens] * chats, chats, response)
-    if config.algorithm == "sft":
+    if not METHODS[config.algorithm].samples:
         return of_evaluation
     drawn, groups = config.samples_per_problem, config.problems_per_step // world
     prompts = groups * -(-drawn // most)  # a group of more samples than decode at once comes in parts
@@ -119,20 +150,20 @@ def _solutions(evaluated: Evaluated, world: int) -> int:
     return -(-evaluated.problems // world) * evaluated.samples
 
 
-def _row_count(config: Config, flops: Flops, world: int, prompts: list[int]) -> int:
+def _row_count(config: Config, flops: Flops, world: int, prompts: list[int], samples: int) -> int:
     """Micro-batches of each process where every response is as long as may be.
 
     Args:
         prompts: tokens of each prompt of an optimizer step.
+        samples: of each.
     """
-    samples = 1 if config.algorithm == "sft" else config.samples_per_problem
     response = [0] * config.rollout.max_response_tokens
     examples = [Example((number,) * prompt, response) for number, prompt in enumerate(prompts) for _ in range(samples)]
     budget, shared = config.update.microbatch_tokens, config.update.shared_prefix
     return len(plan_microbatches(examples, budget, world, flops, shared_prefix=shared)[0])
 
 
-def _row_bounds(config: Config, prompts: list[int]) -> tuple[int, int, int]:
+def _row_bounds(config: Config, prompts: list[int], samples: int, alike: int) -> tuple[int, int, int]:
     """Tokens, response tokens and keys of a micro-batch at most.
 
     Tokens are the budget's, unless one sequence takes more, or all take less. A shared prompt's keys count again for
@@ -140,9 +171,10 @@ def _row_bounds(config: Config, prompts: list[int]) -> tuple[int, int, int]:
 
     Args:
         prompts: tokens of each prompt of an optimizer step, at most.
+        samples: of each.
+        alike: sequences that may have the same prompt, at most.
     """
     sft, shared, options = config.algorithm == "sft", config.update.shared_prefix, config.rollout
-    samples = 1 if sft else config.samples_per_problem
     sequences = len(prompts) * samples
     # The last token of a response is only a target. An example's response may take what its prompt leaves.
     longest = options.max_prompt_tokens + options.max_response_tokens - 1
@@ -151,6 +183,6 @@ def _row_bounds(config: Config, prompts: list[int]) -> tuple[int, int, int]:
     everything = sum(prompts) * (1 if shared else samples) + sequences * (response - 1)
     tokens = min(everything, max(config.update.microbatch_tokens, single))
     reads = samples + 1 if shared else samples  # of a prompt: by itself, and by each of its responses
-    keys = min(sum(prompts) * reads + sequences * (response - 1), tokens * (reads if shared else 1))
+    keys = min(sum(prompts) * reads + sequences * (response - 1), tokens * (alike + 1 if shared else 1))
     # A prompt that is shared makes room for the first token of one response alone.
     return tokens, min(sequences * response, tokens + (sequences - 1 if shared else 0)), keys

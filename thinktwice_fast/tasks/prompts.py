@@ -133,6 +133,7 @@ class ChatFormat:
                 ("give a Jinja file with ", _TEMPLATE),
             )
         self._tokenizer = tokenizer
+        self.special_ids = frozenset(tokenizer.all_special_ids)  # of tokens that no text should become
         for name in _RENDERING & template_args.keys():
             raise UserError((Option("model.chat_template_args"), f": {name} is not for you to set"), "leave it out")
         self._arguments = dict(template_args)

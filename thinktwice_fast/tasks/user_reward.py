@@ -23,6 +23,7 @@ from typing import Any
 from thinktwice_fast.errors import UserError, one_line
 from thinktwice_fast.records import Message, Problem
 
+_PARAMETERS = "prompts, completions, **columns"
 # TRL passes these by itself and takes none of them from the data set's columns.
 _NOT_COLUMNS = ("prompt", "prompts", "completion", "completions", "completion_ids")
 
@@ -53,7 +54,7 @@ def split_reward(reward: str) -> tuple[Path, str]:
 
 def load_function(path: str, name: str) -> Failure | None:
     """Import the user's file into this process, once; a Failure tells why it cannot be used."""
-    function = _loaded(path, name)
+    function = loaded(path, name, _PARAMETERS)
     return function if isinstance(function, Failure) else None
 
 
@@ -79,7 +80,7 @@ def call_function(path: str, name: str, keywords: dict[str, Any], seconds: float
         keywords: see `keyword_arguments`.
         seconds: after so many, no other sample is tried alone.
     """
-    function = _loaded(path, name)
+    function = loaded(path, name, _PARAMETERS)
     if isinstance(function, Failure):
         return function
     until = time.monotonic() + seconds
@@ -98,14 +99,15 @@ def call_function(path: str, name: str, keywords: dict[str, Any], seconds: float
 
 
 @functools.cache  # per process, so that the module's state survives
-def _loaded(path: str, name: str) -> Callable[..., Any] | Failure:
+def loaded(path: str, name: str, parameters: str) -> Callable[..., Any] | Failure:
+    """A function in a user's file, or why it cannot be used; ``parameters`` are those it has to take, for the text."""
     try:
         function = _import_function(path, name)
     except BaseException as error:  # whatever a user's module does at import, the trainer names it in one line
-        return Failure(f"cannot be imported: {_kind_and_text(error)}")
+        return Failure(f"cannot be imported: {kind_and_text(error)}")
     if not callable(function):
         kind = "there is no such function in the file" if function is None else f"it is a {type(function).__name__}"
-        return Failure(f"cannot be used: {kind}; define `def {name}(prompts, completions, **columns)`")
+        return Failure(f"cannot be used: {kind}; define `def {name}({parameters})`")
     checked: Callable[..., Any] = function
     return checked
 
@@ -117,7 +119,7 @@ def _rewards(function: Callable[..., Any], keywords: dict[str, Any]) -> list[flo
             result = _event_loop().run_until_complete(result)
         return _checked(result, len(keywords["completions"]))
     except BaseException as error:  # a user's function may raise anything, SystemExit included
-        return Failure(f"raised {_kind_and_text(error)}")
+        return Failure(f"raised {kind_and_text(error)}")
 
 
 @functools.cache  # one for all calls, since what a user's function keeps open belongs to its loop
@@ -129,7 +131,7 @@ def _import_function(path: str, name: str) -> Any:
     folder = os.path.dirname(path)
     if folder not in sys.path:
         sys.path.insert(0, folder)  # so that the file may import its neighbours, as a script could
-    module_name = f"user_reward_{Path(path).stem}"
+    module_name = f"user_file_{Path(path).stem}"
     spec = importlib.util.spec_from_file_location(module_name, path)
     assert spec is not None and spec.loader is not None, path
     module = importlib.util.module_from_spec(spec)
@@ -154,6 +156,7 @@ def _checked(result: Any, count: int) -> list[float | None] | Failure:
     return [None if reward is None else float(reward) for reward in rewards]
 
 
-def _kind_and_text(error: BaseException) -> str:
+def kind_and_text(error: BaseException) -> str:
+    """``ValueError: ...``, in one line."""
     kind, text = type(error).__name__, one_line(error)
     return kind if text == kind else f"{kind}: {text}"

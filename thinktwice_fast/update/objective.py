@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from thinktwice_fast.config import LOSS_BOUNDS, LossOptions, ThinkTuningOptions
+from thinktwice_fast.config import LOSS_BOUNDS, LossOptions
+from thinktwice_fast.thinktuning_options import ThinkTuningOptions
 
 _SHAPING = (
     "shaping_coefficient",

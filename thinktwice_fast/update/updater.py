@@ -20,12 +20,12 @@ from thinktwice_fast.errors import UserError
 from thinktwice_fast.model.flops import Flops
 from thinktwice_fast.model.policy import Policy
 from thinktwice_fast.model.products import WithValue, exact_logprobs, exact_product
-from thinktwice_fast.model.sharding import ModelPair
+from thinktwice_fast.model.sharding import ModelPair, set_trained_shards, trained_shards
 from thinktwice_fast.records import Rollout
 from thinktwice_fast.update.batches import Example, PackedRow, Trainable, pack, pack_shared
 from thinktwice_fast.update.microbatches import plan_microbatches
 from thinktwice_fast.update.objective import loss_arguments
-from thinktwice_fast.update.optimizer import few_threads
+from thinktwice_fast.update.optimizer import continue_schedule, few_threads
 from thinktwice_fast.update.phase import Phase, noted, shaping_shares
 from thinktwice_kernels import combine_metrics, grpo_loss, linear_grpo_loss, linear_logits, linear_logprobs
 
@@ -158,6 +158,22 @@ class Updater:
         self.models.updated()
         hits = sum(float(part["hits"]) for part in parallel.gather_flat(metrics))
         return {"token_accuracy": hits / tokens} | self._step_metrics([loss], [norm], started)
+
+    def trained_weights(self) -> list[torch.Tensor]:
+        """Copies on the CPU of what this process has of the trained weights, for ``restart``."""
+        return trained_shards(self.models.masters)
+
+    def restart(self, weights: Sequence[torch.Tensor]) -> None:
+        """Begin anew from other weights: optimizer and learning rate stand where they stood at the start. Collective.
+
+        Args:
+            weights: as ``trained_weights`` gave them.
+        """
+        set_trained_shards(self.models.masters, weights)
+        self.models.sync()
+        self.optimizer.state.clear()
+        continue_schedule(self.optimizer, self.schedule, 0)
+        self.version += 1
 
     def _optimizer_step(self, microbatches: list[list[S]], loss_of: LossOf[S]) -> tuple[float, float, list[Metrics]]:
         """The mini-batch's loss and gradient norm over all processes, and this process's micro-batch metrics."""

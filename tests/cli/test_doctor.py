@@ -1,0 +1,87 @@
+"""`thinktwice-fast doctor`: every op is tested, what is wrong shows, and the exit status follows."""
+
+import inspect
+import sys
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+import thinktwice_kernels
+from thinktwice_fast.cli import doctor, machine, main, self_test
+from thinktwice_fast.cli.machine import Fact
+from thinktwice_fast.model import csrc
+from thinktwice_fast.run import memory
+
+CPU = torch.device("cpu")
+ON_GPU = pytest.param(
+    "cuda",
+    marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")],
+)
+
+
+def asked(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    monkeypatch.setattr(sys, "argv", ["thinktwice-fast", "doctor", *arguments])
+    return main.main()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("device", ["cpu", ON_GPU])
+def test_every_op_is_right(device: str, dtype: torch.dtype) -> None:
+    results = list(self_test.self_test(torch.device(device), dtype))
+    assert [result for result in results if not result.right] == []
+    names = {result.name for result in results}
+    ops = {name for name in thinktwice_kernels.__all__ if name.islower()} - {"combine_metrics", "loss_count"}
+    ops |= {name for name, _ in inspect.getmembers(csrc, inspect.isfunction) if name[0].islower()}
+    assert ops <= names
+
+
+def test_a_wrong_op_shows(monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(gate_up: torch.Tensor) -> torch.Tensor:
+        return 1.0001 * thinktwice_kernels.swiglu(gate_up)
+
+    def slope(gate_up: torch.Tensor) -> torch.Tensor:
+        y = thinktwice_kernels.swiglu(gate_up)
+        return y + 1e-3 * (gate_up[:, : y.shape[1]] - gate_up[:, : y.shape[1]].detach())
+
+    def broken(gate_up: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("no kernel image")
+
+    def lost(gate_up: torch.Tensor) -> torch.Tensor:
+        return thinktwice_kernels.swiglu(gate_up) * torch.nan
+
+    (op,) = (op for op in self_test.OPS if op.name == "swiglu")
+    monkeypatch.setattr(self_test, "OPS", [replace(op, run=wrong) for wrong in (run, slope, broken, lost)])
+    results = list(self_test.self_test(CPU, torch.float32))
+    assert [result.right for result in results] == [False] * 4 + [True]
+    assert [result.failure for result in results][2:4] == ["no kernel image", ""]
+
+
+def test_verdict(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.setattr(self_test, "OPS", self_test.OPS[:1])
+    assert asked(monkeypatch) == 0
+    told = capsys.readouterr().out
+    assert told.endswith("\nready\n") and "token_logprobs" in told and torch.__version__ in told
+
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 0)
+    monkeypatch.setattr(self_test, "_compare", lambda *_: 3.0)
+    assert asked(monkeypatch) == 2
+    out, err = capsys.readouterr()
+    assert "GiB are missing, which others hold now: end them" in out and "token_logprobs" in out
+    assert err == "thinktwice-fast: error: not ready: 2 things to mend, see above\n"
+
+    monkeypatch.setattr(machine, "machine_facts", lambda: [Fact("extension", "does not load", "run `make`", True)])
+    assert asked(monkeypatch, "--model.path", "absent") == 2
+    out, _ = capsys.readouterr()
+    assert out.splitlines()[-1] == "- extension does not load: run `make`"
+
+
+def test_options_of_a_run_that_contradict_each_other(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.setattr(doctor, "_kernel_problems", lambda *_: [])
+    assert asked(monkeypatch, "--samples_per_problem", "1") == 2
+    assert "- --samples_per_problem must be at least 2" in capsys.readouterr().out
+
+
+def test_there_is_memory_to_be_had() -> None:
+    assert 0 < memory.free_bytes(CPU) <= memory.device_bytes(CPU, 1)
