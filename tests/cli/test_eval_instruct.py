@@ -11,22 +11,21 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from tests.cli.conftest import Run
 from tests.command import DATA
 from tests.instruct_model import missing, write_instruct_model
-from thinktwice_fast.cli.eval import EvalOptions
+from thinktwice_fast.cli.evaluation.options import EvalOptions
 from thinktwice_fast.cli.evaluation.sets import load_sets
 from thinktwice_fast.cli.evaluation.store import Store
 
 TOKENS, PROBLEMS = 48, 50
 
 
+@pytest.mark.timeout(3600)
 @pytest.mark.skipif(missing() is not None, reason=missing() or "")
 @pytest.mark.skipif(not DATA.is_dir(), reason=f"no folder {DATA}")
 def test_greedy_answers_are_those_of_transformers(run: Run, tmp_path: Path) -> None:
     """On the beginnings of GSM8K and MATH-500, both passes; figures of so short answers say nothing."""
     folder = write_instruct_model(tmp_path / "model")
-    sets, greedy = (
-        ("--sets", "gsm8k,math500", "--data_root", DATA),
-        ("--temperature", "0", "--samples", "1", "--k", "1"),
-    )
+    sets = ("--sets", "gsm8k,math500", "--data_root", DATA)
+    greedy = ("--temperature", "0", "--samples", "1", "--k", "1")
     limits = ("--limit", PROBLEMS // 2, "--max_tokens", TOKENS, "--max_sequences", "16")
     status, _, err = run("eval", "--model", folder, "--output", tmp_path / "out", *sets, *greedy, *limits)
     assert status == 0, err

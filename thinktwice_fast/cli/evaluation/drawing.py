@@ -7,8 +7,9 @@ from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
+from thinktwice_fast.cli.evaluation.aside import Aside
 from thinktwice_fast.cli.evaluation.modes import Asked, Chain, Mode, Turn
-from thinktwice_fast.cli.evaluation.replies import GradeBook, Replies, mark
+from thinktwice_fast.cli.evaluation.replies import LOOK_SECONDS, GradeBook, Replies, mark
 from thinktwice_fast.cli.evaluation.store import NONE, REFINEMENTS, SOLUTIONS, Key, Line, Store
 from thinktwice_fast.errors import UserError
 from thinktwice_fast.records import Problem, Request, Rollout, Sampling
@@ -95,6 +96,7 @@ class Drawing:
         self._marks = {number: mark(prompt) for number, prompt in self._prompts.items()}
         self._chains: dict[int, Chain] = {}  # those that decode, by sample id
         self._left: dict[int, int] = {}  # solutions to be drawn yet, by problem
+        self._aside = Aside(book.look, LOOK_SECONDS)
         self._own = 0.0  # seconds that were not the engine's while it ran
 
     def run(self, times: Times, bases: Mapping[Key, str] | None = None) -> None:
@@ -113,18 +115,18 @@ class Drawing:
         engine, amounts = self._policy.engine, self._amounts
         began, self._own = time.perf_counter(), 0.0
         try:
-            with closing(engine.stream(requests, self._ended, seed=amounts.seed, most=STEPS_AT_ONCE)) as grown:
+            with (
+                self._aside,
+                closing(engine.stream(requests, self._ended, seed=amounts.seed, most=STEPS_AT_ONCE)) as grown,
+            ):
                 for _ in grown:
-                    if self._book.due():
-                        looked = time.perf_counter()
-                        self._book.look()
-                        self._own += time.perf_counter() - looked
+                    self._aside.look()
+                drawn = time.perf_counter()
+                times.engine += drawn - began - self._own
         finally:
             engine.release_prefixes()
-            ended = time.perf_counter()
-            times.engine += ended - began - self._own
         self._book.finish()
-        times.grading += time.perf_counter() - ended
+        times.grading += time.perf_counter() - drawn
 
     def _solutions(self) -> list[Request]:
         requests = []
@@ -170,12 +172,15 @@ class Drawing:
     def _solution_ended(self, key: Key, rollout: Rollout) -> list[Request]:
         turn = self._turn(rollout)
         line: Line = {"asked": self._marks[key.problem], "ids": rollout.response}
-        self._take(key, SOLUTIONS, line | {"text": turn.text, "finished": turn.finished})
+        self._aside.put(self._solved, key, line | {"text": turn.text, "finished": turn.finished})
+        missing = self._missing(key)
+        return self._begin(key, missing, rollout.response, turn, rollout) if missing else []
+
+    def _solved(self, key: Key, line: Line) -> None:
+        self._take(key, SOLUTIONS, line)
         self._left[key.problem] -= 1
         if not self._left[key.problem]:
             self._grade([Key(key.problem, sample) for sample in range(self._amounts.samples)])
-        missing = self._missing(key)
-        return self._begin(key, missing, rollout.response, turn, rollout) if missing else []
 
     def _begin(
         self, key: Key, missing: Sequence[Key], ids: Sequence[int], solution: Turn, rollout: Rollout | None
@@ -195,7 +200,7 @@ class Drawing:
         chain.response = rollout.response
         asked = self._mode.next(chain)
         if asked is None:
-            self._refined(key, chain)
+            self._aside.put(self._refined, key, chain)
             return []
         chain.asked = asked
         number = len(chain.turns) + 1

@@ -11,10 +11,10 @@ from typing import Any
 import torch.distributed as dist
 
 from thinktwice_fast import launch, parallel
-from thinktwice_fast.cli.eval import EvalOptions
 from thinktwice_fast.cli.evaluation.drawing import Amounts, Drawing, Policy, Times, check_prompts, seed_of
 from thinktwice_fast.cli.evaluation.models import fingerprint, folder_name
 from thinktwice_fast.cli.evaluation.modes import Mode, make_mode
+from thinktwice_fast.cli.evaluation.options import EvalOptions
 from thinktwice_fast.cli.evaluation.progress import Progress
 from thinktwice_fast.cli.evaluation.replies import GradeBook, Replies, load_replies, mark
 from thinktwice_fast.cli.evaluation.report import report

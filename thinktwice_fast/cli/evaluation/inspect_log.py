@@ -7,9 +7,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from thinktwice_fast.cli.eval import EvalOptions
 from thinktwice_fast.cli.evaluation.intervals import Estimate
 from thinktwice_fast.cli.evaluation.models import folder_name
+from thinktwice_fast.cli.evaluation.options import EvalOptions
 from thinktwice_fast.cli.evaluation.replies import grader_name
 from thinktwice_fast.cli.evaluation.sets import ProblemSet
 from thinktwice_fast.cli.evaluation.store import GRADES, NONE, REFINEMENTS, SETTINGS, SOLUTIONS, Key, Line, Store

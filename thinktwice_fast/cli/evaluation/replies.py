@@ -16,7 +16,8 @@ from thinktwice_fast.tasks.grading import Graders
 from thinktwice_fast.tasks.pool import Grading
 from thinktwice_fast.tasks.user_reward import split_reward
 
-_LOOK_SECONDS = 0.2  # how often rewards on their way are looked after
+LOOK_SECONDS = 0.2
+"""How often rewards on their way are looked after."""
 _HASH_BYTES = 8
 Texts = dict[Key, str]
 _Waiting = tuple[Sequence[Key], Grading]
@@ -159,17 +160,15 @@ class GradeBook:
             texts = [self._replies.texts[key] for key in new]
             self._waiting.append((new, self._graders.submit(problem, problem.messages, texts)))
 
-    def due(self) -> bool:
-        """Whether it is time to look."""
-        return time.monotonic() >= self._next_look
-
     def look(self) -> None:
-        """Write what has been graded since.
+        """Write what has been graded since; cheap, to be called again and again.
 
         Raises:
             UserError: grading failed.
         """
-        self._next_look = time.monotonic() + _LOOK_SECONDS
+        if time.monotonic() < self._next_look:
+            return
+        self._next_look = time.monotonic() + LOOK_SECONDS
         self._graders.look()
         ready: list[_Waiting] = []
         waiting: list[_Waiting] = []

@@ -9,10 +9,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from thinktwice_fast.cli.eval import EvalOptions
 from thinktwice_fast.cli.evaluation.drawing import Times
 from thinktwice_fast.cli.evaluation.inspect_log import write_log
 from thinktwice_fast.cli.evaluation.intervals import Estimate
+from thinktwice_fast.cli.evaluation.options import EvalOptions
 from thinktwice_fast.cli.evaluation.sets import ProblemSet
 from thinktwice_fast.cli.evaluation.store import Store
 from thinktwice_fast.cli.evaluation.summary import Cell, Estimates, Summary, summarise

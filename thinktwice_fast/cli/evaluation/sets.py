@@ -3,8 +3,8 @@
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from thinktwice_fast.cli.eval import EvalOptions
 from thinktwice_fast.cli.evaluation.drawing import MOST_PROBLEMS
+from thinktwice_fast.cli.evaluation.options import EvalOptions
 from thinktwice_fast.config import Config, DataOptions
 from thinktwice_fast.config import EvalOptions as EvaluationOptions
 from thinktwice_fast.errors import UserError
