@@ -5,6 +5,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -169,11 +170,14 @@ def test_budget_forcing_takes_the_end_of_a_thought_out_until_the_budget_is_spent
     assert asked is not None and asked.ids == (*prompt, *thought, *word) and not asked.last
     assert asked.sampling.max_tokens == 40 - len(thought) - len(word)
     assert asked.sampling.stop_strings == (("</think>",) if thinks else ())
+    forced = chat.encode(("</think>" if thinks else "") + ANSWER_PREFIX)
+    room = len(forced) + final.max_tokens
+    narrow = replace(mode, context=len(prompt) + 4 + room).next(chain)
+    assert narrow is not None and narrow.last and narrow.ids == (*prompt, *thought[:4], *forced)
     spent = chat.encode("a" * asked.sampling.max_tokens)[: asked.sampling.max_tokens]
     chain.asked, chain.response = asked, spent
     chain.turns.append(Turn("", len(spent), False))
     last = mode.next(chain)
-    forced = chat.encode(("</think>" if thinks else "") + ANSWER_PREFIX)
     assert last is not None and last.last and last.sampling is final
     assert last.ids == (*asked.ids, *spent, *forced)
     chain.asked = last

@@ -164,6 +164,7 @@ def _evaluate_model(evaluation: Evaluation, model: str, solvers: Sequence[str] |
     """Have a model solve and refine every set, or refine the solutions of others."""
     began = time.perf_counter()
     options = evaluation.options
+    gc.collect()  # the model before, where it hangs in circles
     inference = Inference(
         ModelChoice(
             model,
@@ -176,7 +177,8 @@ def _evaluate_model(evaluation: Evaluation, model: str, solvers: Sequence[str] |
     )
     instruction = inference.refine_instruction(options.refine_instruction)
     chat, stop_ids = inference.chat, inference.stop_ids
-    mode = make_mode(options.mode, chat, stop_ids, instruction, evaluation.solve, evaluation.refine)
+    context = context_length(inference.model)
+    mode = make_mode(options.mode, chat, stop_ids, instruction, evaluation.solve, evaluation.refine, context)
     longest = _longest(evaluation, inference, mode)
     blocks = options.max_sequences * blocks_for(longest)
     if inference.model.device.type == "cpu":
@@ -185,13 +187,16 @@ def _evaluate_model(evaluation: Evaluation, model: str, solvers: Sequence[str] |
     policy = Policy(inference.engine(options.max_sequences, longest, blocks), chat, stop_ids, longest)
     for note in chat.notes:
         evaluation.progress.message(f"{model}: {note}")
-    gc.freeze()  # what is there now stays: no collection looks through it again
+    gc.freeze()  # what is there now stays meanwhile: no collection looks through it
     evaluation.times.start_up += time.perf_counter() - began
-    for problems in evaluation.sets:
-        if solvers is None:
-            _solve_set(evaluation, policy, mode, model, problems)
-        for solver in solvers or ():
-            _refine_set(evaluation, policy, mode, model, solver, problems)
+    try:
+        for problems in evaluation.sets:
+            if solvers is None:
+                _solve_set(evaluation, policy, mode, model, problems)
+            for solver in solvers or ():
+                _refine_set(evaluation, policy, mode, model, solver, problems)
+    finally:
+        gc.unfreeze()
 
 
 def _longest(evaluation: Evaluation, inference: Inference, mode: Mode) -> int:

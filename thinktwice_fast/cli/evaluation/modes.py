@@ -155,6 +155,7 @@ class BudgetForcing:
     stop_ids: Collection[int]
     solve: Sampling  # its longest length is the budget
     final: Sampling  # of the answer
+    context: int | None = None  # tokens that the whole may take; thinking is cut where it leaves no room for the answer
 
     def next(self, chain: Chain) -> Asked | None:
         """The chat so far with `CONTINUATION` or, once the budget is spent, `ANSWER_PREFIX`."""
@@ -164,15 +165,18 @@ class BudgetForcing:
         thinks = self._thinks(chain, question)
         kept = self._without_end(chain.response, thinks)
         thought = (*chain.asked.ids, *kept)
+        prefix = (_END_OF_THINK if thinks else "") + ANSWER_PREFIX
+        closing = tuple(self.chat.encode(prefix))
+        most = question + self.solve.max_tokens
+        if self.context is not None:
+            most = min(most, max(question, self.context - len(closing) - self.final.max_tokens))
         word = tuple(self.chat.encode(CONTINUATION))
-        left = self.solve.max_tokens - (len(thought) - question) - len(word)
+        left = most - len(thought) - len(word)
         if left > 0:
             stops = (_END_OF_THINK,) if thinks else ()
             sampling = replace(self.solve, max_tokens=left, stop_strings=stops)
             return Asked(chain.asked.messages, (*thought, *word), sampling, False, CONTINUATION)
-        prefix = (_END_OF_THINK if thinks else "") + ANSWER_PREFIX
-        ids = (*thought, *self.chat.encode(prefix))
-        return Asked(chain.asked.messages, ids, self.final, True, prefix)
+        return Asked(chain.asked.messages, (*thought[:most], *closing), self.final, True, prefix)
 
     def answer(self, chain: Chain) -> str:
         """The forced answer."""
@@ -206,7 +210,13 @@ class BudgetForcing:
 
 
 def make_mode(
-    name: str, chat: ChatFormat, stop_ids: Collection[int], refine_instruction: str, solve: Sampling, refine: Sampling
+    name: str,
+    chat: ChatFormat,
+    stop_ids: Collection[int],
+    refine_instruction: str,
+    solve: Sampling,
+    refine: Sampling,
+    context: int | None,
 ) -> Mode:
     """The mode of a name: ``two_pass``, one of `PROMPTS`, or ``s1``.
 
@@ -217,8 +227,9 @@ def make_mode(
         refine_instruction: of ``two_pass``.
         solve: how solutions are drawn.
         refine: how what follows them is drawn.
+        context: of the model; None = without end.
     """
     if name == "s1":
-        return BudgetForcing(chat, stop_ids, solve, refine)
+        return BudgetForcing(chat, stop_ids, solve, refine, context)
     instructions = (refine_instruction,) if name == "two_pass" else PROMPTS[name]
     return Dialogue(chat, stop_ids, instructions, solve, refine, verdict=name == "self_verify")
