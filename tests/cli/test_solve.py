@@ -4,7 +4,6 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,9 +12,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from tests.cli.conftest import Run
 from tests.command import LIMIT, ROOT, environment
 from tests.small_models import CHATML, bpe_tokenizer, write_model
-from thinktwice_fast.cli import main
 from thinktwice_fast.cli.solve import in_order
 from thinktwice_fast.cli.solver import Answer, Piece, Solver, Turn, arithmetic_question
 from thinktwice_fast.errors import UserError
@@ -169,20 +168,6 @@ def test_what_the_shipped_model_never_learned_is_refused(text: str) -> None:
         arithmetic_question(text)
 
 
-Run = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """The command in this process: exit status, stdout, stderr."""
-
-    def call(*arguments: str | Path) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["thinktwice-fast", *map(str, arguments)])
-        return main.main(), *capsys.readouterr()
-
-    return call
-
-
 def test_the_shipped_model_solves_a_question_out_of_the_box(run: Run) -> None:
     status, out, err = run("solve", "What is 3+4-2?")
     assert (status, err) == (0, "")
@@ -259,7 +244,7 @@ def test_a_note_says_when_caches_could_not_be_carried_on(run: Run, folder: Path,
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        ((), "no command given: there is solve: see thinktwice-fast --help"),
+        ((), "no command given: there is solve, eval, doctor: see thinktwice-fast --help"),
         (("slove", "1+2"), "no command 'slove'"),
         (("solve",), "give problems"),
         (("solve", "1+2", "--file", "x.txt"), "one of both"),

@@ -4,11 +4,12 @@ from itertools import combinations
 
 import pytest
 
-from thinktwice_fast.run.evaluation import Outcome, set_metrics, unbiased_pass_at_k
+from thinktwice_fast.run.evaluation import Outcome, set_metrics
+from thinktwice_fast.run.figures import Response, Solved, majority, unbiased_pass_at_k
 
 
 def outcome(problem: int, right: bool, refined_right: bool, tokens: int = 10) -> Outcome:
-    return Outcome(problem, right, refined_right, True, refined_right, tokens, 2 * tokens)
+    return problem, Solved(Response(right, True, tokens), (Response(refined_right, refined_right, 2 * tokens),))
 
 
 @pytest.mark.parametrize("n", [1, 2, 5, 8])
@@ -56,3 +57,13 @@ def test_pass_at_k_for_powers_of_two_up_to_the_samples_drawn() -> None:
 
 def test_one_sample_has_no_pass_at_k() -> None:
     assert not any("pass" in name for name in set_metrics([outcome(0, True, True)]))
+
+
+def test_the_majority_is_the_most_frequent_answer() -> None:
+    def said(*votes: str | None) -> float | None:
+        return majority(Response(vote == "2", vote is not None, 1, vote=vote) for vote in votes)
+
+    assert said("2", "3", "2") == 1
+    assert said("2", "3", "3", None, None, None) == 0
+    assert said("2", "3", "4", None) == pytest.approx(1 / 3)
+    assert said(None, None) is None

@@ -9,7 +9,8 @@ from thinktwice_fast.model.loading import load_model, pick_device, pick_dtype
 from thinktwice_fast.model.sharding import cast_parameters
 from thinktwice_fast.rollout.engine import Engine
 from thinktwice_fast.run.memory import sampling_reserve
-from thinktwice_fast.tasks.prompts import ChatFormat
+from thinktwice_fast.tasks.arithmetic import RECHECK, build_tokenizer
+from thinktwice_fast.tasks.prompts import ChatFormat, instruction_text
 
 
 class Inference:
@@ -32,6 +33,16 @@ class Inference:
         self.tokenizer = loaded.tokenizer
         self.stop_ids = loaded.stop_ids
         self.chat = ChatFormat(loaded.tokenizer, choice.chat_template_args, choice.strip_default_system)
+        self.arithmetic = loaded.tokenizer.get_vocab() == build_tokenizer().get_vocab()
+        """Whether it knows nothing but the arithmetic task, as the shipped model."""
+
+    def refine_instruction(self, given: str) -> str:
+        """An instruction to refine, read where ``given`` is a file; the arithmetic task has its own default.
+
+        Raises:
+            UserError: a file that can't be read, or is empty.
+        """
+        return RECHECK if self.arithmetic and given == "default" else instruction_text(given)
 
     def engine(self, sequences: int, max_tokens: int, needed: int | None = None) -> Engine:
         """An engine with a KV cache for so many sequences at once, as far as the GPU has room.

@@ -12,7 +12,7 @@ from thinktwice_fast.cli.command import PROGRAM, Command
 from thinktwice_fast.errors import UserError
 from thinktwice_fast.launch import refuse
 
-COMMANDS = ("solve", "report", "doctor")
+COMMANDS = ("solve", "eval", "report", "doctor")
 """Their names, which are those of modules in this folder too."""
 
 

@@ -15,12 +15,18 @@ MODEL_NAMES = {
 
 
 @dataclass
-class ModelChoice:
-    """Which model samples, and how it is computed."""
+class OneModel:
+    """Which model samples."""
 
     model: str = "tiny"
     """Model folder in transformers format, a hub name, or "tiny" for the small model shipped here, which knows nothing
     but sums such as 8-8+5+6-9."""
+
+
+@dataclass
+class ModelUse:
+    """How models are computed, and their chats written."""
+
     chat_template: str | None = None
     """File with a Jinja chat template, for a tokenizer that has none (or to replace its own)."""
     chat_template_args: dict[str, Any] = field(default_factory=dict)
@@ -31,3 +37,8 @@ class ModelChoice:
     """Where to compute; "auto" takes a GPU when there is one."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Type of weights and activations; "auto": bfloat16 on CUDA, float32 on the CPU."""
+
+
+@dataclass
+class ModelChoice(ModelUse, OneModel):
+    """Which model samples, and how it is computed."""

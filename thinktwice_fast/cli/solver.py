@@ -25,8 +25,8 @@ from thinktwice_fast.model.policy import context_length
 from thinktwice_fast.records import Message, Request, Rollout, Sampling
 from thinktwice_fast.rollout.prefix_cache import Counts
 from thinktwice_fast.tasks.answers import extract_boxed
-from thinktwice_fast.tasks.arithmetic import RECHECK, build_tokenizer, running_totals
-from thinktwice_fast.tasks.prompts import RefinePrompt, instruction_text
+from thinktwice_fast.tasks.arithmetic import running_totals
+from thinktwice_fast.tasks.prompts import RefinePrompt
 from thinktwice_fast.tasks.text_stream import TextStream
 
 GREEDY = Sampling(temperature=0.0, max_tokens=2048)
@@ -126,10 +126,8 @@ class Solver:
         self._inference = Inference(choice)
         self._chat, self._stop_ids = self._inference.chat, self._inference.stop_ids
         self._max_sequences = max_sequences
-        self._arithmetic = self._inference.tokenizer.get_vocab() == build_tokenizer().get_vocab()
-        self._instruction = (
-            RECHECK if self._arithmetic and refine_instruction == "default" else instruction_text(refine_instruction)
-        )
+        self._arithmetic = self._inference.arithmetic
+        self._instruction = self._inference.refine_instruction(refine_instruction)
         self.counts = Counts()  # of the last call: how many refinements extended their solution's cache
 
     def solve(

@@ -66,10 +66,9 @@ class Engine:
         _, heads, head_dim = attention_heads(model)
         layers: int = model.config.get_text_config().num_hidden_layers
         on_gpu = model.device.type == "cuda"
-        block_bytes = 2 * layers * heads * head_dim * model.dtype.itemsize * BLOCK_SIZE
         self.cache = cache or PagedKVCache(
             layers,
-            _blocks(options, max_tokens, needed, block_bytes, model.device, reserve),
+            _blocks(options, max_tokens, needed, bytes_per_block(model), model.device, reserve),
             heads,
             head_dim,
             block_size=BLOCK_SIZE,
@@ -169,6 +168,13 @@ class Engine:
             return
         for rollout in rollouts:
             self._prefixes.release(rollout)
+
+
+def bytes_per_block(model: Model) -> int:
+    """What a cache block of a model takes."""
+    _, heads, head_dim = attention_heads(model)
+    layers: int = model.config.get_text_config().num_hidden_layers
+    return 2 * layers * heads * head_dim * model.dtype.itemsize * BLOCK_SIZE
 
 
 def blocks_for(tokens: int) -> int:

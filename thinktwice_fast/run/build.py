@@ -129,13 +129,13 @@ def prepare(
     longest_prompts = {phase: prompts.longest["refine" if phase == "refine" else "solve"] for phase in method.phases}
     _check_enough(config, usable)
     if method.samples:  # else it grades nothing that it learns from
-        _check_answers(grader, config.data.source, (train[i] for i in ((0,) if usable is None else usable)))
+        check_answers(grader, config.data.source, (train[i] for i in ((0,) if usable is None else usable)))
     stream = ProblemStream(train, usable, config.seed, config.data.shuffle)
     held_out, evaluated = {}, Evaluated()
     for name, source in sets.items():
         usable_here = prompts.usable(source, name, notes) or ()
         problems = [replace(source[i], reward=entries[name].reward) for i in usable_here]
-        _check_answers(grader, name, problems)
+        check_answers(grader, name, problems)
         held_out[name] = problems
         evaluated = Evaluated(
             max(evaluated.problems, len(problems)),
@@ -305,7 +305,8 @@ def recipe_notes(config: Config) -> list[str]:
     ]
 
 
-def _check_answers(grader: Graders, name: str, problems: Iterable[Problem]) -> None:
+def check_answers(grader: Graders, name: str, problems: Iterable[Problem]) -> None:
+    """Raise UserError for the first problem whose gold answer its grader can't compare with; ``name`` is the set's."""
     for problem in problems:
         try:
             grader.check(problem)

@@ -1,13 +1,12 @@
 """Held-out evaluation: sample solutions, refine each once, and count."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from math import comb
 
 from thinktwice_fast import parallel
 from thinktwice_fast.algorithms.sampler import Sampler, SampleSpec
 from thinktwice_fast.config import Config
 from thinktwice_fast.records import Problem, Rollout, Sampling
+from thinktwice_fast.run.figures import Response, Solved, figures, values
 from thinktwice_fast.run.metrics import AVERAGE
 from thinktwice_fast.tasks.answers import extract_boxed
 
@@ -15,17 +14,7 @@ from thinktwice_fast.tasks.answers import extract_boxed
 _STREAM = 1 << 30
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """A solution and its refinement."""
-
-    problem: int
-    right: bool
-    refined_right: bool
-    boxed: bool
-    refined_boxed: bool
-    tokens: int
-    refined_tokens: int
+Outcome = tuple[int, Solved]  # a problem's number, and a solution with its refinement
 
 
 def evaluate(sets: Mapping[str, Sequence[Problem]], sampler: Sampler, config: Config, version: int) -> dict[str, float]:
@@ -44,52 +33,18 @@ def evaluate(sets: Mapping[str, Sequence[Problem]], sampler: Sampler, config: Co
         metrics |= {f"eval/{name}/{metric}": value for metric, value in measured.items()}
     if len(by_set) > 1:
         for metric in by_set[0]:
-            values = [measured[metric] for measured in by_set if metric in measured]
-            metrics[f"eval/{AVERAGE}/{metric}"] = sum(values) / len(values)
+            shown = [measured[metric] for measured in by_set if metric in measured]
+            metrics[f"eval/{AVERAGE}/{metric}"] = sum(shown) / len(shown)
     return metrics
 
 
 def set_metrics(outcomes: Sequence[Outcome]) -> dict[str, float]:
     """Figures of one set; fix-wrong and damage-correct are absent where nothing was wrong or right."""
-    count = len(outcomes)
-    wrong = [outcome for outcome in outcomes if not outcome.right]
-    right = [outcome for outcome in outcomes if outcome.right]
-    metrics = {
-        "solve_accuracy": len(right) / count,
-        "refine_accuracy": sum(outcome.refined_right for outcome in outcomes) / count,
-        "boxed_rate": sum(outcome.boxed for outcome in outcomes) / count,
-        "refine_boxed_rate": sum(outcome.refined_boxed for outcome in outcomes) / count,
-        "solve_tokens": sum(outcome.tokens for outcome in outcomes) / count,
-        "refine_tokens": sum(outcome.refined_tokens for outcome in outcomes) / count,
-    }
-    if wrong:
-        metrics["fix_wrong"] = sum(outcome.refined_right for outcome in wrong) / len(wrong)
-    if right:
-        metrics["damage_correct"] = sum(not outcome.refined_right for outcome in right) / len(right)
-    return metrics | _pass_metrics(outcomes)
-
-
-def unbiased_pass_at_k(n: int, correct: int, k: int) -> float:
-    """1 - C(n - correct, k) / C(n, k): the chance that k of n samples, drawn without repetition, hold a right one."""
-    return 1 - comb(n - correct, k) / comb(n, k)
-
-
-def _pass_metrics(outcomes: Sequence[Outcome]) -> dict[str, float]:
-    problems: dict[int, list[Outcome]] = {}
-    for outcome in outcomes:
-        problems.setdefault(outcome.problem, []).append(outcome)
-    n = min(len(samples) for samples in problems.values())
-    metrics: dict[str, float] = {}
-    k = 1
-    while n > 1 and k <= n:
-        for name, field in (("solve", "right"), ("refine", "refined_right")):
-            chances = [
-                unbiased_pass_at_k(len(samples), sum(getattr(sample, field) for sample in samples), k)
-                for samples in problems.values()
-            ]
-            metrics[f"{name}_pass@{k}"] = sum(chances) / len(chances)
-        k *= 2
-    return metrics
+    problems: dict[int, list[Solved]] = {}
+    for problem, solved in outcomes:
+        problems.setdefault(problem, []).append(solved)
+    samples = min(map(len, problems.values()))
+    return values(figures(list(problems.values()), [1 << power for power in range(samples.bit_length())]))
 
 
 def _outcomes(
@@ -110,12 +65,9 @@ def _outcomes(
 
 
 def _outcome(problem: int, rollout: Rollout, refinement: Rollout) -> Outcome:
-    return Outcome(
-        problem,
-        (rollout.reward or 0) >= 1,
-        (refinement.reward or 0) >= 1,
-        extract_boxed(rollout.text) is not None,
-        extract_boxed(refinement.text) is not None,
-        len(rollout.response),
-        len(refinement.response),
-    )
+    return problem, Solved(_response(rollout), (_response(refinement),))
+
+
+def _response(rollout: Rollout) -> Response:
+    boxed = extract_boxed(rollout.text)
+    return Response((rollout.reward or 0) >= 1, boxed is not None, len(rollout.response), rollout.finished, vote=boxed)

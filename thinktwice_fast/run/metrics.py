@@ -253,11 +253,7 @@ METRICS: tuple[Metric, ...] = (
         "at, since half of ThinkTwice's steps refine and DAPO's draw until a batch is full.",
     ),
     Metric("eval/{set}/solve_accuracy", "share", "Solutions that are right, of all solutions."),
-    Metric(
-        "eval/{set}/refine_accuracy",
-        "share",
-        "Solutions that are right after one greedy refinement each, of all solutions.",
-    ),
+    Metric("eval/{set}/refine_accuracy", "share", "The same after one greedy refinement of each solution."),
     Metric(
         "eval/{set}/fix_wrong",
         "share",
@@ -272,6 +268,8 @@ METRICS: tuple[Metric, ...] = (
     ),
     Metric("eval/{set}/boxed_rate", "share", "Solutions with a closed `\\boxed{}`, of all solutions."),
     Metric("eval/{set}/refine_boxed_rate", "share", "Refinements with a closed `\\boxed{}`, of all refinements."),
+    Metric("eval/{set}/truncation_rate", "share", "Solutions cut off at the longest length, of all solutions."),
+    Metric("eval/{set}/refine_truncation_rate", "share", "The same for the refinements."),
     Metric("eval/{set}/solve_tokens", "tokens", "Mean length of the solutions, stop token included."),
     Metric("eval/{set}/refine_tokens", "tokens", "Mean length of the refinements, stop token included."),
     Metric(
@@ -287,6 +285,8 @@ METRICS: tuple[Metric, ...] = (
         "over problems.",
     ),
     Metric("eval/{set}/refine_pass@{k}", "share", "The same for the refinements."),
+    Metric("eval/{set}/solve_majority", "share", "Problems whose most frequent boxed answer is right, ties in part."),
+    Metric("eval/{set}/refine_majority", "share", "The same for the refinements."),
 )
 
 AVERAGE = "average"  # as {set}: the plain mean over the sets that have the metric

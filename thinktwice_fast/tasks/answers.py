@@ -6,6 +6,7 @@ is left needs math-verify, which may take seconds or never end.
 
 import re
 from fractions import Fraction
+from functools import lru_cache
 from typing import NamedTuple
 
 _LONGEST_NUMBER = 200  # characters; bounds the work of exact arithmetic on what a model may write
@@ -154,6 +155,7 @@ def numbers_equal(first: Number, second: Number) -> bool:
     return share.value / 100 == other.value
 
 
+@lru_cache(4096)  # the samples of a problem often agree
 def settle(answer: str, gold: str) -> bool | None:
     """Whether an answer is right, or None where only a computer-algebra system can tell.
 

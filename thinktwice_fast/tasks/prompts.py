@@ -3,9 +3,12 @@
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from thinktwice_fast.errors import Option, UserError, one_line
 from thinktwice_fast.records import Message
@@ -33,6 +36,8 @@ _INSTRUCTION_FILE = re.compile(r"\S+\.(?:txt|md)")
 # Stands in for an assistant message to find what a template puts around it. Plain letters, which no template escapes.
 _SENTINEL = "assistantXcontentXstandsXhere"
 _TEMPLATE = Option("model.chat_template")
+
+_REMEMBERED = 1024  # chats and ends of chats: the samples of a problem share theirs
 
 _RENDERING = frozenset(("conversation", "chat_template", "tokenize", "add_generation_prompt"))  # what is set here
 
@@ -132,12 +137,15 @@ class ChatFormat:
         for name in _RENDERING & template_args.keys():
             raise UserError((Option("model.chat_template_args"), f": {name} is not for you to set"), "leave it out")
         self._arguments = dict(template_args)
+        self._rendered = lru_cache(_REMEMBERED)(self._render_anew)
+        self._encoded = lru_cache(_REMEMBERED)(self.encode)
         self._longest = longest_prompt
         self.thinks = _END_OF_THINK in str(tokenizer.chat_template)
         """Whether the template knows thinking, so that a refine prompt may quote a response and its answer again."""
         self._system = ""
         if strip_default_system:
             self._system = self._default_system()
+            self._rendered.cache_clear()
         unused = [name for name in template_args if name not in str(tokenizer.chat_template)]
         self.notes: tuple[str, ...] = ()
         """For the user: what has no effect."""
@@ -158,7 +166,9 @@ class ChatFormat:
 
     def response_text(self, ids: Sequence[int], stop_ids: Collection[int], stop_string: str | None = None) -> str:
         """A sampled response as text, without its stop token, its stop string and other special tokens."""
-        text = str(self._tokenizer.decode(_without_stop(ids, stop_ids), skip_special_tokens=True))
+        # As an array: of a list, transformers looks at every member twice.
+        own = np.asarray(_without_stop(ids, stop_ids), dtype=np.int64)
+        text = str(self._tokenizer.decode(own, skip_special_tokens=True))
         return text.partition(stop_string)[0] if stop_string else text
 
     def refine(
@@ -194,8 +204,8 @@ class ChatFormat:
         if not chat.verbatim:
             return self._quoting(question_messages, base_text, instruction, opened)
         before, after = self._around_base(chat.messages)
-        head = prompt_ids if before == asked else self.encode(before)
-        return RefinePrompt(chat.messages, (*head, *_without_stop(base_ids, stop_ids), *self.encode(after)))
+        head = prompt_ids if before == asked else self._encoded(before)
+        return RefinePrompt(chat.messages, (*head, *_without_stop(base_ids, stop_ids), *self._encoded(after)))
 
     def _quoting(self, question: Sequence[Message], base_text: str, instruction: str, opened: bool) -> RefinePrompt:
         """A refine prompt that quotes thinking, as much of it as fits."""
@@ -243,22 +253,25 @@ class ChatFormat:
 
     def _render(self, messages: Sequence[Message], *, answer: bool = True) -> str:
         """The chat as text; with ``answer``, up to where the assistant's next message begins."""
+        return self._rendered(tuple(tuple(message.items()) for message in messages), answer)
+
+    def _render_anew(self, messages: Sequence[tuple[tuple[str, str], ...]], answer: bool) -> str:
         from jinja2 import TemplateError
 
+        chat = [dict(message) for message in messages]
         try:
-            chat = [dict(message) for message in messages]
             text = str(
                 self._tokenizer.apply_chat_template(
                     chat, tokenize=False, add_generation_prompt=answer, **self._arguments
                 )
             )
         except TemplateError as error:
-            roles = ", ".join(message["role"] for message in messages)
+            roles = ", ".join(message["role"] for message in chat)
             raise UserError(
                 f"the chat template refuses messages of roles {roles} ({one_line(error)})",
                 ("give another with ", _TEMPLATE),
             ) from error
-        if any(message["role"] == "system" for message in messages):
+        if any(message["role"] == "system" for message in chat):
             return text
         return text.replace(self._system, "", 1) if self._system else text
 
