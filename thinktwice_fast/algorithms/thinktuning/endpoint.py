@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NoReturn
 
 from thinktwice_fast.algorithms.thinktuning.prompt import TeacherPrompt
-from thinktwice_fast.algorithms.thinktuning.teacher import Answer, Asked
+from thinktwice_fast.algorithms.thinktuning.teacher import Answer, FeedbackRequest
 from thinktwice_fast.errors import UserError, one_line
 from thinktwice_fast.records import Message
 from thinktwice_fast.thinktuning_options import ThinkTuningOptions
@@ -71,12 +71,12 @@ class EndpointTeacher:
                 f"address, --thinktuning.endpoint_model or the key in ${key}"
             ) from error
 
-    def ask(self, asked: Sequence[Asked]) -> list[Answer]:
+    def ask(self, asked: Sequence[FeedbackRequest]) -> list[Answer]:
         """See ``Teacher``."""
         with ThreadPoolExecutor(self._options.endpoint_concurrency) as threads:
             return list(threads.map(self._answer, asked))
 
-    def _answer(self, asked: Asked) -> Answer:
+    def _answer(self, asked: FeedbackRequest) -> Answer:
         messages = self._prompt.messages(asked.question, asked.response, asked.behaviour)
         try:
             text, finished = self._reply(messages, self._options.teacher_answer_tokens)
