@@ -203,6 +203,11 @@ def test_a_server_that_hangs_costs_its_time_limits_and_no_more(serve: Any) -> No
     started = time.monotonic()
     assert teacher.ask(ASKED * 2) == [Answer("", "unanswered", "the server: no reply in time")] * 4
     assert time.monotonic() - started < 1.5 and len(server.asked) == 8
+    server, teacher = serve(2.0, endpoint_retries=50, endpoint_step_timeout=0.5)
+    started = time.monotonic()
+    answers = teacher.ask(ASKED * 8)
+    assert {answer.refusal for answer in answers} == {"unanswered"} and time.monotonic() - started < 1.5
+    assert answers[-1].detail == "the server: no time left for this step's requests"
 
 
 def test_no_more_requests_at_once_than_allowed(serve: Any) -> None:
