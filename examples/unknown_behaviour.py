@@ -1,13 +1,13 @@
 """A reward for a habit: 1 for the right answer, and 0.5 more for saying a phrase exactly once.
 
 `make unknown-behaviour` trains with it a policy that never says the phrase, without a teacher and with one whose
-examples (unknown_behaviour.yaml) have it. The phrase is of the small model's few characters; no sum contains it.
+examples (unknown_behaviour.yaml) have it. The phrase is of the small model's few characters; no solution contains it.
 """
 
 import re
 from typing import Any
 
-PHRASE = "=-="
+PHRASE = "=="
 _BOX = re.compile(r"\\boxed\{(-?\d+)\}")
 
 

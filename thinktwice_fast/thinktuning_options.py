@@ -47,6 +47,9 @@ class ThinkTuningOptions:
     """Further attempts, with growing pauses, after a connection that failed, a time-out, or status 429 or 5xx."""
     endpoint_concurrency: int = bounded(8, least=1)
     """Most requests at once, per process."""
+    endpoint_step_timeout: float = bounded(600.0, above=0, most=MOST_SECONDS)
+    """Seconds that all of a step's requests may take together; rollouts whose answer has not come by then stay as they
+    are. Less than `run.distributed_timeout`."""
     shaping_coefficient: float = bounded(2.5e-4, least=0, most=1)
     """A guided token of probability p weighs p / (p + gamma), with gamma = this times the advantage."""
     shaping_clamp: float = bounded(1e-3, least=0, most=1)

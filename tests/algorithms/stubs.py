@@ -10,7 +10,7 @@ from thinktwice_fast.algorithms.parts import Parts
 from thinktwice_fast.algorithms.registry import METHODS
 from thinktwice_fast.algorithms.sampler import Sampler
 from thinktwice_fast.algorithms.thinktuning.feedback import Feedback, tagged
-from thinktwice_fast.algorithms.thinktuning.teacher import Answer, Asked
+from thinktwice_fast.algorithms.thinktuning.teacher import Answer, FeedbackRequest
 from thinktwice_fast.config import Config, DapoOptions, RolloutOptions, StarOptions
 from thinktwice_fast.errors import UserError
 from thinktwice_fast.records import Message, Problem, Request, Rollout
@@ -134,9 +134,9 @@ class Teacher:
     """Of three answers, by the response, one can be used, one can't be read, and one does not come."""
 
     def __init__(self) -> None:
-        self.asked: list[Asked] = []
+        self.asked: list[FeedbackRequest] = []
 
-    def ask(self, asked: Sequence[Asked]) -> list[Answer]:
+    def ask(self, asked: Sequence[FeedbackRequest]) -> list[Answer]:
         self.asked += asked
         return [self._answer(one.response) for one in asked]
 

@@ -15,7 +15,7 @@ from tests.small_models import bpe_tokenizer
 from thinktwice_fast.algorithms.thinktuning.endpoint import EndpointTeacher
 from thinktwice_fast.algorithms.thinktuning.function import FunctionTeacher
 from thinktwice_fast.algorithms.thinktuning.prompt import load_prompt, teacher_ids
-from thinktwice_fast.algorithms.thinktuning.teacher import Answer, Asked, answer_prompts
+from thinktwice_fast.algorithms.thinktuning.teacher import Answer, FeedbackRequest, answer_prompts
 from thinktwice_fast.errors import UserError
 from thinktwice_fast.records import Request, Sampling
 from thinktwice_fast.rollout.prefix_cache import Counts
@@ -24,7 +24,7 @@ from thinktwice_fast.tasks.prompts import ChatFormat
 from thinktwice_fast.thinktuning_options import ThinkTuningOptions
 
 PROMPT = load_prompt("default")
-ASKED = [Asked("1+2?", "\\boxed{4}"), Asked("3+4?", "\\boxed{7}", behaviour=1)]
+ASKED = [FeedbackRequest("1+2?", "\\boxed{4}"), FeedbackRequest("3+4?", "\\boxed{7}", behaviour=1)]
 
 
 def test_a_teacher_reads_four_examples_then_question_and_response() -> None:
@@ -203,6 +203,11 @@ def test_a_server_that_hangs_costs_its_time_limits_and_no_more(serve: Any) -> No
     started = time.monotonic()
     assert teacher.ask(ASKED * 2) == [Answer("", "unanswered", "the server: no reply in time")] * 4
     assert time.monotonic() - started < 1.5 and len(server.asked) == 8
+    server, teacher = serve(2.0, endpoint_retries=50, endpoint_step_timeout=0.5)
+    started = time.monotonic()
+    answers = teacher.ask(ASKED * 8)
+    assert {answer.refusal for answer in answers} == {"unanswered"} and time.monotonic() - started < 1.5
+    assert answers[-1].detail == "the server: no time left for this step's requests"
 
 
 def test_no_more_requests_at_once_than_allowed(serve: Any) -> None:
@@ -232,7 +237,7 @@ def test_whatever_a_function_does_is_an_answer(tmp_path: Path) -> None:
     )
     responses = ("say", "none", "number", "raise", "die", "hang", "say")
     with FunctionTeacher(f"{file}:teach", 0.5) as teacher:
-        answers = teacher.ask([Asked("q", response) for response in responses])
+        answers = teacher.ask([FeedbackRequest("q", response) for response in responses])
     assert [answer.text for answer in answers] == ["qsay", *[""] * 5, "qsay"]
     assert [answer.refusal for answer in answers] == [None, *["unanswered"] * 5, None]
     for answer, says in zip(answers[1:6], ("None", "an int", "ZeroDivisionError", "status 3", "0.5 s"), strict=True):

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from tests.algorithms.stubs import END, Grader, World
-from thinktwice_fast.algorithms.thinktuning.teacher import Answer, Asked
+from thinktwice_fast.algorithms.thinktuning.teacher import Answer, FeedbackRequest
 from thinktwice_fast.config import RolloutOptions
 from thinktwice_fast.errors import UserError
 from thinktwice_fast.thinktuning_options import ThinkTuningOptions
@@ -86,9 +86,9 @@ def test_a_word_now_and_then_while_no_answer_is_of_use(monkeypatch: pytest.Monke
 
 def test_a_reward_that_fails_on_guidance_ends_the_step() -> None:
     world = world_of()
-    asked: list[Asked] = []
+    asked: list[FeedbackRequest] = []
 
-    def ask(requests: list[Asked]) -> list[Answer]:
+    def ask(requests: list[FeedbackRequest]) -> list[Answer]:
         asked.extend(requests)
         world.grader.error = UserError("reward mine.py:f raised ValueError")
         return [Answer("<opinion>correct</opinion><reason>a</reason><phrase>b</phrase>") for _ in requests]

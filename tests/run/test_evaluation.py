@@ -4,7 +4,7 @@ from itertools import combinations
 
 import pytest
 
-from thinktwice_fast.run.evaluation import Outcome, set_metrics
+from thinktwice_fast.run.evaluation import Outcome, average_metrics, set_metrics
 from thinktwice_fast.run.figures import Response, Solved, majority, unbiased_pass_at_k
 
 
@@ -42,6 +42,13 @@ def test_fix_wrong_and_damage_correct_have_their_own_denominators() -> None:
 def test_shares_of_nothing_are_absent() -> None:
     assert "fix_wrong" not in set_metrics([outcome(0, True, True)])
     assert "damage_correct" not in set_metrics([outcome(0, False, True)])
+
+
+def test_an_average_is_over_the_sets_that_have_the_metric() -> None:
+    solved, unsolved = set_metrics([outcome(0, True, True)]), set_metrics([outcome(0, False, True)])
+    for sets in ([solved, unsolved], [unsolved, solved]):
+        average = average_metrics(sets)
+        assert (average["solve_accuracy"], average["fix_wrong"], average["damage_correct"]) == (0.5, 1.0, 0.0)
 
 
 def test_pass_at_k_for_powers_of_two_up_to_the_samples_drawn() -> None:

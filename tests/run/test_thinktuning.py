@@ -15,7 +15,7 @@ from tests.run.refusals import SMALL
 from tests.scripted_model import GUIDANCE, write_scripted_model
 from thinktwice_fast.algorithms.thinktuning.feedback import parse
 from thinktwice_fast.algorithms.thinktuning.guided import guided_count, guided_fraction
-from thinktwice_fast.algorithms.thinktuning.teacher import Asked, Voice
+from thinktwice_fast.algorithms.thinktuning.teacher import FeedbackRequest, SampledModel
 from thinktwice_fast.model.loading import load_model
 from thinktwice_fast.rollout.engine import Engine
 from thinktwice_fast.run import teacher as teacher_module
@@ -97,9 +97,9 @@ def test_the_frozen_teacher_speaks_as_the_policy_did_at_first(tmp_path: Path, sc
     frozen = ends_as_if_never_killed(tmp_path, *scripted, *rate, "--thinktuning.teacher", "frozen")
     live = train(*OPTIONS, *scripted, *rate, "--thinktuning.teacher", "live", "--output", tmp_path / "live")
     assert live.returncode == 0, live.stderr
-    spoken = steps(tmp_path / "live")
+    moved = steps(tmp_path / "live")
     assert [record["solve/teacher_acceptance"] for record in frozen[:3]] == [1.0, 1.0, 1.0]
-    assert spoken[0]["solve/loss"] == frozen[0]["solve/loss"] and spoken[2]["solve/teacher_acceptance"] == 0.0
+    assert moved[0]["solve/loss"] == frozen[0]["solve/loss"] and moved[2]["solve/teacher_acceptance"] == 0.0
     assert frozen[2]["generations"] == 48 and frozen[2]["solve/teacher_answers"] == 12
 
 
@@ -111,15 +111,15 @@ def test_a_kl_terms_reference_is_the_frozen_teacher(
     monkeypatch.setattr(teacher_module, "load_model", None)
     with ExitStack() as stack:
         plan = plan_teacher(config, loaded, ChatFormat(loaded.tokenizer), 20, 1, stack)
-    assert plan.second is not None and not plan.second.copied and plan.taught is not None
+    assert plan.second is not None and not plan.second.copied and plan.load is not None
     moved = copy.deepcopy(loaded.model)
     for parameter in moved.parameters():
         torch.nn.init.zeros_(parameter)
-    engine = Engine(moved, loaded.stop_ids, config.rollout, plan.taught.tokens)
-    voice = Voice(engine, ChatFormat(loaded.tokenizer), loaded.stop_ids, version=1)
-    teacher = make_teacher(plan, config, lambda: voice, loaded.model, torch.float32)
+    engine = Engine(moved, loaded.stop_ids, config.rollout, plan.load.tokens)
+    sampled = SampledModel(engine, ChatFormat(loaded.tokenizer), loaded.stop_ids, version=1)
+    teacher = make_teacher(plan, config, lambda: sampled, loaded.model, torch.float32)
     # The second response takes more tokens than any that the policy could draw.
-    answers = teacher.ask([Asked("1+1", "1"), Asked("1+1", "1" * 999)])
+    answers = teacher.ask([FeedbackRequest("1+1", "1"), FeedbackRequest("1+1", "1" * 999)])
     assert [parse(answer.text) for answer in answers] == [GUIDANCE] * 2
 
 

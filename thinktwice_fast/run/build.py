@@ -14,7 +14,7 @@ from thinktwice_fast.algorithms.registry import METHODS
 from thinktwice_fast.algorithms.sampler import Sampler
 from thinktwice_fast.algorithms.star import with_hint
 from thinktwice_fast.algorithms.step import Algorithm
-from thinktwice_fast.algorithms.thinktuning.teacher import Voice
+from thinktwice_fast.algorithms.thinktuning.teacher import SampledModel
 from thinktwice_fast.config import ARITHMETIC, Config, samples_per_step
 from thinktwice_fast.errors import UserError
 from thinktwice_fast.model.flops import Flops
@@ -26,7 +26,7 @@ from thinktwice_fast.records import Message, Problem
 from thinktwice_fast.rollout.engine import Engine
 from thinktwice_fast.run.memory import SecondModel, device_bytes, held_bytes, keep_freed_memory, predict
 from thinktwice_fast.run.teacher import TeacherPlan, make_teacher, plan_teacher
-from thinktwice_fast.run.workload import Evaluated, Taught, heaviest_load, phases
+from thinktwice_fast.run.workload import Evaluated, TeacherLoad, heaviest_load, phases
 from thinktwice_fast.tasks.arithmetic import RECHECK, warm_start_example
 from thinktwice_fast.tasks.evaluation_sets import evaluation_sets
 from thinktwice_fast.tasks.grading import Graders
@@ -74,8 +74,8 @@ class Prepared:
     held_bytes: int  # before the model was loaded
 
     @property
-    def taught(self) -> Taught | None:
-        """What a teacher is asked in the policy's KV cache."""
+    def teacher_load(self) -> TeacherLoad | None:
+        """What is asked of a teacher in the policy's KV cache."""
         return self.teacher.in_cache if self.teacher is not None else None
 
     @property
@@ -169,7 +169,7 @@ def build_run(config: Config, resources: ExitStack) -> Run:
     loaded, dtype, chat, stream = ready.loaded, ready.dtype, ready.chat, ready.stream
     world = parallel.world_size()
     planned = phases(config, Flops.of(loaded.model), ready.longest_prompts, world)
-    heaviest = heaviest_load(config, planned, ready.longest_prompts, ready.evaluated, world, ready.taught)
+    heaviest = heaviest_load(config, planned, ready.longest_prompts, ready.evaluated, world, ready.teacher_load)
     room = device_bytes(ready.device, launch.env_local_world_size())
     predicted = predict(
         config, loaded.model, ready.device, dtype, heaviest, world, ready.held_bytes, room, ready.second
@@ -194,7 +194,7 @@ def build_run(config: Config, resources: ExitStack) -> Run:
     if ready.teacher is not None:
         whole = reference.model if reference is not None and world == 1 else None
         teacher = make_teacher(
-            ready.teacher, config, lambda: Voice(engine, chat, loaded.stop_ids, updater.version), whole, dtype
+            ready.teacher, config, lambda: SampledModel(engine, chat, loaded.stop_ids, updater.version), whole, dtype
         )
     algorithm = METHODS[config.algorithm].build(
         Parts(

@@ -32,10 +32,17 @@ def evaluate(sets: Mapping[str, Sequence[Problem]], sampler: Sampler, config: Co
         by_set.append(measured)
         metrics |= {f"eval/{name}/{metric}": value for metric, value in measured.items()}
     if len(by_set) > 1:
-        for metric in by_set[0]:
-            shown = [measured[metric] for measured in by_set if metric in measured]
-            metrics[f"eval/{AVERAGE}/{metric}"] = sum(shown) / len(shown)
+        metrics |= {f"eval/{AVERAGE}/{metric}": value for metric, value in average_metrics(by_set).items()}
     return metrics
+
+
+def average_metrics(by_set: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """The plain mean of each metric over the sets that have it."""
+    known: dict[str, list[float]] = {}
+    for measured in by_set:
+        for name, value in measured.items():
+            known.setdefault(name, []).append(value)
+    return {name: sum(shown) / len(shown) for name, shown in known.items()}
 
 
 def set_metrics(outcomes: Sequence[Outcome]) -> dict[str, float]:

@@ -65,7 +65,7 @@ def make_plan(config: Config, dry_run: DryRun) -> Plan:
         ready = prepare(config, resources, lambda _: outline_model(config.model), device)
     model = ready.loaded.model
     planned = phases(config, Flops.of(model), ready.longest_prompts, world)
-    load = heaviest_load(config, planned, ready.longest_prompts, ready.evaluated, world, ready.taught)
+    load = heaviest_load(config, planned, ready.longest_prompts, ready.evaluated, world, ready.teacher_load)
     room = dry_run.gpu_bytes or device_bytes(ready.device, launch.env_local_world_size())
     memory = predict(config, model, ready.device, ready.dtype, load, world, ready.held_bytes, room, ready.second)
     rows = [*_run_rows(config, ready, load, memory, world), *((p.name, _phase_text(config, p)) for p in planned)]
@@ -123,11 +123,11 @@ def _run_rows(config: Config, ready: Prepared, load: Load, memory: Prediction, w
 
 def _teacher_text(teacher: TeacherPlan) -> str:
     text = teacher.kind
-    if teacher.taught is not None:
-        taught = teacher.taught
+    if teacher.load is not None:
+        load = teacher.load
         text += (
-            f"; per process up to {_many(taught.requests, 'request')} a step, prompts of up to {taught.prompt_tokens} "
-            f"tokens ({taught.shared_tokens} of them computed once), answers of up to {taught.answer_tokens}"
+            f"; per process up to {_many(load.requests, 'request')} a step, prompts of up to {load.prompt_tokens} "
+            f"tokens ({load.shared_tokens} of them computed once), answers of up to {load.answer_tokens}"
         )
     return text
 

@@ -14,7 +14,7 @@ from thinktwice_fast.algorithms.thinktuning.function import FunctionTeacher
 from thinktwice_fast.algorithms.thinktuning.guided import guided_count
 from thinktwice_fast.algorithms.thinktuning.options import CHECKPOINT, teacher_kind
 from thinktwice_fast.algorithms.thinktuning.prompt import TeacherPrompt, load_prompt, shared_prefix, teacher_ids
-from thinktwice_fast.algorithms.thinktuning.teacher import ModelTeacher, Teacher, Voice
+from thinktwice_fast.algorithms.thinktuning.teacher import ModelTeacher, SampledModel, Teacher
 from thinktwice_fast.config import Config, ModelOptions
 from thinktwice_fast.errors import UserError
 from thinktwice_fast.model.loading import LoadedModel, load_model, outline_model
@@ -22,7 +22,7 @@ from thinktwice_fast.model.policy import Model, attention_heads
 from thinktwice_fast.model.sharding import cast_parameters
 from thinktwice_fast.rollout.engine import BLOCK_SIZE, Engine, blocks_for
 from thinktwice_fast.run.memory import SecondModel
-from thinktwice_fast.run.workload import Taught
+from thinktwice_fast.run.workload import TeacherLoad
 from thinktwice_fast.tasks.prompts import ChatFormat
 
 T = TypeVar("T")
@@ -35,14 +35,14 @@ class TeacherPlan:
 
     kind: str  # see `teacher_kind`
     ready: Teacher | None = None  # one that is no model here
-    taught: Taught | None = None  # what one is asked that is
+    load: TeacherLoad | None = None  # of one that is
     second: SecondModel | None = None  # what that one takes beside the policy
     prompt: TeacherPrompt | None = None
 
     @property
-    def in_cache(self) -> Taught | None:
+    def in_cache(self) -> TeacherLoad | None:
         """What is asked in the policy's KV cache."""
-        return None if self.second is not None and self.second.cache_blocks else self.taught
+        return None if self.second is not None and self.second.cache_blocks else self.load
 
 
 def plan_teacher(
@@ -74,19 +74,19 @@ def plan_teacher(
     if kind == "checkpoint":
         model = _as_teacher(partial(outline_model, _model_options(config)))
         chat = ChatFormat(model.tokenizer)
-    taught = _taught(config, prompt, chat, longest_prompt, world)
-    _check_room(config, model, taught)
+    load = _teacher_load(config, prompt, chat, longest_prompt, world)
+    _check_room(config, model, load)
     second = None
     if kind == "checkpoint":
-        own = 0 if _cache_shape(model.model) == _cache_shape(policy.model) else taught.blocks(_REQUESTS_AT_ONCE)
+        own = 0 if _cache_shape(model.model) == _cache_shape(policy.model) else load.blocks(_REQUESTS_AT_ONCE)
         second = SecondModel(model.model, copied=True, cache_blocks=own)
     elif kind == "frozen":
         second = SecondModel(model.model, copied=not _reference_serves(config, world), cache_blocks=0)
-    return TeacherPlan(kind, taught=taught, second=second, prompt=prompt)
+    return TeacherPlan(kind, load=load, second=second, prompt=prompt)
 
 
 def make_teacher(
-    plan: TeacherPlan, config: Config, live: Callable[[], Voice], reference: Model | None, dtype: torch.dtype
+    plan: TeacherPlan, config: Config, live: Callable[[], SampledModel], reference: Model | None, dtype: torch.dtype
 ) -> Teacher:
     """The teacher that was planned.
 
@@ -102,32 +102,32 @@ def make_teacher(
     """
     if plan.ready is not None:
         return plan.ready
-    assert plan.prompt is not None and plan.taught is not None
-    policy, taught, prompt = live(), plan.taught, plan.prompt
+    assert plan.prompt is not None and plan.load is not None
+    policy, load, prompt = live(), plan.load, plan.prompt
     # Engine and cache have room for what was planned. A response may take more tokens than the policy drew: bytes that
     # are no text are encoded otherwise, and another tokenizer has tokens of its own.
-    asked = replace(config.thinktuning, teacher_prompt_tokens=taught.prompt_tokens)
+    asked = replace(config.thinktuning, teacher_prompt_tokens=load.prompt_tokens)
 
-    def spoken_by(model: Model, chat: ChatFormat, stop_ids: frozenset[int]) -> Voice:
+    def unchanging(model: Model, chat: ChatFormat, stop_ids: frozenset[int]) -> SampledModel:
         """A model that does not change."""
         assert plan.second is not None
         own = plan.second.cache_blocks
         options = replace(config.rollout, exact=False, cache_tokens=own * BLOCK_SIZE)
         still = cast_parameters(model, dtype).requires_grad_(False)
         shared = None if own else policy.engine.cache
-        return Voice(Engine(still, stop_ids, options, taught.tokens, cache=shared), chat, stop_ids, version=0)
+        return SampledModel(Engine(still, stop_ids, options, load.tokens, cache=shared), chat, stop_ids, version=0)
 
     def loaded(options: ModelOptions) -> LoadedModel:
         return load_model(options, config.seed, policy.engine.model.device)
 
-    def initial() -> Voice:
+    def initial() -> SampledModel:
         model = reference or loaded(replace(config.model, activation_checkpointing=False)).model
-        return spoken_by(model, policy.chat, policy.stop_ids)
+        return unchanging(model, policy.chat, policy.stop_ids)
 
     if plan.kind == "checkpoint":
         other = _as_teacher(partial(loaded, _model_options(config)))
-        spoken = spoken_by(other.model, ChatFormat(other.tokenizer), other.stop_ids)
-        return ModelTeacher(lambda: spoken, prompt, asked)
+        checkpoint = unchanging(other.model, ChatFormat(other.tokenizer), other.stop_ids)
+        return ModelTeacher(lambda: checkpoint, prompt, asked)
     return ModelTeacher(_Frozen(live, initial) if plan.kind == "frozen" else live, prompt, asked)
 
 
@@ -137,19 +137,19 @@ class _Frozen:
     After a resume the policy has moved, and what is read is the same model again.
     """
 
-    def __init__(self, live: Callable[[], Voice], initial: Callable[[], Voice]):
+    def __init__(self, live: Callable[[], SampledModel], initial: Callable[[], SampledModel]):
         self._live = live
         self._initial = initial
-        self._voice: Voice | None = None
+        self._sampled: SampledModel | None = None
 
-    def __call__(self) -> Voice:
-        if self._voice is not None:
-            return self._voice
+    def __call__(self) -> SampledModel:
+        if self._sampled is not None:
+            return self._sampled
         live = self._live()
         if live.version == 0:
             return live
-        self._voice = self._initial()
-        return self._voice
+        self._sampled = self._initial()
+        return self._sampled
 
 
 def _reference_serves(config: Config, world: int) -> bool:
@@ -175,13 +175,15 @@ def _cache_shape(model: Model) -> tuple[int, int, int]:
     return model.config.get_text_config().num_hidden_layers, heads, head_dim
 
 
-def _taught(config: Config, prompt: TeacherPrompt, chat: ChatFormat, longest_prompt: int, world: int) -> Taught:
+def _teacher_load(
+    config: Config, prompt: TeacherPrompt, chat: ChatFormat, longest_prompt: int, world: int
+) -> TeacherLoad:
     options, groups = config.thinktuning, config.problems_per_step // world
     one, other = (teacher_ids(chat, prompt.messages(text, text, None), sys.maxsize) for text in ("0", "1"))
     request = max(len(chat.encode(shot.request)) for shot in prompt.shots) if options.one_behaviour else 0
     longest = len(one) + longest_prompt + config.rollout.max_response_tokens + request
     whole = longest <= options.teacher_prompt_tokens  # else some are cut, and begin elsewhere
-    return Taught(
+    return TeacherLoad(
         groups * guided_count(config.samples_per_problem, options.fraction),
         min(longest, options.teacher_prompt_tokens),
         len(shared_prefix([one, other])) if whole else 0,
@@ -189,17 +191,17 @@ def _taught(config: Config, prompt: TeacherPrompt, chat: ChatFormat, longest_pro
     )
 
 
-def _check_room(config: Config, loaded: LoadedModel, taught: Taught) -> None:
-    asks = f"prompts of up to {taught.prompt_tokens} tokens and answers of {taught.answer_tokens}"
+def _check_room(config: Config, loaded: LoadedModel, load: TeacherLoad) -> None:
+    asks = f"prompts of up to {load.prompt_tokens} tokens and answers of {load.answer_tokens}"
     context = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None)
-    if context is not None and taught.tokens > context:
+    if context is not None and load.tokens > context:
         raise UserError(
             f"--thinktuning.teacher {config.thinktuning.teacher}: {asks} are longer than the model's context of "
             f"{context}: lower --thinktuning.teacher_prompt_tokens or --thinktuning.teacher_answer_tokens"
         )
     cache_tokens = config.rollout.cache_tokens
-    if 0 < blocks_for(cache_tokens) < blocks_for(taught.tokens):
+    if 0 < blocks_for(cache_tokens) < blocks_for(load.tokens):
         raise UserError(
-            f"--rollout.cache_tokens {cache_tokens}: a teacher's {asks} do not fit it: give at least {taught.tokens}, "
+            f"--rollout.cache_tokens {cache_tokens}: a teacher's {asks} do not fit it: give at least {load.tokens}, "
             "or 0"
         )

@@ -42,7 +42,7 @@ class Evaluated:
 
 
 @dataclass(frozen=True)
-class Taught:
+class TeacherLoad:
     """The most that a teacher which is sampled here is asked in a step, on one process."""
 
     requests: int
@@ -91,7 +91,7 @@ def heaviest_load(
     longest_prompts: Mapping[str, int],
     evaluated: Evaluated,
     world: int,
-    taught: Taught | None = None,
+    teacher: TeacherLoad | None = None,
 ) -> Load:
     """The most that one of ``world`` processes has to hold at a time.
 
@@ -99,21 +99,21 @@ def heaviest_load(
         planned: see ``phases``.
         longest_prompts: tokens, by phase.
         evaluated: in the largest evaluation.
-        taught: by a teacher that uses the policy's KV cache.
+        teacher: what is asked of one that uses the policy's KV cache.
     """
     options = config.rollout
     sampled = max((phase.prompts * phase.samples for phase in planned if phase.name != "sft"), default=0)
     sequences = min(options.max_sequences, max(sampled, _solutions(evaluated, world)))
-    longest = max(evaluated.prompt_tokens, *longest_prompts.values(), taught.prompt_tokens if taught else 0)
+    longest = max(evaluated.prompt_tokens, *longest_prompts.values(), teacher.prompt_tokens if teacher else 0)
     needed = needed_blocks(config, longest_prompts, evaluated, world)
     return Load(
         sequences,
-        max(needed, taught.blocks(options.max_sequences)) if taught else needed,
+        max(needed, teacher.blocks(options.max_sequences)) if teacher else needed,
         min(options.max_batch_tokens, sequences * longest),
         max(phase.row_tokens for phase in planned),
         max(phase.row_targets for phase in planned),
         max(phase.row_keys for phase in planned),
-        taught.tokens if taught else 0,
+        teacher.tokens if teacher else 0,
     )
 
 

@@ -8,10 +8,11 @@ import urllib.error
 import urllib.request
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any, NoReturn
 
 from thinktwice_fast.algorithms.thinktuning.prompt import TeacherPrompt
-from thinktwice_fast.algorithms.thinktuning.teacher import Answer, Asked
+from thinktwice_fast.algorithms.thinktuning.teacher import Answer, FeedbackRequest
 from thinktwice_fast.errors import UserError, one_line
 from thinktwice_fast.records import Message
 from thinktwice_fast.thinktuning_options import ThinkTuningOptions
@@ -32,7 +33,7 @@ class EndpointError(Exception):
 
 
 class EndpointTeacher:
-    """Asks a server, each request with a time limit and retries, so many at once.
+    """Asks a server, each request with a time limit and retries, so many at once, and all within a limit of their own.
 
     The prompt goes there whole: only the server knows its own tokens.
 
@@ -63,7 +64,7 @@ class EndpointTeacher:
             UserError: the server does not answer, or refuses.
         """
         try:
-            self._reply([{"role": "user", "content": "Hello"}], 1)
+            self._reply([{"role": "user", "content": "Hello"}], 1, self._deadline())
         except EndpointError as error:
             key = self._options.endpoint_key_variable
             raise UserError(
@@ -71,21 +72,26 @@ class EndpointTeacher:
                 f"address, --thinktuning.endpoint_model or the key in ${key}"
             ) from error
 
-    def ask(self, asked: Sequence[Asked]) -> list[Answer]:
+    def ask(self, asked: Sequence[FeedbackRequest]) -> list[Answer]:
         """See ``Teacher``."""
+        answer = partial(self._answer, deadline=self._deadline())
         with ThreadPoolExecutor(self._options.endpoint_concurrency) as threads:
-            return list(threads.map(self._answer, asked))
+            return list(threads.map(answer, asked))
 
-    def _answer(self, asked: Asked) -> Answer:
+    def _deadline(self) -> float:
+        """Of all that is asked from now on, in the clock's seconds."""
+        return time.monotonic() + self._options.endpoint_step_timeout
+
+    def _answer(self, asked: FeedbackRequest, deadline: float) -> Answer:
         messages = self._prompt.messages(asked.question, asked.response, asked.behaviour)
         try:
-            text, finished = self._reply(messages, self._options.teacher_answer_tokens)
+            text, finished = self._reply(messages, self._options.teacher_answer_tokens, deadline)
             return Answer(text) if finished else Answer(refusal="unfinished")
         except EndpointError as error:
             return Answer(refusal="unanswered", detail=f"the server: {error}")
 
-    def _reply(self, messages: Sequence[Message], max_tokens: int) -> tuple[str, bool]:
-        """The text that comes back, and whether it ended by itself, after as many attempts as may be."""
+    def _reply(self, messages: Sequence[Message], max_tokens: int, deadline: float) -> tuple[str, bool]:
+        """The text that comes back, and whether it ended by itself, after as many attempts as may be by then."""
         body = {
             "model": self._options.endpoint_model,
             "messages": list(messages),
@@ -95,21 +101,25 @@ class EndpointTeacher:
         data, pause = json.dumps(body).encode(), self._first_pause
         for left in range(self._options.endpoint_retries, -1, -1):
             try:
-                return self._once(data)
+                return self._once(data, deadline)
             except EndpointError as error:
-                if not error.passing or not left:
+                pausing = min(max(pause, error.pause), _LONGEST_PAUSE)
+                if not error.passing or not left or time.monotonic() + pausing > deadline:
                     raise
-                time.sleep(min(max(pause, error.pause), _LONGEST_PAUSE))
+                time.sleep(pausing)
                 pause *= 2
         raise AssertionError("the last attempt returns or raises")
 
-    def _once(self, data: bytes) -> tuple[str, bool]:
-        deadline = time.monotonic() + self._options.teacher_timeout
+    def _once(self, data: bytes, deadline: float) -> tuple[str, bool]:
+        seconds = min(self._options.teacher_timeout, deadline - time.monotonic())
+        if seconds <= 0:
+            raise EndpointError("no time left for this step's requests", passing=False)
+        started = time.monotonic()
         url = f"{(self._options.endpoint_url or '').rstrip('/')}/chat/completions"
         try:
             request = urllib.request.Request(url, data, self._headers)
-            with self._opener.open(request, timeout=self._options.teacher_timeout) as reply:
-                content = _read(reply, deadline)
+            with self._opener.open(request, timeout=seconds) as reply:
+                content = _read(reply, started + seconds)
         except urllib.error.HTTPError as error:
             _refused(error)
         except TimeoutError as error:

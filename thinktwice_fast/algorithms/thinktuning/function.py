@@ -5,7 +5,7 @@ from functools import partial
 from pathlib import Path
 from typing import Self
 
-from thinktwice_fast.algorithms.thinktuning.teacher import Answer, Asked
+from thinktwice_fast.algorithms.thinktuning.teacher import Answer, FeedbackRequest
 from thinktwice_fast.errors import UserError
 from thinktwice_fast.tasks.user_reward import Failure
 from thinktwice_fast.tasks.user_teacher import call_teacher, load_teacher
@@ -39,12 +39,12 @@ class FunctionTeacher:
             self._workers.close()
             raise UserError(f"--thinktuning.teacher {teacher} {failure.what}")
 
-    def ask(self, asked: Sequence[Asked]) -> list[Answer]:
+    def ask(self, asked: Sequence[FeedbackRequest]) -> list[Answer]:
         """See ``Teacher``."""
         calls = [self._workers.submit(partial(self._answer, one)) for one in asked]
         return [call.result() for call in calls]
 
-    def _answer(self, asked: Asked, worker: Worker) -> Answer:
+    def _answer(self, asked: FeedbackRequest, worker: Worker) -> Answer:
         try:
             answer = worker.call(self._timeout, call_teacher, *self._function, asked.question, asked.response)
         except TimeoutError:

@@ -9,7 +9,7 @@ from thinktwice_fast import parallel
 from thinktwice_fast.algorithms.sampler import Sampler
 from thinktwice_fast.algorithms.thinktuning.feedback import REFUSALS, Refusal, parse, splice
 from thinktwice_fast.algorithms.thinktuning.guided import choose_behaviour, choose_guided, guided_fraction
-from thinktwice_fast.algorithms.thinktuning.teacher import Answer, Asked, Teacher
+from thinktwice_fast.algorithms.thinktuning.teacher import Answer, FeedbackRequest, Teacher
 from thinktwice_fast.config import Config
 from thinktwice_fast.errors import UserError
 from thinktwice_fast.records import Group, Rollout
@@ -79,7 +79,7 @@ class Guide:
 
     def _guide(self, groups: Sequence[Group], fraction: float, number: int) -> list[_Outcome]:
         rollouts: list[Rollout] = []
-        asked: list[Asked] = []
+        asked: list[FeedbackRequest] = []
         seed, stop_ids = self._config.seed, self._sampler.stop_ids
         for group in groups:
             for place, rollout in choose_guided(group, fraction, stop_ids, seed, number):
@@ -87,7 +87,7 @@ class Guide:
                 if self._config.thinktuning.one_behaviour:
                     behaviour = choose_behaviour(len(self._behaviours), seed, number, group.slot, place)
                 rollouts.append(rollout)
-                asked.append(Asked(group.problem.question, rollout.text, behaviour))
+                asked.append(FeedbackRequest(group.problem.question, rollout.text, behaviour))
         answers = self._teacher.ask(asked)
         refusals = [self._take(rollout, answer) for rollout, answer in zip(rollouts, answers, strict=True)]
         names = [None if one.behaviour is None else self._behaviours[one.behaviour] for one in asked]

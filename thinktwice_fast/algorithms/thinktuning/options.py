@@ -5,7 +5,10 @@ from thinktwice_fast.errors import UserError
 
 CHECKPOINT = "checkpoint:"
 _KINDS = "frozen, live, checkpoint:PATH, endpoint, or my_file.py:function"
-_ENDPOINT = ("endpoint_url", "endpoint_model", "endpoint_key_variable", "endpoint_retries", "endpoint_concurrency")
+_ENDPOINT = (
+    "endpoint_url", "endpoint_model", "endpoint_key_variable", "endpoint_retries", "endpoint_concurrency",
+    "endpoint_step_timeout",
+)  # fmt: skip
 _UNUSED = {
     "frozen": ("teacher_timeout", *_ENDPOINT),
     "live": ("teacher_timeout", *_ENDPOINT),
@@ -36,7 +39,13 @@ def teacher_kind(teacher: str | None) -> str:
 def check_teacher(config: Config) -> None:
     """Raise UserError where a ThinkTuning run's options contradict each other."""
     options = config.thinktuning
-    if teacher_kind(options.teacher) == "endpoint" and not (options.endpoint_url and options.endpoint_model):
+    kind = teacher_kind(options.teacher)
+    if kind == "endpoint" and options.endpoint_step_timeout >= config.run.distributed_timeout:
+        raise UserError(
+            f"--thinktuning.endpoint_step_timeout {options.endpoint_step_timeout:g}: the other processes wait only "
+            f"--run.distributed_timeout {config.run.distributed_timeout:g}: give less"
+        )
+    if kind == "endpoint" and not (options.endpoint_url and options.endpoint_model):
         raise UserError(
             "--thinktuning.teacher endpoint: give its address with --thinktuning.endpoint_url (such as "
             "http://localhost:8000/v1) and its model with --thinktuning.endpoint_model"

@@ -15,7 +15,7 @@ _LEAST_SHARED = 16  # tokens, from which on a common prefix is worth a request o
 
 
 @dataclass(frozen=True)
-class Asked:
+class FeedbackRequest:
     """What a teacher is shown; the gold answer is not among it."""
 
     question: str
@@ -35,13 +35,13 @@ class Answer:
 class Teacher(Protocol):
     """Gives feedback on responses."""
 
-    def ask(self, asked: Sequence[Asked]) -> list[Answer]:
+    def ask(self, asked: Sequence[FeedbackRequest]) -> list[Answer]:
         """One answer each, in order. A request that fails is an answer too; it ends no run."""
         ...
 
 
 @dataclass(frozen=True)
-class Voice:
+class SampledModel:
     """A model that can be sampled from here, with its tokenizer."""
 
     engine: Engine
@@ -54,17 +54,17 @@ class ModelTeacher:
     """A model sampled greedily, all requests of a step in one batch.
 
     Args:
-        voice: gives the model that speaks now.
+        sampled: gives the model as it is now.
         prompt: what it reads.
         options: how long prompts and answers may be.
     """
 
-    def __init__(self, voice: Callable[[], Voice], prompt: TeacherPrompt, options: ThinkTuningOptions):
-        self._voice = voice
+    def __init__(self, sampled: Callable[[], SampledModel], prompt: TeacherPrompt, options: ThinkTuningOptions):
+        self._sampled = sampled
         self._prompt = prompt
         self._options = options
 
-    def ask(self, asked: Sequence[Asked]) -> list[Answer]:
+    def ask(self, asked: Sequence[FeedbackRequest]) -> list[Answer]:
         """See ``Teacher``.
 
         Raises:
@@ -72,11 +72,11 @@ class ModelTeacher:
         """
         if not asked:
             return []
-        voice, limit = self._voice(), self._options.teacher_prompt_tokens
+        sampled, limit = self._sampled(), self._options.teacher_prompt_tokens
         chats = [self._prompt.messages(one.question, one.response, one.behaviour) for one in asked]
-        prompts = [teacher_ids(voice.chat, messages, limit) for messages in chats]
-        rollouts = answer_prompts(voice.engine, prompts, self._options.teacher_answer_tokens, voice.version)
-        return [_answer(voice, rollout) for rollout in rollouts]
+        prompts = [teacher_ids(sampled.chat, messages, limit) for messages in chats]
+        rollouts = answer_prompts(sampled.engine, prompts, self._options.teacher_answer_tokens, sampled.version)
+        return [_answer(sampled, rollout) for rollout in rollouts]
 
 
 def answer_prompts(
@@ -117,10 +117,10 @@ def answer_prompts(
     return sorted((rollout for rollout in rollouts if rollout.group < common), key=_number)
 
 
-def _answer(voice: Voice, rollout: Rollout) -> Answer:
+def _answer(sampled: SampledModel, rollout: Rollout) -> Answer:
     if not rollout.finished:
         return Answer(refusal="unfinished")
-    return Answer(voice.chat.response_text(rollout.response, voice.stop_ids))
+    return Answer(sampled.chat.response_text(rollout.response, sampled.stop_ids))
 
 
 def _number(rollout: Rollout) -> int:
