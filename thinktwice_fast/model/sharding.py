@@ -158,19 +158,19 @@ def cpu_copy(tensor: torch.Tensor, mesh: DeviceMesh | None) -> torch.Tensor:
 
 def trained_shards(policy: Policy) -> list[torch.Tensor]:
     """Copies on the CPU of what this process has of each trained weight."""
-    return [
-        own_shard(parameter).detach().to("cpu", copy=True)
-        for parameter in policy.parameters()
-        if parameter.requires_grad
-    ]
+    return [own_shard(weight).detach().to("cpu", copy=True) for weight in _trained(policy)]
 
 
 @torch.no_grad()
 def set_trained_shards(policy: Policy, shards: Sequence[torch.Tensor]) -> None:
     """Set the trained weights to what ``trained_shards`` gave; every process its own."""
-    trained = (parameter for parameter in policy.parameters() if parameter.requires_grad)
-    for parameter, shard in zip(trained, shards, strict=True):
-        own_shard(parameter).copy_(shard)
+    for weight, shard in zip(_trained(policy), shards, strict=True):
+        own_shard(weight).copy_(shard)
+
+
+def _trained(policy: Policy) -> list[torch.Tensor]:
+    """By way of the state, which is sharded also where a forward pass has left weights gathered."""
+    return [weight for weight in own_state(policy).values() if weight.requires_grad]
 
 
 def _one_set(model: Model, dtype: torch.dtype) -> ModelPair:
