@@ -45,17 +45,12 @@ class Page:
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )
-        self._socket = _connect(_debugger(profile / "DevToolsActivePort"))
-        for domain in ("Page", "Runtime", "Log"):
-            self.call(f"{domain}.enable")
-        self.call("Emulation.setScrollbarsHidden", hidden=True)
-        self.resize(width, height)
-        self.theme(dark)
-        self.call("Page.navigate", url=file.resolve().as_uri())
-        deadline = time.monotonic() + _LIMIT
-        while not self.value("document.readyState === 'complete' && location.protocol === 'file:'"):
-            assert time.monotonic() < deadline, "the page does not load"
-            time.sleep(0.05)
+        try:
+            self._socket = _connect(_debugger(profile / "DevToolsActivePort"))
+            self._open(file, width, height, dark)
+        except BaseException:
+            self._process.kill()
+            raise
 
     def resize(self, width: int, height: int) -> None:
         """Another window; a narrow one is a phone's."""
@@ -98,6 +93,18 @@ class Page:
                 assert "error" not in message, message
                 return message["result"]
             self._note(message)
+
+    def _open(self, file: Path, width: int, height: int, dark: bool) -> None:
+        for domain in ("Page", "Runtime", "Log"):
+            self.call(f"{domain}.enable")
+        self.call("Emulation.setScrollbarsHidden", hidden=True)
+        self.resize(width, height)
+        self.theme(dark)
+        self.call("Page.navigate", url=file.resolve().as_uri())
+        deadline = time.monotonic() + _LIMIT
+        while not self.value("document.readyState === 'complete' && location.protocol === 'file:'"):
+            assert time.monotonic() < deadline, "the page does not load"
+            time.sleep(0.05)
 
     def _note(self, message: dict[str, Any]) -> None:
         about = message.get("params", {})

@@ -40,10 +40,11 @@ def test_greedy_answers_are_those_of_transformers(run: Run, tmp_path: Path) -> N
         for line in Store(store, 0).lines("solutions"):
             chat = [dict(message) for message in problems.problems[line["problem"]].messages]
             text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-            ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
-            whole = model.generate(
-                ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=TOKENS, pad_token_id=2
-            )
-            assert line["ids"] == whole[0, ids.shape[1] :].tolist(), f"{store.name} {line['problem']}"
+            prompt = tokenizer(text, add_special_tokens=False)["input_ids"]
+            with torch.inference_mode():
+                logits = model(torch.tensor([[*prompt, *line["ids"]]])).logits[0]
+            # What greedy decoding picks after each part of the answer: the same answer, at a tenth of the time.
+            assert line["ids"] == logits[len(prompt) - 1 : -1].argmax(-1).tolist(), f"{store.name} {line['problem']}"
+            assert len(line["ids"]) == TOKENS or line["ids"][-1] == tokenizer.eos_token_id
             compared += 1
     assert compared == PROBLEMS

@@ -71,8 +71,9 @@ def timed(records: list[Record]) -> list[Record]:
 
 def evaluation_folder(path: Path) -> Path:
     path.mkdir()
-    estimates = {"solve_accuracy": {"value": 0.5, "low": 0.4, "high": 0.6}, "solve_tokens": {"value": 12.25}}
-    content = {"problems": {"aime": 30}, "models": {"mine": {"aime": estimates}, "theirs": {"aime": {}}}}
+    estimates = {"solve_accuracy": {"value": 0.5, "low": 0.4, "high": 0.6}}
+    models = {"mine": {"aime": estimates}, "theirs": {"aime": {}}}
+    content = {"problems": {"aime": 30}, "models": models, "differences": {"theirs": {"aime": estimates}}}
     (path / "results.json").write_text(json.dumps(content))
     return path
 
@@ -158,7 +159,10 @@ def test_the_command_writes_where_it_is_told(
         run(ReportOptions([str(path) for path in folders], output))
         assert capsys.readouterr().out == f"{file}\n" and file.stat().st_size > 20_000
     judged = (here / "judged.html").read_text()
-    assert "<td>50.0 % [40.0 %, 60.0 %]</td><td>-</td>" in judged and "judged: aime (30 problems)" in judged
+    assert (
+        "<td>50.0 % [40.0 %, 60.0 %]</td><td>-</td><td>+50.0 [+40.0, +60.0]</td>" in judged
+        and "judged: aime (30 problems)" in judged
+    )
     both = (here / "report.html").read_text()
     assert both.count('<th scope="row">a&lt;b&gt;</th><td>1,200</td><td>3.2</td><td>0.0</td>') == 3
     assert '<th scope="row">thinktwice.pairing</th><td>sequential</td><td>sequential</td><td>joint</td>' in both

@@ -27,8 +27,8 @@
   system.addEventListener("change", name);
   name();
 
-  for (const section of document.querySelectorAll("main > section:not(#overview):not(#pairs)")) {
-    if (section.querySelector("figure, table, details")) continue;
+  for (const section of document.querySelectorAll("main > section")) {
+    if (section.querySelector("figure, table, details, .facts, [role=option]")) continue;
     section.hidden = true;
     document.querySelector(`nav a[href="#${section.id}"]`).hidden = true;
   }

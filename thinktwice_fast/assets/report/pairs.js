@@ -125,7 +125,7 @@ class Browser {
 
   show() {
     const item = this.matches[this.at];
-    this.detail.replaceChildren(...(item ? this.parts(item) : [element("p", { class: "hint" }, this.data.total ? "Nothing is like that." : "There are no transcripts.")]));
+    this.detail.replaceChildren(...(item ? this.parts(item) : [element("p", { class: "hint" }, "Nothing is like that.")]));
   }
 
   parts(item) {

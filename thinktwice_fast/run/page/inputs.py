@@ -44,6 +44,7 @@ class EvaluationFile:
     name: str
     problems: Mapping[str, int]  # by set
     models: Mapping[str, Mapping[str, Mapping[str, Any]]]  # estimates by model, set and figure
+    differences: Mapping[str, Mapping[str, Mapping[str, Any]]]  # of later models to the first
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,7 @@ def _read_run(folder: Path, name: str) -> RunFiles:
 def _read_evaluation(path: Path, name: str) -> EvaluationFile:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        return EvaluationFile(name, content["problems"], content["models"])
+        return EvaluationFile(name, content["problems"], content["models"], content["differences"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: no result of thinktwice-fast eval ({one_line(error)}): evaluate again") from None
 

@@ -85,17 +85,20 @@ def evaluation_tables(methods: Sequence[Method]) -> str:
 
 
 def result_tables(evaluations: Sequence[EvaluationFile]) -> str:
-    """Of each evaluation and set: a row per figure, a column per model, with intervals."""
+    """Of each evaluation and set: a row per figure, a column per model and one for what later ones have beyond the
+    first, with intervals."""
     tables = []
     for evaluation in evaluations:
         for name in next(iter(evaluation.models.values()), {}):
-            columns = [sets.get(name, {}) for sets in evaluation.models.values()]
-            figures = dict.fromkeys(figure for column in columns for figure in column)
+            columns = {model: (sets[name], False) for model, sets in evaluation.models.items()}
+            columns |= {f"{model}, points": (sets[name], True) for model, sets in evaluation.differences.items()}
+            figures = dict.fromkeys(figure for estimates, _ in columns.values() for figure in estimates)
             rows = [
-                (_label(figure), *(_estimate(column.get(figure), figure) for column in columns)) for figure in figures
+                (_label(figure), *(_estimate(own.get(figure), figure, signed) for own, signed in columns.values()))
+                for figure in figures
             ]
             count = f"{evaluation.problems[name]:,} problems" if name in evaluation.problems else "plain mean of sets"
-            tables.append(table(f"{evaluation.name}: {name} ({count})", ["figure", *evaluation.models], rows))
+            tables.append(table(f"{evaluation.name}: {name} ({count})", ["figure", *columns], rows))
     return "".join(tables)
 
 
@@ -193,10 +196,8 @@ def _number(value: float | None, figure: str, signed: bool = False) -> str:
     return f"{100 * value:{sign}.1f}" + ("" if signed else " %")
 
 
-def _estimate(estimate: Mapping[str, Any] | None, figure: str) -> str:
+def _estimate(estimate: Mapping[str, Any] | None, figure: str, signed: bool) -> str:
     if estimate is None:
         return "-"
-    text = _number(estimate["value"], figure)
-    if estimate.get("low") is None or estimate.get("high") is None:
-        return text
-    return f"{text} [{_number(estimate['low'], figure)}, {_number(estimate['high'], figure)}]"
+    value, low, high = (_number(estimate[name], figure, signed) for name in ("value", "low", "high"))
+    return f"{value} [{low}, {high}]"
