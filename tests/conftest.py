@@ -12,7 +12,10 @@ settings.register_profile("search", max_examples=400)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
 
 # Their files take minutes: run last they would leave one of two workers without work.
-_LONG = ("tests/run/", "tests/kernels/test_aot", "tests/csrc/test_cuda", "tests/test_bench")
+_LONG = (
+    *("tests/run/", "tests/kernels/test_aot", "tests/csrc/test_cuda", "tests/csrc/test_native"),
+    *("tests/test_bench", "tests/test_distributions", "tests/test_gpu_check"),
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -1,6 +1,7 @@
 """A process that has imported what a run needs, and forks itself for each command that a client asks for.
 
-The imports take most of a short run's time. It has one thread, and has used none of what it imported.
+The imports take most of a short run's time. It has one thread, and has used nothing of what it imported but the parser
+of options.
 """
 
 import atexit
@@ -105,6 +106,7 @@ def main() -> None:
     with socket.socket(fileno=int(sys.argv[1])) as listener:
         for name in MODULES:
             importlib.import_module(name)
+        sys.modules["thinktwice_fast.run.options"].parse_command([])  # whose help texts are then read for all forks
         threads = os.listdir("/proc/self/task")
         assert len(threads) == 1, "a fork has only one of its parent's threads: import less"
         gc.freeze()  # a collection would copy every page

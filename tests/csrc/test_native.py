@@ -18,7 +18,7 @@ COMPILER = os.environ.get("CXX", "g++")
 
 
 def build_and_run(folder: Path, files: list[Path]) -> None:
-    flags = ["-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", "-fsanitize=address,undefined"]
+    flags = ["-std=c++17", "-O0", "-Wall", "-Wextra", "-Werror", "-fsanitize=address,undefined"]
     includes = [*INCLUDES, *(f"-isystem{path}" for path in include_paths())]
     program = folder / "program"
     command = [COMPILER, *flags, "-fno-sanitize-recover=all", *includes, *map(str, files), "-o", str(program)]

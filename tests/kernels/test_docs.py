@@ -2,12 +2,11 @@
 
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from tests.command import ROOT, environment
+from tests.command import ROOT, quick_start
 
 DOCS = (ROOT / "docs/ops.md").read_text()
 PROGRAMS = dict(re.findall(r"^## ([^\n]+)\n(?:(?!^## ).)*?```python\n(.*?)```", DOCS, re.M | re.S))
@@ -18,10 +17,11 @@ def run(title: str, folder: Path, *launcher: str) -> str:
     program = folder / "program.py"
     code = PROGRAMS[title].replace('"Qwen/Qwen3-0.6B"', repr(str(TINY)))  # nothing can be downloaded here
     program.write_text(code)
+    python, own = quick_start()
     done = subprocess.run(
-        [sys.executable, *launcher, str(program)],
+        [python, *launcher, str(program)],
         cwd=folder,
-        env=environment(),
+        env=own,
         capture_output=True,
         text=True,
         timeout=180,
@@ -31,9 +31,9 @@ def run(title: str, folder: Path, *launcher: str) -> str:
     return done.stdout
 
 
-def test_there_are_seven() -> None:
+def test_there_are_eight() -> None:
     """The first is run where nothing but the ops is installed, by ../test_distributions.py."""
-    assert len(PROGRAMS) == DOCS.count("```python") == 7
+    assert len(PROGRAMS) == DOCS.count("```python") == 8
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ class Case:
     says: tuple[str, ...]  # parts of the one line on stderr
     options: Callable[[Path], list[str | Path]]  # given a folder to prepare things in; "--output FOLDER/run" is added
     processes: int = 0
-    fresh: bool = False  # started as a user's is (see `train`): one of each kind of refusal is enough
+    fresh: bool = False  # started as a user's is (see `train`): one is enough
     after_a_run: bool = False  # the output folder holds what a run leaves that ended after one solve step
 
 

@@ -159,13 +159,12 @@ OPTION_CASES = [
     ),
     Case("abbreviated option", ("--run.step", "--help"), options("--run.step", "3")),
     Case("missing YAML file", ("no such file", "configs/"), options("--config", "absent.yaml")),
-    Case("wrong type", ("run.steps", "many", "--help"), options("--run.steps", "many"), fresh=True),
+    Case("wrong type", ("run.steps", "many", "--help"), options("--run.steps", "many")),
     Case("wrong choice", ("loss.policy_loss", "ppo", "--help"), options("--loss.policy_loss", "ppo")),
     Case(
         "loss option out of range",
         ("loss options: dual_clip is 0.5", "choose a number above 1"),
         options("--loss.dual_clip", "0.5"),
-        fresh=True,
     ),
     Case("negative seed", ("--seed -1: must be at least 0",), options("--seed", "-1")),
     Case("huge seed", ("--seed 4294967296: must be at most 2147483647",), options("--seed", "4294967296")),
@@ -279,7 +278,6 @@ TORCHRUN_CASES = [
         ("--problems_per_step 3 does not divide over 2 processes", "take a multiple of 2"),
         options("--problems_per_step", "3"),
         processes=2,
-        fresh=True,
     ),
     Case(
         "mini-batch does not divide over processes",

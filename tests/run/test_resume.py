@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from tests.command import LIMIT, ROOT, TRAIN, environment, train
+from tests.command import LIMIT, ROOT, TRAIN, environment, quick_start, train
 from thinktwice_fast.config import UpdateOptions
 from thinktwice_fast.errors import UserError
 from thinktwice_fast.run.checkpoint import check_room, checkpoints
@@ -110,11 +110,12 @@ def test_a_disk_without_room_for_one_checkpoint_is_refused(monkeypatch: pytest.M
             check_room(tmp_path, layer, UpdateOptions(), processes)
 
 
-def start(*options: str | Path, processes: int) -> subprocess.Popen[str]:
+def start(*options: str | Path, processes: int, fresh: bool = False) -> subprocess.Popen[str]:
+    python, own = (sys.executable, environment()) if fresh else quick_start()
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)] if processes else []
     return subprocess.Popen(
-        [sys.executable, *launcher, str(TRAIN), *SMALL, *map(str, options)],
-        env=environment(),
+        [python, *launcher, str(TRAIN), *SMALL, *map(str, options)],
+        env=own,
         cwd=ROOT,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
@@ -133,7 +134,8 @@ def wait_for(path: Path, process: subprocess.Popen[Any]) -> None:
 @pytest.mark.parametrize("processes", [0, 2])
 def test_ctrl_c_finishes_the_step_and_saves(tmp_path: Path, processes: int) -> None:
     output = tmp_path / "run"
-    process = start("--run.steps", "100000", "--output", output, processes=processes)
+    # Far more steps than are made, and not so many that processes whose launcher is killed go on for hours.
+    process = start("--run.steps", "1000", "--output", output, processes=processes)
     try:
         wait_for(output / "checkpoints" / "step-000002", process)
         process.send_signal(signal.SIGINT)
@@ -151,7 +153,7 @@ def test_ctrl_c_finishes_the_step_and_saves(tmp_path: Path, processes: int) -> N
 
 
 def test_ctrl_c_before_training_is_one_line(tmp_path: Path) -> None:
-    process = start("--run.steps", "5", "--output", tmp_path / "run", processes=0)
+    process = start("--run.steps", "5", "--output", tmp_path / "run", processes=0, fresh=True)
     try:
         wait_for(tmp_path / "run", process)  # made before the model is loaded
         process.send_signal(signal.SIGINT)

@@ -1,6 +1,8 @@
 """From the command line and YAML files to a checked ``Config``."""
 
+from copy import deepcopy
 from dataclasses import asdict, dataclass, fields, is_dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -44,15 +46,12 @@ def parse_config(arguments: list[str], program: str = PROGRAM, description: str 
     Raises:
         UserError: an unknown option, a value of the wrong type, a config file that is missing or malformed.
     """
-    return Config(**_parsed(make_parser(program, description), arguments))
+    return Config(**_parsed(_parser(program, description), arguments))
 
 
 def parse_command(arguments: list[str]) -> tuple[Config, DryRun | None]:
     """As ``parse_config``, and whether only a plan is wanted (``--dry-run``, which no file can set)."""
-    parser = make_parser(PROGRAM, _DESCRIPTION)
-    parser.add_argument("--dry-run", action="store_true", help=_DRY_RUN)
-    parser.add_argument("--dry-run-gpu", type=float, default=None, metavar="GIGABYTES", help=_DRY_RUN_GPU)
-    values = _parsed(parser, arguments)
+    values = _parsed(_parser(PROGRAM, _DESCRIPTION, plans=True), arguments)
     asked, gigabytes = values.pop("dry_run"), values.pop("dry_run_gpu")
     config = Config(**values)
     if gigabytes is None:
@@ -66,10 +65,21 @@ def parse_command(arguments: list[str]) -> tuple[Config, DryRun | None]:
     return config, DryRun(int(gigabytes * _GIGABYTE))
 
 
-def _parsed(parser: ArgumentParser, arguments: list[str]) -> dict[str, Any]:
-    """The values of training's options, and of those that the parser has already."""
+@cache
+def _parser(program: str, description: str, *, plans: bool = False) -> ArgumentParser:
+    """Of training's options, and with ``plans`` of a dry run's. Kept, for to read all help texts takes a while."""
+    parser = make_parser(program, description)
+    if plans:
+        parser.add_argument("--dry-run", action="store_true", help=_DRY_RUN)
+        parser.add_argument("--dry-run-gpu", type=float, default=None, metavar="GIGABYTES", help=_DRY_RUN_GPU)
     parser.add_argument("--config", action="config", help="YAML file of options; may be given several times.")
     parser.add_class_arguments(Config, nested_key=None, as_positional=False)
+    return parser
+
+
+def _parsed(parser: ArgumentParser, arguments: list[str]) -> dict[str, Any]:
+    """The values of a parser's options, with an algorithm's own defaults."""
+    parser = deepcopy(parser)  # it is kept, and gets other defaults here
     _check_files(arguments)
     values = parse(parser, arguments)
     if published := published_loss(values["algorithm"]):
