@@ -133,18 +133,18 @@ def share_of_vowels(prompts, completions, question, answer, **columns):
 """
 
 
-def run_with_own_reward(folder: Path, model: Path, code: str, processes: int, fresh: bool) -> Path:
+def run_with_own_reward(folder: Path, model: Path, code: str, processes: int) -> Path:
     (folder / "mine.py").write_text(code)
     output = folder / f"run-{processes}"
     own = ("--reward", f"{folder / 'mine.py'}:share_of_vowels", "--data.source", OWN.train, "--eval.sets", "{}")
     command = ("--model.path", model, "--output", output, *SIZES, *own, "--run.steps", "2")
-    succeeded(train(*command, processes=processes, fresh=fresh))
+    succeeded(train(*command, processes=processes))
     return output
 
 
 def test_two_processes_do_the_step_of_one(models: dict[Path, dict[str, Path]], tmp_path: Path) -> None:
     model = models[OWN.train]["qwen3"]
-    one, two = (run_with_own_reward(tmp_path, model, REWARD, n, fresh=n == 2) for n in (1, 2))
+    one, two = (run_with_own_reward(tmp_path, model, REWARD, n) for n in (1, 2))
     first, second = records(one, "solve")[0], records(two, "solve")[0]
     for name in ("reward", "response_tokens", "prompt_tokens", "truncation_rate", "group_signal_rate", "entropy"):
         assert second[f"solve/{name}"] == pytest.approx(first[f"solve/{name}"], rel=1e-6)
@@ -159,7 +159,7 @@ def test_two_processes_do_the_step_of_one(models: dict[Path, dict[str, Path]], t
 
 def test_own_reward_may_leave_samples_out(models: dict[Path, dict[str, Path]], tmp_path: Path) -> None:
     code = REWARD.replace("return rewards", "return [None, *rewards[1:]]")
-    output = run_with_own_reward(tmp_path, models[OWN.train]["llama"], code, processes=0, fresh=False)
+    output = run_with_own_reward(tmp_path, models[OWN.train]["llama"], code, processes=0)
     for phase in ("solve", "refine"):
         assert records(output, phase)[0][f"{phase}/rewards_missing"] == PROBLEMS
 
