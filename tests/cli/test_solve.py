@@ -244,7 +244,7 @@ def test_a_note_says_when_caches_could_not_be_carried_on(run: Run, folder: Path,
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        ((), "no command given: there is solve, eval, doctor: see thinktwice-fast --help"),
+        ((), "no command given: there is solve, eval, report, doctor: see thinktwice-fast --help"),
         (("slove", "1+2"), "no command 'slove'"),
         (("solve",), "give problems"),
         (("solve", "1+2", "--file", "x.txt"), "one of both"),
