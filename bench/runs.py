@@ -67,7 +67,8 @@ class Run:
         with log.open("a") as file:
             done = subprocess.run(command, cwd=ROOT, env=environment, stdout=file, stderr=file)
         if done.returncode:
-            raise RuntimeError(f"{self.folder}: {log.read_text().strip().splitlines()[-1]}")
+            last = log.read_text().strip().rpartition("\n")[2]  # empty where it was killed before it said anything
+            raise RuntimeError(f"{self.folder}: ended with status {done.returncode}: {last}")
         (self.folder / _FINISHED).touch()
 
     def _as_before(self) -> bool:
