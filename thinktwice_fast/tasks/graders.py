@@ -53,16 +53,21 @@ def gold_letter(problem: Problem) -> str:
     """
     gold = _BOXED_LETTER.fullmatch(problem.answer.strip())
     if gold is None:
-        raise UserError(
-            (
-                f"row {problem.index} (from 0): the gold answer {problem.answer!r} is no letter A-Z, which ",
-                Option("reward", "choice"),
-                " compares with",
-            ),
-            ("use ", Option("reward", "exact")),
-            "name an answer column that holds letters",
-        )
+        raise _unfit_gold(problem, "no letter A-Z", "choice", "letters")
     return gold.group(1).upper()
+
+
+def _unfit_gold(problem: Problem, what: str, reward: str, wanted: str) -> UserError:
+    """The gold answer is ``what``, and ``reward`` compares with ``wanted``."""
+    return UserError(
+        (
+            f"row {problem.index} (from 0): the gold answer {problem.answer!r} is {what}, which ",
+            Option("reward", reward),
+            " compares with",
+        ),
+        ("use ", Option("reward", "exact")),
+        f"name an answer column that holds {wanted}",
+    )
 
 
 def choice_letter(completion: str) -> str | None:
@@ -94,15 +99,7 @@ def gold_yes_no(problem: Problem) -> str:
     """
     gold = _YES_NO.get(problem.answer.strip().lower())
     if gold is None:
-        raise UserError(
-            (
-                f"row {problem.index} (from 0): the gold answer {problem.answer!r} is neither yes nor no, which ",
-                Option("reward", "yes_no"),
-                " compares with",
-            ),
-            ("use ", Option("reward", "exact")),
-            "name an answer column that holds them",
-        )
+        raise _unfit_gold(problem, "neither yes nor no", "yes_no", "them")
     return gold
 
 
