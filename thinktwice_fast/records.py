@@ -8,6 +8,11 @@ from thinktwice_fast.errors import UserError
 Message = dict[str, str]  # {"role": ..., "content": ...}, as chat templates take it
 
 
+def is_right(reward: float | None) -> bool:
+    """Whether a response with this reward counts as a right one; without one it does not."""
+    return reward is not None and reward >= 1
+
+
 @dataclass(frozen=True)
 class Problem:
     """What is asked, and what a grader needs to judge an answer: one row of a problem source."""

@@ -1,6 +1,5 @@
 """What the figures were measured on: ``python -m bench.core.hardware`` prints it."""
 
-import importlib.metadata
 import json
 import os
 import platform
@@ -10,6 +9,7 @@ from typing import Any
 import torch
 
 from thinktwice_fast.cli.machine import cpu_model, gpu_driver
+from thinktwice_fast.run.versions import installed_version
 
 _PACKAGES = (
     *("torch", "triton", "numpy", "transformers", "liger_kernel", "trl", "cut-cross-entropy", "verl"),
@@ -23,7 +23,7 @@ def describe() -> dict[str, Any]:
     """Hardware and versions; what is not there is None."""
     return {
         "python": platform.python_version(),
-        "versions": {name: _version(name) for name in _PACKAGES},
+        "versions": {name: installed_version(name) for name in _PACKAGES},
         "cpu": cpu_model(),
         "threads": torch.get_num_threads(),
         "load": os.getloadavg()[0],  # over the minute before the start: of others, where the machine is shared
@@ -43,13 +43,6 @@ def short_name(gpu: str) -> str:
     words = [word for word in re.split(r"[^a-z0-9]+", gpu.lower()) if word not in ("nvidia", "geforce")]
     number = next((place for place, word in enumerate(words) if re.search(r"\d", word)), len(words))
     return "-".join(words[: number + 1])
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 import random
 
-from thinktwice_fast.records import Group, Rollout
+from thinktwice_fast.records import Group, Rollout, is_right
 
 
 def choose_base(group: Group, selection: str, seed: int, step: int) -> Rollout:
@@ -14,7 +14,7 @@ def choose_base(group: Group, selection: str, seed: int, step: int) -> Rollout:
     """
     candidates = group.rollouts
     if selection == "wrong_first":
-        candidates = [r for r in candidates if r.reward is not None and r.reward < 1] or candidates
+        candidates = [r for r in candidates if r.reward is not None and not is_right(r.reward)] or candidates
     return candidates[_place(len(candidates), seed, step, group.slot)]
 
 

@@ -12,7 +12,7 @@ from thinktwice_fast.algorithms.sampler import Sampler
 from thinktwice_fast.algorithms.step import Step
 from thinktwice_fast.config import Config, StarOptions
 from thinktwice_fast.errors import UserError
-from thinktwice_fast.records import Group, Message, Problem, Rollout
+from thinktwice_fast.records import Group, Message, Problem, Rollout, is_right
 from thinktwice_fast.tasks.stream import ProblemStream
 from thinktwice_fast.update.batches import Example
 from thinktwice_fast.update.updater import Updater
@@ -127,7 +127,7 @@ class STaR:
 
     def _right(self, group: Group) -> list[Rollout]:
         """The rollouts to keep. One that was cut off would teach the model never to stop."""
-        right = [r for r in group.rollouts if r.finished and r.reward is not None and r.reward >= 1]
+        right = [r for r in group.rollouts if r.finished and is_right(r.reward)]
         if not self._config.star.dedupe:
             return right
         return list({tuple(rollout.response): rollout for rollout in reversed(right)}.values())[::-1]

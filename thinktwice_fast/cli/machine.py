@@ -4,11 +4,13 @@ import importlib
 import platform
 import subprocess
 from collections.abc import Iterator
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+
+from thinktwice_fast.run.versions import installed_version
 
 OLDEST_GPU = (8, 0)  # compute capability that the CUDA kernels are built for, as in setup.py
 _OPTIONAL = {
@@ -39,7 +41,7 @@ def machine_facts() -> Iterator[Fact]:
     yield Fact("transformers", version("transformers"))
     yield from _extension_facts()
     for package, option in _OPTIONAL.items():
-        found = _version(package)
+        found = installed_version(package)
         yield Fact(package, found or f"not installed: {option} needs it")
 
 
@@ -90,7 +92,7 @@ def _gpu_facts(driver: str | None) -> Iterator[Fact]:
         size = f"{about.total_memory / _GIB:.0f} GiB"
         yield Fact(f"GPU {index}", f"{about.name}, compute capability {about.major}.{about.minor}, {size}", advice)
     yield Fact("driver", driver or "unknown (no nvidia-smi)")
-    triton = _version("triton")
+    triton = installed_version("triton")
     yield Fact("Triton", triton or "not installed", "" if triton else "run `pip install triton`", broken=not triton)
     yield _attention_fact()
 
@@ -98,7 +100,7 @@ def _gpu_facts(driver: str | None) -> Iterator[Fact]:
 def _attention_fact() -> Fact:
     from thinktwice_fast.model.shared_prefix import varlen_attention
 
-    what, flash = "attention in updates", _version("flash-attn")
+    what, flash = "attention in updates", installed_version("flash-attn")
     if flash is not None:
         return Fact(what, f"flash-attn {flash}")
     if varlen_attention() is not None:
@@ -124,10 +126,3 @@ def _extension_facts() -> Iterator[Fact]:
         yield Fact("thinktwice_kernels/_csrc", "does not load", str(error), broken=True)
     else:
         yield Fact("thinktwice_kernels/_csrc", "CPU kernels")
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None

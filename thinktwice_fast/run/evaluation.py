@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from thinktwice_fast import parallel
 from thinktwice_fast.algorithms.sampler import Sampler, SampleSpec
 from thinktwice_fast.config import Config
-from thinktwice_fast.records import Problem, Rollout, Sampling
+from thinktwice_fast.records import Problem, Rollout, Sampling, is_right
 from thinktwice_fast.run.figures import Response, Solved, figures, values
 from thinktwice_fast.run.metrics import AVERAGE
 from thinktwice_fast.tasks.answers import extract_boxed
@@ -77,4 +77,4 @@ def _outcome(problem: int, rollout: Rollout, refinement: Rollout) -> Outcome:
 
 def _response(rollout: Rollout) -> Response:
     boxed = extract_boxed(rollout.text)
-    return Response((rollout.reward or 0) >= 1, boxed is not None, len(rollout.response), rollout.finished, vote=boxed)
+    return Response(is_right(rollout.reward), boxed is not None, len(rollout.response), rollout.finished, vote=boxed)

@@ -18,7 +18,7 @@ from thinktwice_fast.algorithms.thinktuning.teacher import ModelTeacher, Sampled
 from thinktwice_fast.config import Config, ModelOptions
 from thinktwice_fast.errors import UserError
 from thinktwice_fast.model.loading import LoadedModel, load_model, outline_model
-from thinktwice_fast.model.policy import Model, attention_heads
+from thinktwice_fast.model.policy import Model, attention_heads, context_length
 from thinktwice_fast.model.sharding import cast_parameters
 from thinktwice_fast.rollout.engine import BLOCK_SIZE, Engine, blocks_for
 from thinktwice_fast.run.memory import SecondModel
@@ -193,7 +193,7 @@ def _teacher_load(
 
 def _check_room(config: Config, loaded: LoadedModel, load: TeacherLoad) -> None:
     asks = f"prompts of up to {load.prompt_tokens} tokens and answers of {load.answer_tokens}"
-    context = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None)
+    context = context_length(loaded.model)
     if context is not None and load.tokens > context:
         raise UserError(
             f"--thinktuning.teacher {config.thinktuning.teacher}: {asks} are longer than the model's context of "

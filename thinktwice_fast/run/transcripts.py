@@ -4,13 +4,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from thinktwice_fast.records import Group, Rollout
+from thinktwice_fast.records import Group, Rollout, is_right
 from thinktwice_fast.run.metrics import Record
 from thinktwice_fast.run.metrics_file import append_json_lines
 from thinktwice_fast.tasks.text_stream import TokenTexts
 
 TRANSCRIPTS = "transcripts.jsonl"
-RIGHT = 1.0  # least reward of a right answer
 CHANGES = ("fixed", "spoiled", "kept right", "kept wrong")  # by a refinement
 _DECIMALS = 5  # of log-probabilities
 
@@ -43,11 +42,11 @@ def verdict(reward: float | None, base_reward: float | None, refines: bool) -> s
     if reward is None or (refines and base_reward is None):
         return None
     if not refines or base_reward is None:
-        return "right" if reward >= RIGHT else "wrong"
+        return "right" if is_right(reward) else "wrong"
     fixed, spoiled, right, wrong = CHANGES
-    if base_reward >= RIGHT:
-        return right if reward >= RIGHT else spoiled
-    return fixed if reward >= RIGHT else wrong
+    if is_right(base_reward):
+        return right if is_right(reward) else spoiled
+    return fixed if is_right(reward) else wrong
 
 
 def write_transcripts(

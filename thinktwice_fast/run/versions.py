@@ -17,10 +17,8 @@ def write_versions(folder: Path, device: torch.device) -> None:
     """Write the versions of packages, what computes, and how many processes there are."""
     found = {"python": platform.python_version()}
     for name in _PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:  # triton, where there is no GPU
-            continue
+        if (installed := installed_version(name)) is not None:  # triton is not, where there is no GPU
+            found[name] = installed
     if device.type == "cuda":
         found["cuda"] = str(torch.version.cuda)
         found["device"] = torch.cuda.get_device_name(device)
@@ -28,3 +26,11 @@ def write_versions(folder: Path, device: torch.device) -> None:
         found["device"] = f"{platform.machine()} CPU, {torch.get_num_threads()} threads a process"
     found["processes"] = str(launch.env_world_size())
     (folder / VERSIONS).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+
+
+def installed_version(package: str) -> str | None:
+    """The version of an installed distribution; None where it is not."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

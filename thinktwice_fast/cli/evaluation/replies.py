@@ -8,7 +8,7 @@ from pathlib import Path
 
 from thinktwice_fast.cli.evaluation.store import GRADES, REFINEMENTS, SOLUTIONS, Key, Line, Store
 from thinktwice_fast.errors import UserError
-from thinktwice_fast.records import Problem
+from thinktwice_fast.records import Problem, is_right
 from thinktwice_fast.run.figures import Response, Solved
 from thinktwice_fast.tasks.answers import extract_boxed
 from thinktwice_fast.tasks.graders import GRADERS, choice_letter
@@ -34,8 +34,8 @@ class Reply:
     reward: float | None = None
 
     def response(self) -> Response:
-        """As figures count it: right from reward 1 on."""
-        return Response((self.reward or 0) >= 1, self.boxed, self.tokens, self.finished, self.vote)
+        """As figures count it."""
+        return Response(is_right(self.reward), self.boxed, self.tokens, self.finished, self.vote)
 
 
 @dataclass
