@@ -16,6 +16,13 @@ STABLE_TORCH_LIBRARY(thinktwice, m) {
   m.def("cache_ref_counts(int cache) -> Tensor");
   m.def("cache_sequence(int cache, int handle) -> (int length, int version, Tensor blocks)");
 
+  // Memory of a GPU that comes and goes (cuda/arena_ops.cpp); without kernels in a build without CUDA.
+  m.def("arena_create(int device, int bytes) -> int");
+  m.def("arena_destroy(int arena) -> ()");
+  m.def("arena_map(int arena) -> ()");
+  m.def("arena_unmap(int arena) -> ()");
+  m.def("arena_tensor(int arena) -> Tensor");
+
   // The data, one kernel family per file under cpu/ and cuda/.
   m.def("write_kv(Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor slots) -> ()");
   m.def(

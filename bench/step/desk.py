@@ -1,7 +1,7 @@
 """What a trainer's process is asked for, and where in it orders come in and answers go out."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, TextIO
 
@@ -43,6 +43,9 @@ class Desk:
         self._answers = answers
         self._cuda = cuda
         self._steps = 0
+        # For a trainer with memory of a GPU that is not torch's: one that gives the peak, and one to start it anew.
+        self.gpu_peak: Callable[[], int] = torch.cuda.max_memory_allocated
+        self.restart_gpu_peak: Callable[[], None] = torch.cuda.reset_peak_memory_stats
         self.imports = self._memory("VmRSS")
 
     def wait(self) -> bool:
@@ -67,11 +70,11 @@ class Desk:
 
     def _start_peak(self) -> None:
         if self._cuda:
-            torch.cuda.reset_peak_memory_stats()
+            self.restart_gpu_peak()
         else:
             start_peak()
 
     def _memory(self, name: str) -> int:
         if not self._cuda:
             return status(name)
-        return torch.cuda.max_memory_allocated() if torch.cuda.is_initialized() else 0
+        return self.gpu_peak() if torch.cuda.is_initialized() else 0

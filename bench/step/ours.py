@@ -4,6 +4,7 @@ import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -15,6 +16,7 @@ from bench.step.desk import BETAS, CLIP, LEARNING_RATE, Ask, Desk
 from thinktwice_fast import launch, parallel
 from thinktwice_fast.algorithms.step import Step
 from thinktwice_fast.config import Config, ModelOptions
+from thinktwice_fast.model import arena
 from thinktwice_fast.model.loading import LoadedModel, load_model
 from thinktwice_fast.model.sharding import full_state
 from thinktwice_fast.records import Message, Problem
@@ -29,7 +31,9 @@ def train(ask: Ask, desk: Desk) -> None:
     config = config_of(ask)
     check_config(config, launch.env_world_size())
     with ExitStack() as resources:
-        trainer = _Trainer(_built(config, ask, resources), ask)
+        run = _built(config, ask, resources)
+        trainer, device = _Trainer(run, ask), run.loaded.model.device
+        desk.gpu_peak, desk.restart_gpu_peak = partial(arena.peak_bytes, device), partial(arena.restart_peak, device)
         while desk.wait():
             if desk.checking:
                 desk.answer(trainer.checked())

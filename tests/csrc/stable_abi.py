@@ -55,10 +55,11 @@ def compile_cpu_ops(include: Path) -> str:
 
 
 def compile_gpu_ops(include: Path, folder: Path) -> str:
-    """The same of what the GPU's kernels are called from, which leaves an object in ``folder``."""
+    """The same of what the GPU's kernels are called from, which leaves objects in ``folder``."""
     # For C++ nvcc is g++ with the headers of CUDA.
     command = [str(NVCC), "-DUSE_CUDA", "-Xcompiler=-Wall,-Wextra,-Werror", *_FLAGS, f"-isystem={include}"]
-    return _errors([*command, "-c", str(CSRC[0] / "cuda" / "ops.cpp"), "-o", str(folder / "ops.o")])
+    files = sorted((CSRC[0] / "cuda").glob("*.cpp"))
+    return "".join(_errors([*command, "-c", str(file), "-o", str(folder / f"{file.stem}.o")]) for file in files)
 
 
 def _errors(command: list[str]) -> str:

@@ -32,6 +32,10 @@ def test_block_manager_against_a_model_of_it(tmp_path: Path) -> None:
     build_and_run(tmp_path, [ROOT / "csrc" / "block_manager.cpp", HERE / "block_manager_test.cpp"])
 
 
+def test_arena_over_a_driver_that_fails(tmp_path: Path) -> None:
+    build_and_run(tmp_path, [ROOT / "csrc" / "cuda" / "arena.cpp", HERE / "arena_test.cpp"])
+
+
 @pytest.mark.parametrize("program", ["kernels_test.cpp", "prefix_kernels_test.cpp"])
 def test_kernels_of_every_instruction_set(program: str, tmp_path: Path) -> None:
     build_and_run(tmp_path, [HERE / program])

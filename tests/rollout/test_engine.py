@@ -2,11 +2,13 @@
 
 import copy
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
+from tests.lent_memory import Lent
 from tests.model.rounding import assert_as_exact
 from tests.rollout.drawing import (
     DECODERS,
@@ -266,6 +268,30 @@ def test_the_cache_is_as_large_as_what_is_needed() -> None:
     assert blocks(100) == 100
     assert blocks(3) == LONGEST // 16  # one sequence fits in any case
     assert blocks(100, cache_tokens=LONGEST + 1) == LONGEST // 16 + 1
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_a_cache_whose_memory_is_lent_between_runs_draws_the_same(decoder: str) -> None:
+    made: list[Lent] = []
+
+    def memory(size: int) -> Lent:
+        made.append(Lent(size))
+        return made[-1]
+
+    options, keeping = RolloutOptions(decoder=decoder), [replace(request, keep=True) for request in requests(2)]
+    expected = tokens(draw(make(decoder=decoder), requests(2)))
+    engine = Engine(own_model("qwen3"), frozenset(), options, LONGEST, memory=memory)
+    (lent,) = made
+    assert lent.calls == ["map", "unmap"]
+    for _ in range(2):
+        assert tokens(draw(engine, requests(2))) == expected
+        assert tokens({r.sample_id: r for r in engine.run(keeping, seed=0)}) == expected
+        assert engine.cache.free_blocks < engine.cache.num_blocks
+        engine.lend_memory()
+        engine.lend_memory()
+    assert lent.calls == ["map", "unmap"] * 3
+    engine.cache.close()
+    assert lent.calls[-1] == "close"
 
 
 BLOCK_BYTES = 16_000  # of the cache, in the tests below

@@ -13,9 +13,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from tests.lent_memory import Lent
 from tests.small_models import FAMILIES, VOCABULARY, own_model
 from thinktwice_fast.model.attention import PagedAttention
-from thinktwice_fast.model.paged import PagedKVCache, Plan
+from thinktwice_fast.model.paged import LentMemory, PagedKVCache, Plan
 from thinktwice_fast.model.policy import Policy, attention_heads, linear_head
 from thinktwice_fast.rollout.graphs import GraphRunner, Shape, block_buckets, group_room, row_buckets
 
@@ -61,10 +62,20 @@ class Recorder:
 class Pair:
     """A captured and a plain way through one model, each with its own cache."""
 
-    def __init__(self, family: str = "qwen3", max_sequences: int = 40, device: str = "cpu", capture: Any = None):
+    def __init__(
+        self,
+        family: str = "qwen3",
+        max_sequences: int = 40,
+        device: str = "cpu",
+        capture: Any = None,
+        memory: Callable[[int], LentMemory] | None = None,
+    ):
         model = own_model(family).to(device).requires_grad_(False)
         _, _, dim = attention_heads(model)
-        self.caches = [PagedKVCache(3, 300, 2, dim, spare_blocks=spare, device=device) for spare in (1, 0)]
+        self.caches = [
+            PagedKVCache(3, 300, 2, dim, spare_blocks=spare, memory=own, device=device)
+            for spare, own in ((1, memory), (0, None))
+        ]
         for cache in self.caches:
             cache.k_cache.zero_()
             cache.v_cache.zero_()
@@ -98,6 +109,23 @@ class Pair:
         assert got.shape == expected.shape and got.dtype == torch.float32
         torch.testing.assert_close(got, expected, rtol=0, atol=1e-5 * expected.abs().max().item())
         return plans[0]
+
+
+def test_captured_steps_outlive_memory_that_was_lent() -> None:
+    recorder = Recorder()
+    pair = Pair(capture=recorder, memory=Lent)
+    lent = pair.caches[0]
+    for _ in range(3):
+        lent.take_memory()
+        lent.k_cache[:, 300:], lent.v_cache[:, 300:] = 0, 0  # what rows that are left over read is finite
+        handles = pair.prompts([70, 20], [3, 2])
+        pair.check(handles, [1] * 5)
+        with pytest.raises(AssertionError, match="would be lost"):
+            lent.lend_memory()
+        for cache in pair.caches:
+            cache.release(handles)
+        lent.lend_memory()
+    assert recorder.captured == 1
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -282,13 +282,17 @@ SHAPE = AutoModelForCausalLM.from_config(family_config("qwen3"))
 LOAD = Load(sequences=64, needed_blocks=400_000, pass_tokens=4096, row_tokens=8192, row_targets=8000, row_keys=8192)
 
 
+@pytest.mark.parametrize("lends", [False, True])
 @pytest.mark.parametrize("beta", [0.0, 0.1])
 @pytest.mark.parametrize("room", [3, 4, 40])
-def test_the_cache_leaves_a_gpu_what_an_update_takes(monkeypatch: pytest.MonkeyPatch, room: int, beta: float) -> None:
+def test_the_cache_leaves_a_gpu_what_is_there_beside_it(
+    monkeypatch: pytest.MonkeyPatch, room: int, beta: float, lends: bool
+) -> None:
+    """An update, or, where that has the cache's memory, only what is there while it samples."""
     gpu, total = torch.device("cuda", 0), room * 10**9
     config = Config()
     config.loss.beta = beta
-    predicted = predict(config, SHAPE, gpu, torch.bfloat16, LOAD, world=1, base=1000, room=total)
+    predicted = predict(config, SHAPE, gpu, torch.bfloat16, LOAD, world=1, base=1000, room=total, lends=lends)
     held = sum(part.held for part in predicted.parts)
     weights = sum(parameter.numel() for parameter in SHAPE.parameters())
     assert held == 1000 + (2 << 29) + weights * (4 + 2 + (2 if beta else 0))
@@ -299,13 +303,36 @@ def test_the_cache_leaves_a_gpu_what_an_update_takes(monkeypatch: pytest.MonkeyP
     blocks = engine_module._blocks(config.rollout, longest, LOAD.needed_blocks, block_bytes, gpu, predicted.reserve)
     assert blocks * BLOCK_SIZE == predicted.cache_tokens
     names = {part.name: part for part in predicted.parts}
-    grows = sum(part.update - part.held for part in predicted.parts) - names["allocator"].update
-    assert grows > 8192 * 3 * 1000 + 12 * weights  # activations, gradients and moments are among it
+    update, rollout = (
+        sum(getattr(part, phase) - part.held for part in predicted.parts) - names["allocator"].update
+        for phase in ("update", "rollout")
+    )
+    assert update > 8192 * 3 * 1000 + 12 * weights  # activations, gradients and moments are among it
+    assert 8 * weights < rollout < update
+    grows = rollout if lends else update
     left = total - held - block_bytes * (blocks + 1) - grows
     assert left >= 0.03 * total - 1
     assert (blocks == LOAD.needed_blocks) == (room == 40)
     assert blocks == LOAD.needed_blocks or left < 0.03 * total + block_bytes
-    assert predicted.peak <= total
+    assert predicted.rollout <= total and predicted.update <= total
+    assert predicted.cache_update == (0 if lends else predicted.cache_bytes)
+
+
+@settings(max_examples=100, deadline=None)
+@given(data=st.data())
+def test_no_lighter_load_takes_more_memory(data: st.DataObject) -> None:
+    """In either phase; that no step has more of anything than was planned is what the tests above are for."""
+    config, gpu, room = Config(), torch.device("cuda", 0), data.draw(st.integers(2, 100)) * 10**9
+    config.model.activation_checkpointing, lends = data.draw(st.booleans()), data.draw(st.booleans())
+    most = [data.draw(st.integers(1, size)) for size in (512, 10**6, 10**5, 10**5, 10**5, 10**6)]
+    less = [data.draw(st.integers(1, size)) for size in most]
+    planned, taken = (
+        predict(config, SHAPE, gpu, torch.bfloat16, Load(*load), 1, 0, room, lends=lends) for load in (most, less)
+    )
+    assert taken.rollout <= planned.rollout and taken.update <= planned.update
+    # The cache leaves what it may not take, unless it would be too small for one sequence.
+    least = config.rollout.max_prompt_tokens + config.rollout.max_response_tokens
+    assert planned.cache_tokens == least or (planned.rollout if lends else planned.peak) <= room
 
 
 def test_what_samples_alone_keeps_off_its_passes_too(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -56,8 +56,8 @@ Table = dict[str, tuple[int, int]]
 
 
 def parsed(text: str) -> Table:
-    """MiB while sampling and updating, by part, of what a dry run prints."""
-    rows = re.findall(r"^  (\w[\w ]*?) +([\d,]+) +([\d,]+)$", text, re.M)
+    """MiB while sampling and updating, by part, of what a dry run prints, above what there is."""
+    rows = re.findall(r"^  (\w[\w ]*?) +([\d,]+) +([\d,]+)$", text.partition("\n  the GPU has")[0], re.M)
     return {name: (int(a.replace(",", "")), int(b.replace(",", ""))) for name, a, b in rows}
 
 
@@ -122,9 +122,10 @@ def test_a_large_model_is_planned_without_its_memory(dry_run: Command, tmp_path:
         num_attention_heads=32, num_key_value_heads=8,
     )  # fmt: skip
     before = held_bytes(torch.device("cpu"))
-    text = dry_run(*STEP, "--model.path", large, "--output", tmp_path / "run").stdout
+    done = dry_run(*STEP, "--model.path", large, "--output", tmp_path / "run")
     assert held_bytes(torch.device("cpu")) - before < 500 * MIB
-    assert parsed(text)["total"][1] > 60_000 and "IT DOES NOT FIT: lower --update.microbatch_tokens" in text
+    assert parsed(done.stdout)["total"][1] > 60_000
+    refused(done, "it does not fit: no batch size or cache would make it fit: use more processes")
 
 
 RACE = ROOT / "configs" / "race" / "qwen3-1.7b-gsm8k.yaml"
@@ -163,18 +164,47 @@ def test_the_race_leaves_a_fifth_of_a_gpu(tmp_path: Path) -> None:
 
 
 def test_a_pretended_gpu_of_little_memory_has_a_small_cache(dry_run: Command, model: Path, tmp_path: Path) -> None:
-    def plan(gigabytes: str, *more: str) -> str:
-        arguments: tuple[str | Path, ...] = (*STEP, "--model.path", model, "--output", tmp_path / "run", *more)
-        return dry_run(*arguments, "--dry-run-gpu", gigabytes).stdout
+    many = ("--problems_per_step", "64", "--samples_per_problem", "16", "--rollout.max_sequences", "1024")
 
-    assert "it fits" in plan("4") and "will wait" not in plan("4")
-    table = {name: update for name, (_, update) in parsed(plan("4")).items()}
-    others = table["total"] - table["allocator"] - table["KV cache"]
-    small = plan(str((others + table["KV cache"] / 2) / 0.97 * MIB / 1e9))
-    assert "some will wait, or start over" in small and "it fits, with 0% to spare" in small
-    assert parsed(small)["KV cache"][1] == pytest.approx(table["KV cache"] / 2, abs=2)
-    assert "IT DOES NOT FIT" in plan("1")
-    assert parsed(plan("4", "--rollout.cache_tokens", "160000"))["KV cache"] == (938, 938)  # 6144 bytes a token
+    def plan(gigabytes: float, *more: str) -> str:
+        arguments: tuple[str | Path, ...] = (*STEP, *many, "--model.path", model, "--output", tmp_path / "run", *more)
+        done = dry_run(*arguments, "--update.microbatch_tokens", "256", "--dry-run-gpu", str(gigabytes))
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    large = plan(4)
+    assert "it fits" in large and "will wait" not in large and "updates have its memory in between" in large
+    table = parsed(large)
+    cache = table["KV cache"][0]
+    assert cache > 300 and table["KV cache"][1] == 0, "what updates need is not for the cache to leave"
+    others = table["total"][0] - table["allocator"][0] - cache
+    small = plan((others + cache / 2) / 0.97 * MIB / 1e9)
+    assert "some will wait, or start over" in small and "in the rollout phase" in small
+    assert "it fits, with 0% to spare" in small
+    assert parsed(small)["KV cache"][0] == pytest.approx(cache / 2, abs=2)
+    assert parsed(plan(4, "--rollout.cache_tokens", "160000"))["KV cache"] == (938, 0)  # 6144 bytes a token
+
+
+def test_what_does_not_fit_is_refused_with_what_would(dry_run: Command, model: Path, tmp_path: Path) -> None:
+    """Each of the options that are named makes it fit, or all of them together do."""
+    large = ("--update.microbatch_tokens", "32768", "--rollout.cache_tokens", "200000", "--problems_per_step", "64")
+
+    def plan(gigabytes: float, *more: str) -> subprocess.CompletedProcess[str]:
+        arguments: tuple[str | Path, ...] = (*STEP, "--model.path", model, "--output", tmp_path / "run", *large, *more)
+        return dry_run(*arguments, "--dry-run-gpu", str(gigabytes))
+
+    def remedies(gigabytes: float) -> str:
+        line = refused(plan(gigabytes), "predicted peak", "the GPU has", "phase", "it does not fit: give --")
+        return line.partition("it does not fit: give ")[2].partition(", or use more processes")[0]
+
+    alone = remedies(3).split(" or ")
+    assert [option.split()[0] for option in alone] == ["--update.microbatch_tokens", "--model.activation_checkpointing"]
+    together = remedies(2).split(" and ")
+    assert len(together) > 1
+    for gigabytes, options in (*((3, [one]) for one in alone), (2, together)):
+        done = plan(gigabytes, *" ".join(options).split())
+        assert done.returncode == 0 and "it fits" in done.stdout, done.stderr
+    refused(plan(1), "it does not fit: no batch size or cache would make it fit: use more processes, a larger GPU")
 
 
 @pytest.mark.parametrize(

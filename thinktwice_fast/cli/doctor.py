@@ -52,7 +52,7 @@ def _memory_problems(config: Config, console: "Console") -> list[str]:
     from thinktwice_fast.run.checks import check_config, check_files
     from thinktwice_fast.run.memory import free_bytes
     from thinktwice_fast.run.options import DryRun
-    from thinktwice_fast.run.plan import LESS_MEMORY, make_plan
+    from thinktwice_fast.run.plan import less_memory, make_plan
 
     try:
         check_files(config)
@@ -69,8 +69,8 @@ def _memory_problems(config: Config, console: "Console") -> list[str]:
         return []
     missing = f"memory: {(plan.memory.peak - free) / _GIB:.2f} GiB are missing"
     if plan.memory.peak <= plan.room:
-        return [f"{missing}, which others hold now: end them, or {LESS_MEMORY}"]
-    return [f"{missing}: {LESS_MEMORY} (--dry-run shows every part)"]
+        return [f"{missing}, which others hold now: end them, or {less_memory(plan, free)}"]
+    return [f"{missing}: {less_memory(plan, plan.room)} (--dry-run shows every part)"]
 
 
 def _needs(plan: "Plan") -> list[tuple[str, str, str]]:

@@ -3,9 +3,11 @@
 Which blocks a sequence holds is kept by the C++ extension (``csrc/block_manager.h``); the data are two tensors.
 """
 
+import math
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -46,6 +48,23 @@ class Plan:
     shared_blocks: Tensor | None = None  # int32 [groups]
 
 
+class LentMemory(Protocol):
+    """Memory of a cache that others have while the cache is idle; its addresses stay. See ``arena.Arena``."""
+
+    def map(self) -> None:
+        """Take it, of unknown content; nothing where it is there."""
+
+    def unmap(self) -> None:
+        """Give it back; nothing where it is not there."""
+
+    def tensor(self) -> Tensor:  # uint8 [size]
+        """It, made while it is there."""
+        ...
+
+    def close(self) -> None:
+        """Give it up for good."""
+
+
 class PagedKVCache:
     """Keys and values of all layers in blocks of ``block_size`` tokens, drawn from one pool.
 
@@ -62,6 +81,8 @@ class PagedKVCache:
         dtype: float32, bfloat16 or float16.
         spare_blocks: blocks beyond the pool, which no sequence gets: somewhere to write what nobody reads.
         group_attention: decoding reads keys that neighbours among the sequences share once for all of them.
+        memory: makes memory of so many bytes that can be lent: the cache has none until ``take_memory``. None =
+            torch's, which is there throughout.
         device: of the data. Memory: 2 * layers * blocks * kv_heads * block_size * head_dim elements.
 
     Raises:
@@ -78,6 +99,7 @@ class PagedKVCache:
         block_size: int = 16,
         spare_blocks: int = 0,
         group_attention: bool = True,
+        memory: Callable[[int], LentMemory] | None = None,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ):
@@ -88,13 +110,36 @@ class PagedKVCache:
         self.block_size = block_size
         self.spare_blocks = range(num_blocks, num_blocks + spare_blocks)
         self.policy_version = 0
-        self.k_cache = torch.empty(shape, dtype=dtype, device=device)  # [L, B, Hkv, bs, D]
-        self.v_cache = torch.empty(shape, dtype=dtype, device=device)
+        self._memory = memory(2 * math.prod(shape) * dtype.itemsize) if memory is not None else None
+        self.k_cache, self.v_cache = self._tensors(shape, dtype, device)  # [L, B, Hkv, bs, D] each
         self._layers = list(zip(self.k_cache.unbind(0), self.v_cache.unbind(0), strict=True))
         self._on_cpu = self.k_cache.device.type == "cpu"
         shared_keys = _SHARED_KEYS_CPU if self._on_cpu else _SHARED_KEYS_GPU
         self._shared_keys = shared_keys if group_attention else 0
         self.group_attention = group_attention
+
+    def _tensors(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str) -> tuple[Tensor, Tensor]:
+        if self._memory is None:
+            return torch.empty(shape, dtype=dtype, device=device), torch.empty(shape, dtype=dtype, device=device)
+        self._memory.map()
+        keys, values = self._memory.tensor().view(dtype).view(2, *shape)
+        self._memory.unmap()
+        return keys, values
+
+    def take_memory(self) -> None:
+        """Have memory, where it was lent.
+
+        Raises:
+            UserError: others have too much of it.
+        """
+        if self._memory is not None:
+            self._memory.map()
+
+    def lend_memory(self) -> None:
+        """Leave the memory to others until ``take_memory``, where it can be lent. No sequence may be there."""
+        if self._memory is not None:
+            assert self.free_blocks == self.num_blocks, "what sequences hold would be lost"
+            self._memory.unmap()
 
     @property
     def device(self) -> torch.device:
@@ -206,3 +251,5 @@ class PagedKVCache:
         self._close()
         self._layers.clear()
         del self.k_cache, self.v_cache
+        if self._memory is not None:
+            self._memory.close()

@@ -9,7 +9,7 @@ import torch
 
 from thinktwice_fast.config import RolloutOptions
 from thinktwice_fast.errors import Option, UserError
-from thinktwice_fast.model.paged import PagedKVCache
+from thinktwice_fast.model.paged import LentMemory, PagedKVCache
 from thinktwice_fast.model.policy import Model, attention_heads
 from thinktwice_fast.records import Request, Rollout
 from thinktwice_fast.rollout.prefix_cache import Counts, PrefixCache
@@ -40,6 +40,7 @@ class Engine:
         decode: tokens to text, for stop strings.
         cache: of another engine whose model has the same layers and heads, to be used while that one is idle; None =
             one of its own.
+        memory: makes the cache's where that is lent to others between runs, see ``PagedKVCache``.
         group_attention: read keys that samples of one prompt share once for all of them, while decoding.
 
     Raises:
@@ -57,6 +58,7 @@ class Engine:
         decode: Decode | None = None,
         *,
         cache: PagedKVCache | None = None,
+        memory: Callable[[int], LentMemory] | None = None,
         group_attention: bool = True,
     ):
         self.model = model
@@ -74,6 +76,7 @@ class Engine:
             block_size=BLOCK_SIZE,
             spare_blocks=SPARE_BLOCKS if on_gpu else 0,
             group_attention=group_attention,
+            memory=memory,
             dtype=model.dtype,
             device=model.device,
         )
@@ -133,6 +136,7 @@ class Engine:
         Args:
             most: tokens by which a rollout may grow at a time.
         """
+        self.cache.take_memory()
         self.cache.policy_version = version
         self._runner.refresh()
         options = self._options
@@ -168,6 +172,11 @@ class Engine:
             return
         for rollout in rollouts:
             self._prefixes.release(rollout)
+
+    def lend_memory(self) -> None:
+        """Leave the cache's memory to others until the next run, where it can be lent, and all caches that are kept."""
+        self.release_prefixes()
+        self.cache.lend_memory()
 
 
 def bytes_per_block(model: Model) -> int:

@@ -17,6 +17,7 @@ from thinktwice_fast.algorithms.step import Algorithm
 from thinktwice_fast.algorithms.thinktuning.teacher import SampledModel
 from thinktwice_fast.config import ARITHMETIC, Config, samples_per_step
 from thinktwice_fast.errors import UserError
+from thinktwice_fast.model.arena import Arena, why_no_arena
 from thinktwice_fast.model.flops import Flops
 from thinktwice_fast.model.loading import SHIPPED, LoadedModel, load_model, pick_device, pick_dtype
 from thinktwice_fast.model.lora import add_adapters, check_library
@@ -72,6 +73,7 @@ class Prepared:
     teacher: TeacherPlan | None
     notes: list[str]
     held_bytes: int  # before the model was loaded
+    lends: bool  # updates have the KV cache's memory
 
     @property
     def teacher_load(self) -> TeacherLoad | None:
@@ -96,7 +98,8 @@ def prepare(
         config: of the run.
         resources: ends the graders.
         load: gives the model.
-        device: to compute on, where that is not for ``config`` and this machine to say.
+        device: to compute on, where that is not for ``config`` and this machine to say: it is not here, and taken to
+            have all that it may.
 
     Raises:
         UserError: anything wrong with problems, reward or model.
@@ -108,6 +111,7 @@ def prepare(
     others = [entry.reward for entry in entries.values() if entry.reward is not None]
     stop = parallel.look_for_failure
     grader = resources.enter_context(Graders(config.reward, others, config.reward_timeout, config.reward_workers, stop))
+    pretended = device is not None
     device = device or pick_device(config.model, launch.env_local_rank())
     dtype = pick_dtype(config.model, device)
     sharded = shards_weights(launch.env_world_size(), dtype, lora=bool(config.model.lora_rank))
@@ -142,12 +146,16 @@ def prepare(
             config.eval.samples,
             max(evaluated.prompt_tokens, prompts.longest["refine"]),
         )
+    no_arena = why_no_arena(device) if device.type == "cuda" and not pretended else None
+    if no_arena is not None:
+        notes.append(f"the KV cache keeps its memory while training, which could have it: {no_arena}")
     teacher = None
     if config.algorithm == "thinktuning":
         teacher = plan_teacher(config, loaded, chat, longest_prompts["solve"], launch.env_world_size(), resources)
     return Prepared(
         device, dtype, loaded, chat, grader, instruction, stream,
         None if usable is None else len(usable), longest_prompts, held_out, evaluated, teacher, notes, before,
+        device.type == "cuda" and no_arena is None,
     )  # fmt: skip
 
 
@@ -172,8 +180,9 @@ def build_run(config: Config, resources: ExitStack) -> Run:
     heaviest = heaviest_load(config, planned, ready.longest_prompts, ready.evaluated, world, ready.teacher_load)
     room = device_bytes(ready.device, launch.env_local_world_size())
     predicted = predict(
-        config, loaded.model, ready.device, dtype, heaviest, world, ready.held_bytes, room, ready.second
-    )
+        config, loaded.model, ready.device, dtype, heaviest, world, ready.held_bytes, room, ready.second,
+        lends=ready.lends,
+    )  # fmt: skip
     shards = config.update.shard_processes
     reference = frozen_copy(loaded.model, dtype, shards) if config.loss.beta else None
     adapt = partial(add_adapters, options=config.model, seed=config.seed) if config.model.lora_rank else None
@@ -186,10 +195,11 @@ def build_run(config: Config, resources: ExitStack) -> Run:
         heaviest.needed_blocks,
         predicted.reserve,
         decode=partial(chat.response_text, stop_ids=loaded.stop_ids),
+        memory=partial(Arena, ready.device) if ready.lends else None,
     )
     sampler = Sampler(engine, chat, ready.grader, ready.instruction, loaded.stop_ids)
     optimizer, schedule = build_optimizer(models.masters, config.update, _optimizer_steps(config))
-    updater = Updater(models, reference, optimizer, schedule, config)
+    updater = Updater(models, reference, optimizer, schedule, config, engine.lend_memory)
     teacher = None
     if ready.teacher is not None:
         whole = reference.model if reference is not None and world == 1 else None

@@ -20,7 +20,7 @@ V vocabulary; S sequences that decode at once; T tokens and R response tokens of
     packed weights       b (n - V H, or n where the head is the embedding), for the C++ decoder
     KV cache             2 L K b a token, of the tokens that all sequences which are there together take at their
                          longest, the full blocks of a prompt once (``workload.needed_blocks``); on a GPU at most what
-                         the rest leaves
+                         the rest leaves: while sampling where updates have its memory (``arena.Arena``), else in both
     activations, update  T (4 b I + b H)                       what a layer's backward adds to
                        + T L (4 b H                            two norms: input, output
                               + 2 b (Q + K)                    rotated queries and keys, values, attention's output
@@ -54,6 +54,7 @@ from typing import Any
 import torch
 
 from thinktwice_fast.config import Config, ModelOptions, RolloutOptions
+from thinktwice_fast.model import arena
 from thinktwice_fast.model.lora import adapter_parameters
 from thinktwice_fast.model.policy import Model, attention_heads, decoder_layers
 from thinktwice_fast.model.sharding import shards_weights
@@ -153,6 +154,7 @@ class Prediction:
     parts: tuple[Part, ...]  # all but the KV cache
     cache_bytes: int
     cache_tokens: int  # that the KV cache has room for
+    lends: bool = False  # the KV cache leaves its memory to updates
 
     @property
     def rollout(self) -> int:
@@ -162,7 +164,12 @@ class Prediction:
     @property
     def update(self) -> int:
         """Bytes while training."""
-        return sum(part.update for part in self.parts) + self.cache_bytes
+        return sum(part.update for part in self.parts) + self.cache_update
+
+    @property
+    def cache_update(self) -> int:
+        """Bytes of the KV cache while training."""
+        return 0 if self.lends else self.cache_bytes
 
     @property
     def peak(self) -> int:
@@ -170,9 +177,15 @@ class Prediction:
         return max(self.rollout, self.update)
 
     @property
+    def peak_phase(self) -> str:
+        """In which of the two it is."""
+        return "update" if self.update >= self.rollout else "rollout"
+
+    @property
     def reserve(self) -> int:
-        """What a run takes, beside its KV cache, beyond what it holds when that is made."""
-        return self.peak - self.cache_bytes - sum(part.held for part in self.parts)
+        """What a run takes while its KV cache is there, and beside it, beyond what it holds when that is made."""
+        together = self.rollout if self.lends else self.peak
+        return together - self.cache_bytes - sum(part.held for part in self.parts)
 
 
 def predict(
@@ -185,6 +198,8 @@ def predict(
     base: int,
     room: int,
     second: SecondModel | None = None,
+    *,
+    lends: bool = False,
 ) -> Prediction:
     """The peak of each of ``world`` processes.
 
@@ -195,6 +210,7 @@ def predict(
         base: bytes that the program holds on ``device`` before it loads the model.
         room: bytes that a process may have there.
         second: a teacher's model.
+        lends: the KV cache's memory is an arena, which updates have in between.
     """
     shape = Shape.of(model, config.model)
     parts = [Part("program", base, base, base), *_weights(config, shape, model, device, dtype, world)]
@@ -208,10 +224,11 @@ def predict(
         margin = _margin(room)
         parts.append(Part("libraries", _GPU_LIBRARIES, _GPU_LIBRARIES, _GPU_LIBRARIES))
         parts.append(Part("allocator", margin, margin))
-    others = Prediction(tuple(part for part in parts if part.rollout or part.update), 0, 0)
+    others = Prediction(tuple(part for part in parts if part.rollout or part.update), 0, 0, lends)
     block_bytes = _block_bytes(shape, dtype)
     spare = SPARE_BLOCKS if device.type == "cuda" else 0
-    blocks = _cache_blocks(config.rollout, load, device, (room - others.peak) // block_bytes - spare)
+    beside = others.rollout if lends else others.peak
+    blocks = _cache_blocks(config.rollout, load, device, (room - beside) // block_bytes - spare)
     return replace(others, cache_bytes=block_bytes * (blocks + spare), cache_tokens=BLOCK_SIZE * blocks)
 
 
@@ -370,7 +387,7 @@ def held_bytes(device: torch.device) -> int:
 def peak_bytes(device: torch.device) -> int:
     """The most that it has held since it started."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
+        return arena.peak_bytes(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 

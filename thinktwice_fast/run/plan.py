@@ -1,15 +1,19 @@
 """``--dry-run``: everything checked that can be without weights, the plan of a step, and the memory it will take."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from copy import deepcopy
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from thinktwice_fast import launch
 from thinktwice_fast.algorithms.registry import METHODS
 from thinktwice_fast.config import Config
+from thinktwice_fast.errors import UserError
 from thinktwice_fast.model.flops import Flops
 from thinktwice_fast.model.loading import outline_model
 from thinktwice_fast.rollout.engine import BLOCK_SIZE
@@ -28,10 +32,7 @@ _RUNNERS = {
     "modules": "the model's modules over the paged cache",
     "gpu": "the model's modules over the paged cache, decoding steps as CUDA graphs",
 }
-LESS_MEMORY = (
-    "lower --update.microbatch_tokens or --rollout.cache_tokens, set --model.activation_checkpointing true, or use "
-    "more processes or a smaller model"
-)
+_LEAST_TOKENS = 256  # that micro-batches or passes are lowered to
 _MIB = 1 << 20
 
 
@@ -41,9 +42,15 @@ class Plan:
 
     notes: list[str]
     rows: list[tuple[str, str]]  # what, and how
-    memory: Prediction  # of each process
+    predicted: Callable[[Config, int], Prediction]  # of each process, with other options and so many bytes of room
+    config: Config
     device: torch.device
     room: int  # bytes that a process may have of it
+
+    @property
+    def memory(self) -> Prediction:
+        """What a process will take."""
+        return self.predicted(self.config, self.room)
 
 
 def make_plan(config: Config, dry_run: DryRun) -> Plan:
@@ -64,35 +71,118 @@ def make_plan(config: Config, dry_run: DryRun) -> Plan:
     with ExitStack() as resources:
         ready = prepare(config, resources, lambda _: outline_model(config.model), device)
     model = ready.loaded.model
-    planned = phases(config, Flops.of(model), ready.longest_prompts, world)
-    load = heaviest_load(config, planned, ready.longest_prompts, ready.evaluated, world, ready.teacher_load)
+    flops = Flops.of(model)
+
+    def workload(options: Config) -> tuple[list[Phase], Load]:
+        planned = phases(options, flops, ready.longest_prompts, world)
+        return planned, heaviest_load(
+            options, planned, ready.longest_prompts, ready.evaluated, world, ready.teacher_load
+        )
+
+    def predicted(options: Config, room: int) -> Prediction:
+        return predict(
+            options, model, ready.device, ready.dtype, workload(options)[1], world, ready.held_bytes, room,
+            ready.second, lends=ready.lends,
+        )  # fmt: skip
+
     room = dry_run.gpu_bytes or device_bytes(ready.device, launch.env_local_world_size())
-    memory = predict(config, model, ready.device, ready.dtype, load, world, ready.held_bytes, room, ready.second)
-    rows = [*_run_rows(config, ready, load, memory, world), *((p.name, _phase_text(config, p)) for p in planned)]
-    return Plan(ready.notes, rows, memory, ready.device, room)
+    planned, load = workload(config)
+    rows = [
+        *_run_rows(config, ready, load, predicted(config, room), world),
+        *((p.name, _phase_text(config, p)) for p in planned),
+    ]
+    return Plan(ready.notes, rows, predicted, config, ready.device, room)
 
 
 def print_plan(config: Config, dry_run: DryRun) -> None:
-    """Make the plan, in every process, and print it, on rank 0. Arguments and errors as of ``make_plan``."""
+    """Make the plan, in every process, and print it, on rank 0.
+
+    Args:
+        config, dry_run: as of ``make_plan``.
+
+    Raises:
+        UserError: as ``make_plan``, or it would take more memory than there is.
+    """
     plan = make_plan(config, dry_run)
+    memory, there = plan.memory, "a process may have" if plan.device.type == "cpu" else "the GPU has"
+    verdict = f"predicted peak {_mib(memory.peak)} MiB, in the {memory.peak_phase} phase; {there} {_mib(plan.room)} MiB"
+    fits = memory.peak <= plan.room
     text = [
         "dry run: nothing was computed or written; what only the weights can tell is not checked",
         *plan.notes,
         aligned(plan.rows),
-        memory_table(plan.memory),
-        _verdict(plan.memory, plan.room, "a process may have" if plan.device.type == "cpu" else "the GPU has"),
+        memory_table(memory, plan.room, there),
+        *([f"{verdict}: it fits, with {1 - memory.peak / plan.room:.0%} to spare"] if fits else []),
     ]
     if launch.env_rank() == 0:
         print("\n\n".join(text), flush=True)
+    if not fits:
+        raise UserError(f"{verdict}: it does not fit: {less_memory(plan, plan.room)}")
 
 
-def memory_table(memory: Prediction) -> str:
-    """The parts of a prediction in MiB, by phase, and their sums."""
+def memory_table(memory: Prediction, room: int, there: str) -> str:
+    """The parts of a prediction in MiB, by phase, and their sums, above the ``room`` that is ``there``."""
     rows: list[tuple[str, ...]] = [("memory per process, MiB", "rollout", "update")]
     rows += [(f"  {part.name}", _mib(part.rollout), _mib(part.update)) for part in memory.parts]
-    rows.append(("  KV cache", *(_mib(memory.cache_bytes),) * 2))
+    rows.append(("  KV cache", _mib(memory.cache_bytes), _mib(memory.cache_update)))
     rows.append(("  total", _mib(memory.rollout), _mib(memory.update)))
+    rows.append((f"  {there}", *(_mib(room),) * 2))
     return aligned(rows, numbers=True)
+
+
+def less_memory(plan: Plan, room: int) -> str:
+    """What would make a plan fit that takes more than ``room`` bytes: each of some options alone, or all of them."""
+
+    def fits(config: Config) -> bool:
+        return plan.predicted(config, room).peak <= room
+
+    alone, together, config = [], [], plan.config
+    for name, values in _savings(config):
+        if (found := next((value for value in values if fits(_changed(plan.config, name, value))), None)) is not None:
+            alone.append(_option(name, found))
+        if fits(config):
+            continue
+        # Only what saves something on top of the others.
+        smallest = _changed(config, name, values[-1])
+        if plan.predicted(smallest, room).peak < plan.predicted(config, room).peak:
+            config = smallest
+            together.append(_option(name, values[-1]))
+    if alone:
+        return f"give {' or '.join(alone)}, or use more processes or a smaller model"
+    if fits(config):
+        return f"give {' and '.join(together)}, or use more processes or a smaller model"
+    return "no batch size or cache would make it fit: use more processes, a larger GPU or a smaller model"
+
+
+def _savings(config: Config) -> Iterator[tuple[str, list[Any]]]:
+    """Options that take memory without changing what is learned, with values that take less and less."""
+    yield "update.microbatch_tokens", _halves(config.update.microbatch_tokens)
+    if not config.model.activation_checkpointing:
+        yield "model.activation_checkpointing", [True]
+    if config.rollout.cache_tokens:
+        yield "rollout.cache_tokens", [0]
+    yield "rollout.max_batch_tokens", _halves(config.rollout.max_batch_tokens)
+    yield "rollout.max_sequences", _halves(config.rollout.max_sequences, 1)
+
+
+def _halves(number: int, least: int = _LEAST_TOKENS) -> list[int]:
+    """A half of it, of that, and so on; itself where that would be below the least."""
+    halves = []
+    while number // 2 >= least:
+        number //= 2
+        halves.append(number)
+    return halves or [number]
+
+
+def _changed(config: Config, name: str, value: Any) -> Config:
+    changed = deepcopy(config)
+    section, _, option = name.rpartition(".")
+    setattr(attrgetter(section)(changed), option, value)
+    return changed
+
+
+def _option(name: str, value: Any) -> str:
+    return f"--{name} {str(value).lower()}"
 
 
 def _run_rows(config: Config, ready: Prepared, load: Load, memory: Prediction, world: int) -> Iterator[tuple[str, str]]:
@@ -116,7 +206,8 @@ def _run_rows(config: Config, ready: Prepared, load: Load, memory: Prediction, w
     if METHODS[config.algorithm].samples or ready.evaluation_sets:
         runner = planned_runner(model, config.rollout, ready.device, ready.dtype)
         yield "rollouts", f"{_RUNNERS[runner]}; at most {config.rollout.max_sequences:,} sequences at once"
-        yield "KV cache", _cache_text(load.needed_blocks * BLOCK_SIZE, memory.cache_tokens)
+        lent = "; updates have its memory in between" if memory.lends else ""
+        yield "KV cache", _cache_text(load.needed_blocks * BLOCK_SIZE, memory.cache_tokens) + lent
     if ready.teacher is not None:
         yield "teacher", _teacher_text(ready.teacher)
 
@@ -153,14 +244,6 @@ def _phase_text(config: Config, phase: Phase) -> str:
         f"{text}; {_many(phase.optimizer_steps, 'optimizer step')} of {_many(phase.rows, 'micro-batch', 'es')} (of up "
         f"to {phase.row_tokens:,} tokens){recomputed}"
     )
-
-
-def _verdict(memory: Prediction, room: int, there: str) -> str:
-    phase = "update" if memory.update >= memory.rollout else "rollout"
-    text = f"predicted peak {_mib(memory.peak)} MiB, in the {phase} phase; {there} {_mib(room)} MiB: "
-    if memory.peak <= room:
-        return text + f"it fits, with {1 - memory.peak / room:.0%} to spare"
-    return text + f"IT DOES NOT FIT: {LESS_MEMORY}"
 
 
 def _many(count: int, what: str, ending: str = "s") -> str:

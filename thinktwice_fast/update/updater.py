@@ -52,6 +52,7 @@ class Updater:
         reference: frozen initial policy, where the loss has a KL term.
         optimizer, schedule: as ``build_optimizer`` gives them.
         config: the run's.
+        begin: called before anything is computed, to make room.
     """
 
     def __init__(
@@ -61,8 +62,10 @@ class Updater:
         optimizer: torch.optim.Optimizer,
         schedule: LRScheduler,
         config: Config,
+        begin: Callable[[], None] = lambda: None,
     ):
         self.models = models
+        self._begin = begin
         self.optimizer = optimizer
         self.schedule = schedule
         self.version = 0  # of the weights; grows with each optimizer step
@@ -99,6 +102,7 @@ class Updater:
             NonFiniteLoss: on every process; the weights are those before the mini-batch that failed.
         """
         started = time.perf_counter()
+        self._begin()
         minibatches, normalizers, guided = self._graded(minibatches)
         with_signal = [[rollout for rollout in part if self._has_signal(rollout)] for part in minibatches]
         work = [self._microbatches(part) for part in with_signal]
@@ -141,6 +145,7 @@ class Updater:
             ``loss`` (nats per token), ``token_accuracy``, ``grad_norm``, ``learning_rate``, ``seconds_update``.
         """
         started = time.perf_counter()
+        self._begin()
         tokens = sum(parallel.gather(sum(len(example.response) for example in examples)))
 
         def loss_of(part: list[Example]) -> tuple[torch.Tensor, Metrics]:
@@ -160,6 +165,7 @@ class Updater:
 
     def logps(self, rollouts: list[Rollout]) -> dict[int, list[float]]:
         """Each response token's log-probability by the present weights, by sample id, for all processes. Collective."""
+        self._begin()
         parts = self._microbatches(rollouts)
         found = self._logps(self.models.policy, parts)
         own = {rollout.sample_id: found[id(rollout)].tolist() for part in parts for rollout in part}
