@@ -19,12 +19,12 @@ from bench.core.targets import Target, time_share
 from bench.models import DEFAULT, LARGE, MEDIUM, TOY, Judged, Workload, model_of, set_options, true_loss
 from thinktwice_fast import parallel
 from thinktwice_fast.config import Config
+from thinktwice_fast.launch import keep_freed_memory
 from thinktwice_fast.model.agreement import as_transformers
 from thinktwice_fast.model.loading import checkpoint_layers
 from thinktwice_fast.model.policy import named_weights
 from thinktwice_fast.model.sharding import ModelPair, cast_parameters, pair_models
 from thinktwice_fast.records import Rollout
-from thinktwice_fast.run.memory import keep_freed_memory
 from thinktwice_fast.update.optimizer import build_optimizer
 from thinktwice_fast.update.updater import Updater
 

@@ -1,8 +1,12 @@
 """What a process is told through its environment, by torchrun and for torch, and how it gives up; needs no torch."""
 
+import ctypes
 import os
 import sys
 import time
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
+_KEPT_SIZE = 1 << 30  # largest piece of memory that is kept
 
 
 def env_rank() -> int:
@@ -42,3 +46,17 @@ def grow_segments() -> None:
     """
     if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
         os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
+
+
+def keep_freed_memory() -> None:
+    """Have the C library keep what is freed for the next tensor, where it is glibc.
+
+    It would hand tensors' memory back to the system after each use; every new one then costs a page fault per 4 KiB,
+    which takes longer than most element-wise operations.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is None:
+        return
+    # Older ones refuse more than 32 MiB. To set either ends the C library's own adjustment of both.
+    if mallopt(_M_MMAP_THRESHOLD, _KEPT_SIZE) or mallopt(_M_MMAP_THRESHOLD, 32 << 20):
+        mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)

@@ -270,17 +270,16 @@ def test_the_cache_is_as_large_as_what_is_needed() -> None:
     assert blocks(100, cache_tokens=LONGEST + 1) == LONGEST // 16 + 1
 
 
-@pytest.mark.parametrize("decoder", DECODERS)
-def test_a_cache_whose_memory_is_lent_between_runs_draws_the_same(decoder: str) -> None:
+def test_a_cache_whose_memory_is_lent_between_runs_draws_the_same() -> None:
     made: list[Lent] = []
 
     def memory(size: int) -> Lent:
         made.append(Lent(size))
         return made[-1]
 
-    options, keeping = RolloutOptions(decoder=decoder), [replace(request, keep=True) for request in requests(2)]
-    expected = tokens(draw(make(decoder=decoder), requests(2)))
-    engine = Engine(own_model("qwen3"), frozenset(), options, LONGEST, memory=memory)
+    keeping = [replace(request, keep=True) for request in requests(2)]
+    expected = tokens(draw(make(), requests(2)))
+    engine = Engine(own_model("qwen3"), frozenset(), RolloutOptions(), LONGEST, memory=memory)
     (lent,) = made
     assert lent.calls == ["map", "unmap"]
     for _ in range(2):

@@ -157,14 +157,14 @@ def test_the_race_leaves_a_fifth_of_a_gpu(tmp_path: Path) -> None:
         table["total"][1], abs=len(table)
     )
     assert {"libraries", "allocator", "KV cache", "activations", "loss head"} <= table.keys()
-    cache = re.search(r"KV cache +([\d,]+) tokens; those that are there together take up to ([\d,]+)$", text, re.M)
+    cache = re.search(r"KV cache +([\d,]+) tokens; those that are there together take up to ([\d,]+);", text)
     assert cache is not None and cache[1] == cache[2]
     assert int(cache[1].replace(",", "")) * 114688 / MIB == pytest.approx(table["KV cache"][0], abs=3)
     assert not (tmp_path / "run").exists()
 
 
 def test_a_pretended_gpu_of_little_memory_has_a_small_cache(dry_run: Command, model: Path, tmp_path: Path) -> None:
-    many = ("--problems_per_step", "64", "--samples_per_problem", "16", "--rollout.max_sequences", "1024")
+    many = ("--problems_per_step", "64", "--samples_per_problem", "8", "--rollout.max_sequences", "512")
 
     def plan(gigabytes: float, *more: str) -> str:
         arguments: tuple[str | Path, ...] = (*STEP, *many, "--model.path", model, "--output", tmp_path / "run", *more)
@@ -176,7 +176,7 @@ def test_a_pretended_gpu_of_little_memory_has_a_small_cache(dry_run: Command, mo
     assert "it fits" in large and "will wait" not in large and "updates have its memory in between" in large
     table = parsed(large)
     cache = table["KV cache"][0]
-    assert cache > 300 and table["KV cache"][1] == 0, "what updates need is not for the cache to leave"
+    assert cache > 100 and table["KV cache"][1] == 0, "what updates need is not for the cache to leave"
     others = table["total"][0] - table["allocator"][0] - cache
     small = plan((others + cache / 2) / 0.97 * MIB / 1e9)
     assert "some will wait, or start over" in small and "in the rollout phase" in small
@@ -197,11 +197,9 @@ def test_what_does_not_fit_is_refused_with_what_would(dry_run: Command, model: P
         line = refused(plan(gigabytes), "predicted peak", "the GPU has", "phase", "it does not fit: give --")
         return line.partition("it does not fit: give ")[2].partition(", or use more processes")[0]
 
-    alone = remedies(3).split(" or ")
-    assert [option.split()[0] for option in alone] == ["--update.microbatch_tokens", "--model.activation_checkpointing"]
-    together = remedies(2).split(" and ")
-    assert len(together) > 1
-    for gigabytes, options in (*((3, [one]) for one in alone), (2, together)):
+    alone, together = remedies(5).split(" or "), remedies(2).split(" and ")
+    assert len(alone) > 1 < len(together)
+    for gigabytes, options in (*((5, [one]) for one in alone), (2, together)):
         done = plan(gigabytes, *" ".join(options).split())
         assert done.returncode == 0 and "it fits" in done.stdout, done.stderr
     refused(plan(1), "it does not fit: no batch size or cache would make it fit: use more processes, a larger GPU")

@@ -214,6 +214,22 @@ def test_temperature_is_the_sampling_one() -> None:
     assert metrics["mismatch"] > 0.01
 
 
+def test_room_is_made_before_anything_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    class NoRoom(Exception):
+        pass
+
+    made, batch = updater(config()), rollouts(2)
+
+    def refuse() -> None:
+        raise NoRoom
+
+    monkeypatch.setattr(made, "_begin", refuse)
+    monkeypatch.setattr(made.models.policy, "forward", None)
+    for call in (lambda: made.policy_update([batch]), lambda: made.supervised_update([]), lambda: made.logps(batch)):
+        with pytest.raises(NoRoom):
+            call()
+
+
 def test_a_phase_without_signal_moves_nothing() -> None:
     batch = rollouts(4)
     for rollout in batch:

@@ -25,7 +25,7 @@ from thinktwice_fast.model.policy import context_length
 from thinktwice_fast.model.sharding import frozen_copy, pair_models, shards_weights
 from thinktwice_fast.records import Message, Problem
 from thinktwice_fast.rollout.engine import Engine
-from thinktwice_fast.run.memory import SecondModel, device_bytes, held_bytes, keep_freed_memory, predict
+from thinktwice_fast.run.memory import SecondModel, device_bytes, held_bytes, predict
 from thinktwice_fast.run.teacher import TeacherPlan, make_teacher, plan_teacher
 from thinktwice_fast.run.workload import Evaluated, TeacherLoad, heaviest_load, phases
 from thinktwice_fast.tasks.arithmetic import RECHECK, warm_start_example
@@ -173,7 +173,7 @@ def build_run(config: Config, resources: ExitStack) -> Run:
 
     ready = prepare(config, resources, load)
     if ready.device.type == "cpu":
-        keep_freed_memory()
+        launch.keep_freed_memory()
     loaded, dtype, chat, stream = ready.loaded, ready.dtype, ready.chat, ready.stream
     world = parallel.world_size()
     planned = phases(config, Flops.of(loaded.model), ready.longest_prompts, world)

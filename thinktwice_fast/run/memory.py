@@ -43,7 +43,6 @@ T, R and those keys are bounds that hold however long the responses are, see ``w
 decoding step on a GPU, of up to 256 MiB, are left out.
 """
 
-import ctypes
 import os
 import resource
 from collections.abc import Iterator
@@ -65,8 +64,6 @@ from thinktwice_fast.update.optimizer import MOMENT_BYTES
 from thinktwice_kernels.rows import bytes_per_logit, rows_per_tile
 
 _PAGE = os.sysconf("SC_PAGE_SIZE")
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
-_KEPT_SIZE = 1 << 30  # largest piece of memory that is kept
 _GPU_LIBRARIES = 1 << 30
 _GPU_MARGIN = 0.03  # of a GPU's memory
 
@@ -361,20 +358,6 @@ def _cache_blocks(options: RolloutOptions, load: Load, device: torch.device, roo
 
 def _margin(room: int) -> int:
     return int(_GPU_MARGIN * room)
-
-
-def keep_freed_memory() -> None:
-    """Have the C library keep what is freed for the next tensor, where it is glibc.
-
-    It would hand tensors' memory back to the system after each use; every new one then costs a page fault per 4 KiB,
-    which takes longer than most element-wise operations.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is None:
-        return
-    # Older ones refuse more than 32 MiB. To set either ends the C library's own adjustment of both.
-    if mallopt(_M_MMAP_THRESHOLD, _KEPT_SIZE) or mallopt(_M_MMAP_THRESHOLD, 32 << 20):
-        mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def held_bytes(device: torch.device) -> int:

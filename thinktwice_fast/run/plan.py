@@ -42,15 +42,11 @@ class Plan:
 
     notes: list[str]
     rows: list[tuple[str, str]]  # what, and how
-    predicted: Callable[[Config, int], Prediction]  # of each process, with other options and so many bytes of room
     config: Config
+    memory: Prediction  # of each process
+    predicted: Callable[[Config, int], Prediction]  # the same with other options and so many bytes of room
     device: torch.device
     room: int  # bytes that a process may have of it
-
-    @property
-    def memory(self) -> Prediction:
-        """What a process will take."""
-        return self.predicted(self.config, self.room)
 
 
 def make_plan(config: Config, dry_run: DryRun) -> Plan:
@@ -79,19 +75,21 @@ def make_plan(config: Config, dry_run: DryRun) -> Plan:
             options, planned, ready.longest_prompts, ready.evaluated, world, ready.teacher_load
         )
 
-    def predicted(options: Config, room: int) -> Prediction:
+    def taken(options: Config, load: Load, room: int) -> Prediction:
         return predict(
-            options, model, ready.device, ready.dtype, workload(options)[1], world, ready.held_bytes, room,
-            ready.second, lends=ready.lends,
+            options, model, ready.device, ready.dtype, load, world, ready.held_bytes, room, ready.second,
+            lends=ready.lends,
         )  # fmt: skip
 
     room = dry_run.gpu_bytes or device_bytes(ready.device, launch.env_local_world_size())
     planned, load = workload(config)
-    rows = [
-        *_run_rows(config, ready, load, predicted(config, room), world),
-        *((p.name, _phase_text(config, p)) for p in planned),
-    ]
-    return Plan(ready.notes, rows, predicted, config, ready.device, room)
+    memory = taken(config, load, room)
+    rows = [*_run_rows(config, ready, load, memory, world), *((p.name, _phase_text(config, p)) for p in planned)]
+
+    def predicted(options: Config, room: int) -> Prediction:
+        return taken(options, workload(options)[1], room)
+
+    return Plan(ready.notes, rows, config, memory, predicted, ready.device, room)
 
 
 def print_plan(config: Config, dry_run: DryRun) -> None:
@@ -134,17 +132,16 @@ def less_memory(plan: Plan, room: int) -> str:
     """What would make a plan fit that takes more than ``room`` bytes: each of some options alone, or all of them."""
 
     def fits(config: Config) -> bool:
-        return plan.predicted(config, room).peak <= room
+        return _peak(plan, config, room) <= room
 
     alone, together, config = [], [], plan.config
     for name, values in _savings(config):
-        if (found := next((value for value in values if fits(_changed(plan.config, name, value))), None)) is not None:
+        if fits(_changed(plan.config, name, values[-1])):
+            found = next(value for value in values if fits(_changed(plan.config, name, value)))
             alone.append(_option(name, found))
-        if fits(config):
-            continue
-        # Only what saves something on top of the others.
         smallest = _changed(config, name, values[-1])
-        if plan.predicted(smallest, room).peak < plan.predicted(config, room).peak:
+        # Together: those that still save something on top of the others.
+        if not alone and not fits(config) and _peak(plan, smallest, room) < _peak(plan, config, room):
             config = smallest
             together.append(_option(name, values[-1]))
     if alone:
@@ -152,6 +149,10 @@ def less_memory(plan: Plan, room: int) -> str:
     if fits(config):
         return f"give {' and '.join(together)}, or use more processes or a smaller model"
     return "no batch size or cache would make it fit: use more processes, a larger GPU or a smaller model"
+
+
+def _peak(plan: Plan, config: Config, room: int) -> int:
+    return plan.predicted(config, room).peak
 
 
 def _savings(config: Config) -> Iterator[tuple[str, list[Any]]]:
