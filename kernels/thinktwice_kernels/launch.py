@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache, wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -98,7 +98,16 @@ SHAPES = {
 # Fewer programs than this many per processor leave memory idle: then several share a row.
 PROGRAMS_PER_PROCESSOR = 4
 
-Launch = tuple[Any, dict[str, Any], int]  # kernel, arguments, warps
+
+class Launch(NamedTuple):
+    """What `launch` runs but for the grid."""
+
+    kernel: Any
+    arguments: dict[str, Any]
+    warps: int  # of a program
+    stages: int  # of its loads ahead of a product
+
+
 _recorded: list[Launch] | None = None
 
 
@@ -158,16 +167,16 @@ def launch(kernel: Any, name: str, grid: tuple[int, ...], device: torch.device, 
 
 
 def launch_warps(
-    kernel: Any, warps: int, grid: tuple[int, ...], device: torch.device, arguments: dict[str, Any]
+    kernel: Any, warps: int, grid: tuple[int, ...], device: torch.device, arguments: dict[str, Any], stages: int = 1
 ) -> None:
-    """`launch` with as many warps to a program."""
+    """`launch` with as many warps to a program, and that many stages of loads ahead of its products."""
     if _recorded is not None:
-        _recorded.append((kernel, arguments, warps))
+        _recorded.append(Launch(kernel, arguments, warps, stages))
     elif 0 in grid:
         return
     elif device.type == "cuda":
         with torch.cuda.device(device):
-            kernel[grid](**arguments, num_warps=warps, num_stages=1)
+            kernel[grid](**arguments, num_warps=warps, num_stages=stages)
     else:
         kernel[grid](**arguments)
 
