@@ -7,6 +7,7 @@ norms' weights, which `partials` sums.
 Letters: T tokens, Q / K query / key-value heads, D head size.
 """
 
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -370,6 +371,7 @@ def _shared_arguments(
     }
 
 
+@lru_cache
 def _tile(heads: int, dim: int) -> Tile:
     """A token's heads."""
     return Tile(triton.next_power_of_2(heads), 2 * triton.next_power_of_2(dim // 2))
