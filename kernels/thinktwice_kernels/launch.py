@@ -91,10 +91,11 @@ class Shape:
 
 # Chosen by reasoning for an H200: 4.8 TB/s at a latency of about 700 ns needs 25 KiB in flight on each of 132
 # processors. With 256 threads of at most 64 registers four programs share a processor, and each has 16 KiB under way:
-# twice that, so that one may compute while the others wait. More vectors a step would only take registers.
+# twice that, so that one may compute while the others wait. More vectors a step would only take registers. The gradient
+# keeps nothing from step to step: with half the vectors, and registers, a processor is full of its threads.
 SHAPES = {
     "row_statistics": Shape(num_warps=8, vectors=4),
-    "row_gradient": Shape(num_warps=8, vectors=4),
+    "row_gradient": Shape(num_warps=8, vectors=2),
     "combine_statistics": Shape(num_warps=1, block=64),
     # A vector of each half a thread: short programs, many at a time.
     "swiglu": Shape(num_warps=4, vectors=1),
@@ -161,14 +162,14 @@ def triton_type(dtype: torch.dtype) -> Any:
 
 def looping_programs(
     tiles: int,
-    tile: Tile,
+    warps: int,  # of a program
     device: torch.device,
 ) -> int:
     """How many programs share the tiles where each adds something up over its own: 16 warps on every processor.
 
     More would write more partial sums, fewer would leave memory idle.
     """
-    return min(tiles, processors(device) * max(1, 16 // tile.num_warps))
+    return min(tiles, processors(device) * max(1, 16 // warps))
 
 
 def launch(kernel: Any, name: str, grid: tuple[int, ...], device: torch.device, arguments: dict[str, Any]) -> None:

@@ -345,7 +345,7 @@ def norm_gradients_in_triton(
     """The gradients of h and of the weight, [0] where it is not wanted."""
     of_h = torch.empty_like(h, memory_format=torch.contiguous_format)
     tile, shared = _shared_arguments(h, weight, eps)
-    programs = looping_programs(-(-shared["rows"] // tile.rows), tile, h.device)
+    programs = looping_programs(-(-shared["rows"] // tile.rows), tile.num_warps, h.device)
     kind = accumulation_dtype(h, weight)
     partials = torch.empty(programs, len(weight), dtype=kind, device=h.device) if want_weight else None
     arguments = {
