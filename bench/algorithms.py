@@ -5,6 +5,7 @@ after fewer of them is complete as well.
 """
 
 import argparse
+import re
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -44,9 +45,13 @@ def runs(folder: Path, arms: Mapping[str, Options], seeds: Iterable[int]) -> dic
     """Each arm's runs, in the order of the seeds."""
     seeds = tuple(seeds)
     return {
-        name: [Run(folder / f"{name.replace(', ', '-')}-{seed}", {**options, "seed": seed}) for seed in seeds]
+        name: [Run(folder / f"{_words(name)}-{seed}", {**options, "seed": seed}) for seed in seeds]
         for name, options in arms.items()
     }
+
+
+def _words(name: str) -> str:
+    return "-".join(re.findall(r"\w+", name))
 
 
 def train(arms: Mapping[str, Sequence[Run]]) -> None:
