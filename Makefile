@@ -53,7 +53,7 @@ learning: $(VENV)/built
 algorithms: $(VENV)/built
 	$(BIN)/python -m bench.algorithms $(if $(SEEDS),--seeds $(SEEDS))
 
-# docs/results.md, methods at equal generations, SEEDS of each (5), then two remedies: each goes on where it was stopped.
+# docs/results.md: methods at equal generations, SEEDS of each (5), and two remedies; both go on where stopped.
 compare: $(VENV)/built
 	$(BIN)/python -m bench.compare $(if $(SEEDS),--seeds $(SEEDS))
 
