@@ -1,4 +1,7 @@
-"""What a process is told through its environment, by torchrun and for torch, and how it gives up; needs no torch."""
+"""What a process is told through its environment, by torchrun and for torch, what memory it keeps, and how it gives up.
+
+Needs no torch.
+"""
 
 import ctypes
 import os

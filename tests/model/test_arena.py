@@ -23,6 +23,7 @@ class Gpu:
         monkeypatch.setattr(arena, "_mapped", arena.defaultdict(int))
         monkeypatch.setattr(arena, "_peaks", arena.defaultdict(int))
         monkeypatch.setattr(torch._C, "_dispatch_has_kernel_for_dispatch_key", lambda *_: True)
+        monkeypatch.setattr(torch.cuda, "init", lambda: None)
         monkeypatch.setattr(torch.cuda, "empty_cache", lambda: self.calls.append("empty_cache"))
         monkeypatch.setattr(torch.cuda, "synchronize", lambda device: self.calls.append("synchronize"))
         monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: self.torch_peak)

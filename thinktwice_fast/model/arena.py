@@ -83,6 +83,7 @@ def why_no_arena(device: torch.device) -> str | None:
     if not torch._C._dispatch_has_kernel_for_dispatch_key("thinktwice::arena_create", "CompositeExplicitAutograd"):
         return "the extension is built without CUDA"
     try:
+        torch.cuda.init()  # its peak can't be started anew before
         arena = Arena(device, _PROBE_BYTES)
         arena.map()
         memory, sums = arena.tensor(), []
