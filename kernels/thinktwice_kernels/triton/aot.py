@@ -25,6 +25,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
+from thinktwice_kernels.exponentials import new_tile
 from thinktwice_kernels.gate import swiglu_gradient_in_triton, swiglu_in_triton
 from thinktwice_kernels.launch import Launch, accumulation_dtype, recording, row_tile
 from thinktwice_kernels.norm import norm_gradients_in_triton, norm_in_triton
@@ -39,6 +40,15 @@ from thinktwice_kernels.options import (
 )
 from thinktwice_kernels.rows import Head
 from thinktwice_kernels.triton.advantages import group_advantages_in_triton
+from thinktwice_kernels.triton.exponentials import (
+    add_entropy_in_triton,
+    combine_exponentials_in_triton,
+    finish_rows_in_triton,
+    row_exponentials_in_triton,
+    row_shifts_in_triton,
+    scale_rows_in_triton,
+)
+from thinktwice_kernels.triton.head_product import BLOCKS, Block, head_exponentials_in_triton
 from thinktwice_kernels.triton.loss import sequence_loss_in_triton
 from thinktwice_kernels.triton.rotary import fits_registers, rotary_gradients_in_triton, rotary_in_triton
 from thinktwice_kernels.triton.rows import row_gradient_in_triton, row_statistics_in_triton
@@ -60,6 +70,8 @@ _GRADIENT_AXES = {
     "d_entropy": _BOTH,
     **_HEAD_AXES,
 }
+# Columns of logits whose rows begin on multiples of 16 bytes or not.
+_EXPONENTIAL_AXES: dict[str, Sequence[Any]] = {"aligned": _BOTH, "rows": _BOTH, "known": _BOTH, **_HEAD_AXES}
 _SELECTED = ("old_logps", "ref_logps", "rollout_logps", "loss_mask")
 _SELECTION_AXES: dict[str, Sequence[Any]] = {
     "offsets": (torch.int32, torch.int64),
@@ -146,6 +158,11 @@ def configurations(pairs: bool = True) -> dict[Configuration, Launch]:
             _launch_statistics(**values)
         for values in covering(_GRADIENT_AXES, _is_gradient, 2):
             _launch_gradient(**values)
+        for values in covering(_EXPONENTIAL_AXES, lambda _: True, together):
+            _launch_exponentials(**values)
+        for block in set(BLOCKS.values()):
+            for values in covering({"bias": _BOTH, "temperatures": _BOTH}, lambda _: True, 2):
+                _launch_head_product(block, values)
         for dtypes in [_LOSS_TYPES] if pairs else [(dtype,) for dtype in _LOSS_TYPES]:
             for values in covering(_LOSS_AXES | {"logps": dtypes}, _is_loss, together):
                 _launch_loss(values)
@@ -192,10 +209,22 @@ def compiled(launch: Launch, architecture: int) -> Compiled:
     return Compiled(configuration_of(launch), architecture, registers, result.metadata.shared, stack, result.asm["ptx"])
 
 
+def serves(configuration: Configuration, architecture: int) -> bool:
+    """Whether it may run there: all do, but the head's product, which each architecture has blocks of its own for."""
+    if configuration.kernel != "head_exponentials":
+        return True
+    block, constants = BLOCKS.get(architecture // 10), dict(configuration.parameters)
+    return block is not None and (str(block.stages), str(block.ahead)) == (constants["STAGES"], constants["AHEAD"])
+
+
 def table(pairs: bool = True, processes: int = 1) -> Iterator[Compiled]:
     """Compiles every configuration for every architecture, in as many processes."""
-    numbers = range(len(configurations(pairs)))
-    jobs = [(pairs, number, architecture) for number in numbers for architecture in ARCHITECTURES]
+    jobs = [
+        (pairs, number, architecture)
+        for number, configuration in enumerate(configurations(pairs))
+        for architecture in ARCHITECTURES
+        if serves(configuration, architecture)
+    ]
     if processes == 1:
         yield from map(_compile_job, jobs)
         return
@@ -307,6 +336,36 @@ def _launch_gradient(
         targets if rows else None,
         logits if in_place else torch.empty_like(logits, dtype=types[1]),
     )
+
+
+def _launch_exponentials(aligned: bool, rows: bool, known: bool, **head: Any) -> None:
+    hidden, logits = torch.empty(2, 16, dtype=torch.bfloat16), torch.empty(2, 16 if aligned else 7)
+    targets, numbers, of_tile = torch.zeros(2).long(), torch.empty(2), _head(logits, head)
+    weight = torch.empty(logits.shape[1], 16, dtype=torch.bfloat16)
+    tile = new_tile(weight, 2)
+    places = targets if rows else None
+    found = None if known else numbers
+    row_shifts_in_triton(hidden, weight, targets, of_tile, numbers if known else None, found, numbers)
+    partials = torch.empty(2, 3, 2)
+    row_exponentials_in_triton(logits, 0, targets, of_tile, numbers, places, tile, partials, 0, numbers)
+    combine_exponentials_in_triton(
+        partials, numbers, numbers, targets, of_tile, logits.shape[1], numbers, numbers, numbers
+    )
+    finish_rows_in_triton(tile, numbers, targets, of_tile, numbers, numbers, numbers)
+    if of_tile.softcap is None:
+        add_entropy_in_triton(
+            tile, hidden, weight, targets, of_tile, numbers, numbers, numbers, numbers, numbers, numbers
+        )
+    scale_rows_in_triton(hidden, numbers, places, hidden, None)
+    scale_rows_in_triton(hidden.float(), numbers, None, hidden, places)
+
+
+def _launch_head_product(block: Block, head: Mapping[str, Any]) -> None:
+    hidden, tile = torch.empty(2, 16, dtype=torch.bfloat16), torch.empty(2, 16, dtype=torch.bfloat16)
+    targets, numbers = torch.zeros(2).long(), torch.empty(2)
+    of_tile = _head(tile, {**head, "softcap": False})
+    weight = torch.empty(16, 16, dtype=torch.bfloat16)
+    head_exponentials_in_triton(block, hidden, weight, targets, of_tile, numbers, tile, numbers)
 
 
 def _launch_selection(

@@ -18,7 +18,7 @@ from torch import Tensor
 from thinktwice_kernels.exponentials import SUBSET
 from thinktwice_kernels.launch import SHAPES, launch
 from thinktwice_kernels.rows import Head
-from thinktwice_kernels.triton.numerics import INFINITY, LOG2_E, expm1, number, soft_cap
+from thinktwice_kernels.triton.numerics import FAR_BELOW, INFINITY, LOG2_E, expm1, number, soft_cap
 from thinktwice_kernels.triton.rows import load_logits, row_stride, temperature_of
 
 _SUBSET = tl.constexpr(SUBSET)
@@ -136,14 +136,6 @@ def row_shifts(
     tl.store(shifts_ptr + row, shift)
 
 
-@triton.jit
-def exponentials_of(values, shift, factor):
-    """e^((z - shift) / tau), and its product with z - shift, which is 0 where e is; `factor` is log2(e) / tau."""
-    difference = values - shift
-    e = tl.exp2(difference * factor)
-    return e, tl.where(e == 0, 0.0, e * difference)
-
-
 @triton.jit(
     do_not_specialize=["part", "parts"],
     do_not_specialize_on_alignment=[
@@ -198,9 +190,10 @@ def row_exponentials(
     for start in range(0, size, VECTORS * LANES):
         columns = start + offsets
         values, slopes = load_logits(row_ptr, own_bias_ptr, columns, columns < size, softcap, tl.float32, SOFTCAP)
-        e, product = exponentials_of(values, shift, factor)
+        difference = values - shift
+        e = tl.exp2(difference * factor)
         total += tl.sum(e, 0)
-        moment += tl.sum(product, 0)
+        moment += tl.sum(e * tl.maximum(difference, FAR_BELOW), 0)
         if SOFTCAP:
             e = tl.where(e == 0, 0.0, e * slopes)
         tl.store(own_ptr + columns, e.to(tl.bfloat16), mask=columns < size)

@@ -16,8 +16,9 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from thinktwice_kernels.launch import launch_warps, processors
 from thinktwice_kernels.rows import Head
-from thinktwice_kernels.triton.exponentials import exponentials_of, plain_head_arguments
-from thinktwice_kernels.triton.numerics import LOG2_E, number
+from thinktwice_kernels.triton.exponentials import plain_head_arguments
+from thinktwice_kernels.triton.numerics import FAR_BELOW, LOG2_E, number
+from thinktwice_kernels.triton.tokens import any_of
 
 # Blocks of rows that programs take before they go on to the next columns: 4,096 rows of hidden states stay in the
 # second-level cache while the weight passes by.
@@ -62,20 +63,22 @@ def _write_columns(
     COLUMNS: tl.constexpr,
 ):
     """Exponentials of some columns to the tile, their sums, and the targets' logits that are among them."""
-    row = first + tl.arange(0, ROWS)
     columns = column + tl.arange(0, COLUMNS)
-    inside = columns < vocabulary
+    row = first + tl.arange(0, ROWS)
     here = (targets >= column) & (targets < tl.minimum(column + COLUMNS, vocabulary)) & (row < rows)
-    hit = columns[None, :] == targets[:, None]
-    tl.store(chosen_ptr + row, tl.sum(tl.where(hit, logits, 0.0), 1), mask=here)
-    values = logits
+    if any_of(here):
+        hit = columns[None, :] == targets[:, None]
+        tl.store(chosen_ptr + row, tl.sum(tl.where(hit, logits, 0.0), 1), mask=here)
     if bias_ptr is not None:
-        values += tl.load(bias_ptr + columns, mask=inside, other=0.0)[None, :]
-    e, product = exponentials_of(values, shifts[:, None], factors[:, None])
-    e = tl.where(inside[None, :], e, 0.0)
-    product = tl.where(inside[None, :], product, 0.0)
+        logits += tl.load(bias_ptr + columns, mask=columns < vocabulary, other=0.0)[None, :]
+    if column + COLUMNS > vocabulary:
+        logits = tl.where((columns < vocabulary)[None, :], logits, FAR_BELOW)
+    difference = logits - shifts[:, None]
+    e = tl.exp2(difference * factors[:, None])
+    if bias_ptr is not None:
+        difference = tl.maximum(difference, FAR_BELOW)
     total = tl.sum(e, 1)
-    moment = tl.sum(product, 1)
+    moment = tl.sum(e * difference, 1)
     out_desc.store([first, column], e.to(tl.bfloat16))
     return total, moment
 

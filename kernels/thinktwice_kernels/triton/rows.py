@@ -16,10 +16,8 @@ from torch import Tensor
 
 from thinktwice_kernels.launch import SHAPES, accumulation_dtype, launch, steps_and_splits
 from thinktwice_kernels.rows import Head
-from thinktwice_kernels.triton.numerics import INFINITY, LOG2_E, number, soft_cap
+from thinktwice_kernels.triton.numerics import FAR_BELOW, INFINITY, LOG2_E, number, soft_cap
 
-# Replaces -inf where it would meet a 0 that it is multiplied by.
-_FAR_BELOW = tl.constexpr(-1e30)
 # From here on e^x is 0 in fp32 and float64.
 _LOG_NOTHING = tl.constexpr(-1e3)
 
@@ -58,7 +56,7 @@ def _moved(highest, total, moment, shift, factor, MOMENT: tl.constexpr):
     step = highest - shift
     scale = tl.exp2(step * factor)
     if MOMENT:
-        moment = (moment + total * tl.maximum(step, _FAR_BELOW)) * scale
+        moment = (moment + total * tl.maximum(step, FAR_BELOW)) * scale
     return total * scale, moment
 
 
@@ -152,7 +150,7 @@ def row_statistics(
         weights = tl.exp2(difference * factor)
         total += tl.sum(weights, 0)
         if MOMENT:
-            moment += tl.sum(weights * tl.maximum(difference, _FAR_BELOW), 0)
+            moment += tl.sum(weights * tl.maximum(difference, FAR_BELOW), 0)
         highest = now
 
     top, total, moment = _merged(highest, total, moment, factor, MOMENT)
