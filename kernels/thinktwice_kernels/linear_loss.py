@@ -2,7 +2,8 @@
 
 A tile of logits becomes log-probabilities, these become the loss and its derivative, and with that the tile becomes
 its own gradient, which two products turn into those of hidden states and weight: 6 T V H in all. Rows without signal
-never enter a product, rows that the loss clips leave before the last two.
+never enter a product, rows that the loss clips leave before the last two. In bfloat16 on a GPU a tile of exponentials
+takes the place of logits: see exponentials.py.
 
 Where one token's loss depends on its whole sequence, tiles hold whole sequences. A sequence that is longer than a
 tile is worked through in pieces, of which all but the last are computed a second time: 8 T V H for those.
@@ -104,12 +105,16 @@ def linear_grpo_loss(
     over the tiles and is rounded to the weight's type once. Inputs that need no gradient (a frozen weight) cost none;
     under ``torch.no_grad()`` only the loss is computed. Beyond inputs and gradients the memory is that of the tile.
 
+    In bfloat16 on a GPU a tile holds two bytes a logit: exponentials, rounded to bfloat16 once their sums are taken in
+    fp32. If one tile is enough, it is kept for the backward pass, and the products of the gradients run there. Clipped
+    tokens then leave by blocks of 256.
+
     Where a token's loss depends on its whole sequence (`importance_sampling_level` "sequence", `rollout_is`
     "sequence-*"), tiles hold whole sequences, and a sequence that is longer than a tile has its logits computed twice.
 
     A GPU is waited for once, to learn which tokens are skipped and where sequences end; not where none can be skipped
-    (no `loss_mask`, and `beta` or `entropy_coef` is not 0) and borders don't matter. Where tokens may be clipped
-    (`old_logps` with the clip objective, `guide_mask`, `rollout_is` "*-mask") it is waited for once a tile.
+    (no `loss_mask`, and `beta` or `entropy_coef` is not 0) and borders don't matter. In bfloat16, and where tokens may
+    be clipped (`old_logps` with the clip objective, `guide_mask`, `rollout_is` "*-mask"), it is waited for once a tile.
     `advantages`, `cu_seqlens` and the masks may lie on the CPU.
 
     Args:
@@ -215,31 +220,24 @@ def _linear_grpo_loss(
             memory_budget, keep,
         )  # fmt: skip
     if isinstance(found, KeptTile):
-        gradients = tuple(hidden.new_empty(0, dtype=dtype) for dtype in _gradient_dtypes(hidden, weight))
-        kept = found.tensors()
+        gradients, tile = HeadGradients(hidden, weight, None, (False,) * 3).result(), found.tensors()
     else:
-        gradients, kept = found.result(), no_tile(weight)
-    return totals[0].to(accumulation_dtype(hidden, weight), copy=True), totals, *gradients, *kept
-
-
-def _gradient_dtypes(hidden: Tensor, weight: Tensor) -> tuple[torch.dtype, torch.dtype, torch.dtype]:
-    """Of what the op returns for hidden states, weight and bias."""
-    return hidden_gradient_dtype(hidden, weight), *(accumulation_dtype(hidden, weight),) * 2
+        gradients, tile = found.result(), no_tile(weight)
+    return totals[0].to(accumulation_dtype(hidden, weight), copy=True), totals, *gradients, *tile
 
 
 @_linear_grpo_loss.register_fake
 def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
+    dtype, softcap = accumulation_dtype(hidden, weight), rest[3]
     options, wanted, _, keep = rest[-4:]
-    kept = keep and any(wanted) and uses_exponentials(hidden, weight, rest[3], LossOptions.decode(options))
-    likes = hidden, weight, weight.new_empty(0) if bias is None else bias
-    gradients = (
-        fake_gradient(like, want and not kept, dtype)
-        for like, want, dtype in zip(likes, wanted, _gradient_dtypes(hidden, weight), strict=True)
-    )
+    kept = keep and any(wanted) and uses_exponentials(hidden, weight, softcap, LossOptions.decode(options))
+    of_hidden, of_weight, of_bias = (want and not kept for want in wanted)
     return (
-        hidden.new_empty((), dtype=accumulation_dtype(hidden, weight)),
+        hidden.new_empty((), dtype=dtype),
         hidden.new_empty(len(PARTIALS), dtype=torch.float64),
-        *gradients,
+        fake_gradient(hidden, of_hidden, hidden_gradient_dtype(hidden, weight)),
+        fake_gradient(weight, of_weight, dtype),
+        fake_gradient(weight.new_empty(0) if bias is None else bias, of_bias, dtype),
         *no_tile(weight, rows=hidden.shape[0] if kept else 0),
     )
 
@@ -254,15 +252,16 @@ def _linear_loss_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
 def _linear_loss_backward(ctx: Any, gradient: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     if gradient is None:
         return (None,) * 19
-    inputs, saved, kept = ctx.saved_tensors[:3], ctx.saved_tensors[3:6], ctx.saved_tensors[6:]
-    if kept[0].numel():
-        with torch.autocast(inputs[0].device.type, enabled=False):
-            found = KeptTile.of(kept).gradients(*inputs, gradient, ctx.needs_input_grad[:3])
+    hidden, weight, bias, *saved = ctx.saved_tensors
+    saved, tile = saved[:3], saved[3:]
+    if tile[0].numel():
+        with torch.autocast(hidden.device.type, enabled=False):
+            found = KeptTile.of(tile).gradients(hidden, weight, bias, gradient, ctx.needs_input_grad[:3])
         return *found, *(None,) * 16
     consume = type(gradient) is Tensor and not ctx.creates_graph and not _graph_is_kept()
     scaled = [
         _scaled(tensor, gradient, like.dtype, consume) if want else None
-        for tensor, like, want in zip(saved, inputs, ctx.needs_input_grad, strict=False)
+        for tensor, like, want in zip(saved, (hidden, weight, bias), ctx.needs_input_grad, strict=False)
     ]
     return *scaled, *(None,) * 16
 
