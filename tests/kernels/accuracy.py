@@ -152,9 +152,10 @@ def plain_logprobs(
     return cast(tuple[Tensor, Tensor], found)
 
 
-def plain_loss(hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, **rest: Any) -> tuple[Tensor, Tensors]:
+def plain_loss(**rest: Any) -> tuple[Tensor, Tensors]:
+    inputs = {name: rest.pop(name) for name in ("hidden", "weight", "bias", "targets") if name in rest}
     head = {name: rest.pop(name) for name in ("temperature", "logit_softcap") if name in rest}
-    logps, entropy = plain_logprobs({"hidden": hidden, "weight": weight, "bias": bias, "targets": targets}, **head)
+    logps, entropy = plain_logprobs(inputs, **head)
     return reference.grpo_loss(logps, entropy=entropy, **rest)
 
 
@@ -170,12 +171,13 @@ def check_linear_grpo_loss(
     lengths: list[int],
     vocabulary: int,
     budget: int | None,
+    bias: bool = True,
     **head: Any,
 ) -> None:
     """Loss, metrics and gradients of one of the `PUBLIC_CASES` against the definition in float64."""
     options, tensors = PUBLIC_CASES[case]
     leaves = ("hidden", "weight", "bias")
-    batch = head_batch(sum(lengths), vocabulary, dtype, bias=True) | head
+    batch = head_batch(sum(lengths), vocabulary, dtype, bias=bias) | head
     packed = make_batch(lengths, 7, loss_mask=True, zero_advantages=True, **dict.fromkeys(tensors, True))
     logps = reference.linear_logprobs(**batch)
     near = {name: logps + packed[name] - packed["logps"].detach() for name in packed if name.endswith("_logps")}

@@ -133,13 +133,13 @@ def test_linear_grpo_loss(case: str, dtype: torch.dtype, budget: int | None) -> 
     check_linear_grpo_loss(DEVICE, dtype, case, LENGTHS, V, budget)
 
 
-@pytest.mark.parametrize("options", [{}, {"logit_softcap": 5.0}, {"temperature": 0.7}], ids=str)
-@pytest.mark.parametrize("case", ["clip", "gspo", "k3", "token-mask", "guided"])
+@pytest.mark.parametrize("head", [{"temperature": 0.7}, {"temperature": torch.linspace(0.5, 2, T).double()}])
+@pytest.mark.parametrize("case", ["clip", "gspo", "k3", "token-mask", "guided", "entropy"])
 def test_linear_grpo_loss_with_its_product_in_triton(
-    case: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    case: str, head: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(head_product, "MEASURED_FASTER", frozenset(head_product.BLOCKS))
-    check_linear_grpo_loss(DEVICE, torch.bfloat16, case, LENGTHS, 1032, None, **options)
+    check_linear_grpo_loss(DEVICE, torch.bfloat16, case, LENGTHS, 1032, None, bias=False, **head)
 
 
 def loss_batch(dtype: torch.dtype = torch.bfloat16, vocabulary: int = V) -> dict[str, Any]:

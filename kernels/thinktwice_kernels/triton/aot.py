@@ -160,9 +160,8 @@ def configurations(pairs: bool = True) -> dict[Configuration, Launch]:
             _launch_gradient(**values)
         for values in covering(_EXPONENTIAL_AXES, lambda _: True, together):
             _launch_exponentials(**values)
-        for block in set(BLOCKS.values()):
-            for values in covering({"bias": _BOTH, "temperatures": _BOTH}, lambda _: True, 2):
-                _launch_head_product(block, values)
+        for block, temperatures in product(set(BLOCKS.values()), _BOTH):
+            _launch_head_product(block, temperatures)
         for dtypes in [_LOSS_TYPES] if pairs else [(dtype,) for dtype in _LOSS_TYPES]:
             for values in covering(_LOSS_AXES | {"logps": dtypes}, _is_loss, together):
                 _launch_loss(values)
@@ -360,12 +359,10 @@ def _launch_exponentials(aligned: bool, rows: bool, known: bool, **head: Any) ->
     scale_rows_in_triton(hidden.float(), numbers, None, hidden, places)
 
 
-def _launch_head_product(block: Block, head: Mapping[str, Any]) -> None:
-    hidden, tile = torch.empty(2, 16, dtype=torch.bfloat16), torch.empty(2, 16, dtype=torch.bfloat16)
-    targets, numbers = torch.zeros(2).long(), torch.empty(2)
-    of_tile = _head(tile, {**head, "softcap": False})
-    weight = torch.empty(16, 16, dtype=torch.bfloat16)
-    head_exponentials_in_triton(block, hidden, weight, targets, of_tile, numbers, tile, numbers)
+def _launch_head_product(block: Block, temperatures: bool) -> None:
+    matrix, targets, numbers = torch.empty(16, 16, dtype=torch.bfloat16), torch.zeros(16).long(), torch.empty(16)
+    head = Head(temperature=numbers) if temperatures else Head()
+    head_exponentials_in_triton(block, matrix, matrix, targets, head, numbers, matrix, numbers)
 
 
 def _launch_selection(

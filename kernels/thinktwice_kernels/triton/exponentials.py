@@ -7,7 +7,6 @@ Letters: T tokens, V vocabulary, H hidden size, t rows of a tile, n parts that a
 """
 
 import math
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ from thinktwice_kernels.exponentials import SUBSET
 from thinktwice_kernels.launch import SHAPES, launch
 from thinktwice_kernels.rows import Head
 from thinktwice_kernels.triton.numerics import FAR_BELOW, INFINITY, LOG2_E, expm1, number, soft_cap
-from thinktwice_kernels.triton.rows import load_logits, row_stride, temperature_of
+from thinktwice_kernels.triton.rows import load_logits, row_stride, temperature_of, temperature_parameters
 
 _SUBSET = tl.constexpr(SUBSET)
 _LOG_SUBSET = tl.constexpr(math.log(SUBSET))
@@ -540,7 +539,9 @@ def add_entropy_in_triton(
     scales = torch.empty(out.shape[0], dtype=torch.float32, device=out.device)
     arguments = {
         **_product_arguments(hidden, weight),
-        **plain_head_arguments(targets, head),
+        "targets_ptr": targets,
+        "bias_ptr": head.bias,
+        **temperature_parameters(head),
         "shifts_ptr": shifts,
         "logps_ptr": logps,
         "sums_ptr": sums,
@@ -593,18 +594,11 @@ def _product_arguments(hidden: Tensor, weight: Tensor) -> dict[str, Any]:
     }
 
 
-def plain_head_arguments(targets: Tensor, head: Head) -> dict[str, Any]:
-    """How rows of logits become distributions, as a kernel without soft cap takes it."""
-    assert head.softcap is None
-    per_row = isinstance(head.temperature, Tensor)
+def _head_arguments(targets: Tensor, head: Head) -> dict[str, Any]:
     return {
         "targets_ptr": targets,
         "bias_ptr": head.bias,
-        "temperatures_ptr": head.temperature if per_row else None,
-        "temperature": 1.0 if per_row else head.temperature,
+        **temperature_parameters(head),
+        "softcap": head.softcap or 0.0,
+        "SOFTCAP": head.softcap is not None,
     }
-
-
-def _head_arguments(targets: Tensor, head: Head) -> dict[str, Any]:
-    plain = plain_head_arguments(targets, replace(head, softcap=None))
-    return {**plain, "softcap": head.softcap or 0.0, "SOFTCAP": head.softcap is not None}

@@ -16,8 +16,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from thinktwice_kernels.launch import launch_warps, processors
 from thinktwice_kernels.rows import Head
-from thinktwice_kernels.triton.exponentials import plain_head_arguments
 from thinktwice_kernels.triton.numerics import FAR_BELOW, LOG2_E, number
+from thinktwice_kernels.triton.rows import temperature_parameters
 from thinktwice_kernels.triton.tokens import any_of
 
 # Blocks of rows that programs take before they go on to the next columns: 4,096 rows of hidden states stay in the
@@ -55,7 +55,6 @@ def _write_columns(
     shifts,
     factors,
     targets,
-    bias_ptr,
     chosen_ptr,
     rows,
     vocabulary,
@@ -69,14 +68,10 @@ def _write_columns(
     if any_of(here):
         hit = columns[None, :] == targets[:, None]
         tl.store(chosen_ptr + row, tl.sum(tl.where(hit, logits, 0.0), 1), mask=here)
-    if bias_ptr is not None:
-        logits += tl.load(bias_ptr + columns, mask=columns < vocabulary, other=0.0)[None, :]
     if column + COLUMNS > vocabulary:
         logits = tl.where((columns < vocabulary)[None, :], logits, FAR_BELOW)
     difference = logits - shifts[:, None]
     e = tl.exp2(difference * factors[:, None])
-    if bias_ptr is not None:
-        difference = tl.maximum(difference, FAR_BELOW)
     total = tl.sum(e, 1)
     moment = tl.sum(e * difference, 1)
     out_desc.store([first, column], e.to(tl.bfloat16))
@@ -87,7 +82,6 @@ def _write_columns(
     do_not_specialize=["rows"],
     do_not_specialize_on_alignment=[
         "targets_ptr",
-        "bias_ptr",
         "temperatures_ptr",
         "shifts_ptr",
         "partials_ptr",
@@ -99,7 +93,6 @@ def head_exponentials(
     weight_desc,  # [V, H] bfloat16
     out_desc,  # the tile [t, V] bfloat16
     targets_ptr,  # [t]
-    bias_ptr,  # [V] fp32 or None
     temperatures_ptr,  # [t] or None
     temperature: tl.float64,
     shifts_ptr,  # [t]
@@ -141,11 +134,11 @@ def head_exponentials(
         factors = LOG2_E / tl.where(tau > 0, tau, float("nan"))
         left, right = logits.reshape(ROWS, 2, HALF).permute(0, 2, 1).split()
         total, moment = _write_columns(
-            left, first, column, out_desc, shifts, factors, targets, bias_ptr, chosen_ptr, rows, vocabulary,
+            left, first, column, out_desc, shifts, factors, targets, chosen_ptr, rows, vocabulary,
             ROWS, HALF,
         )  # fmt: skip
         more_total, more_moment = _write_columns(
-            right, first, column + HALF, out_desc, shifts, factors, targets, bias_ptr, chosen_ptr, rows,
+            right, first, column + HALF, out_desc, shifts, factors, targets, chosen_ptr, rows,
             vocabulary, ROWS, HALF,
         )  # fmt: skip
         part_ptrs = partials_ptr + (row.to(tl.int64) * column_blocks + column_block) * 2
@@ -156,11 +149,11 @@ def head_exponentials(
 def block_for(hidden: Tensor, weight: Tensor, head: Head) -> Block | None:
     """What the device's programs compute at a time, where this product is the faster one and takes these factors.
 
-    A soft cap's arithmetic would not fit into registers beside the sums.
+    What a bias or a soft cap takes would not fit into registers beside the sums.
     """
     capability = torch.cuda.get_device_capability(hidden.device)[0] if hidden.is_cuda else 0
-    fits = head.softcap is None and _is_copied(hidden) and _is_copied(weight)
-    return BLOCKS[capability] if capability in MEASURED_FASTER and fits else None
+    plain = head.bias is None and head.softcap is None and _is_copied(hidden) and _is_copied(weight)
+    return BLOCKS[capability] if capability in MEASURED_FASTER and plain else None
 
 
 def _is_copied(matrix: Tensor) -> bool:
@@ -173,7 +166,7 @@ def head_exponentials_in_triton(
     hidden: Tensor,  # [t, H] bfloat16
     weight: Tensor,  # [V, H] bfloat16
     targets: Tensor,  # [t] int64
-    head: Head,  # without soft cap
+    head: Head,  # without bias and soft cap
     shifts: Tensor,  # [t]
     out: Tensor,  # [t, V] bfloat16: the tile
     chosen: Tensor,  # [t]: gets the targets' logits, as they were accumulated
@@ -183,7 +176,8 @@ def head_exponentials_in_triton(
     parts = triton.cdiv(vocabulary, block.columns)
     partials = torch.empty(rows, parts, 2, dtype=torch.float32, device=hidden.device)
     arguments = {
-        **plain_head_arguments(targets, head),
+        "targets_ptr": targets,
+        **temperature_parameters(head),
         "hidden_desc": TensorDescriptor.from_tensor(hidden, [block.rows, block.depth]),
         "weight_desc": TensorDescriptor.from_tensor(weight, [block.columns, block.depth]),
         "out_desc": TensorDescriptor.from_tensor(out, [block.rows, block.columns // 2]),

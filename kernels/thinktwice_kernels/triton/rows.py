@@ -405,19 +405,24 @@ def row_gradient_in_triton(
 
 def _row_arguments(logits: Tensor, targets: Tensor, head: Head) -> dict[str, Any]:
     dtype = accumulation_dtype(logits)
-    per_row = isinstance(head.temperature, Tensor)
     return {
         "logits_ptr": logits,
         "stride": row_stride(logits),
         "targets_ptr": targets.contiguous(),
         "bias_ptr": None if head.bias is None else head.bias.to(dtype).contiguous(),
-        "temperatures_ptr": head.temperature.contiguous() if isinstance(head.temperature, Tensor) else None,
-        "temperature": 1.0 if per_row else head.temperature,
+        **temperature_parameters(head),
         "softcap": head.softcap or 0.0,
         "size": logits.shape[1],
         "TYPE": tl.float64 if dtype == torch.float64 else tl.float32,
         "SOFTCAP": head.softcap is not None,
     }
+
+
+def temperature_parameters(head: Head) -> dict[str, Any]:
+    """One number, or one of each row, as kernels take it."""
+    if isinstance(head.temperature, Tensor):
+        return {"temperatures_ptr": head.temperature.contiguous(), "temperature": 1.0}
+    return {"temperatures_ptr": None, "temperature": head.temperature}
 
 
 def row_stride(matrix: Tensor) -> int:
