@@ -3,6 +3,7 @@
 Letters: T tokens, V vocabulary, H hidden size.
 """
 
+import gc
 import math
 import os
 from collections.abc import Callable, Iterator
@@ -42,7 +43,7 @@ multiply_bfloat16_as_numbers()
 CPU, BF16 = torch.device("cpu"), torch.bfloat16
 LENGTHS = [5, 0, 9, 1, 6]
 T, V = sum(LENGTHS), 83
-SMALL = 8 * 128 * 2 * 2  # bytes of budget: tiles of fewer rows than the longest sequence has
+SMALL = 4 * 128 * 2  # bytes of budget: tiles of four rows, fewer than sequences have
 ROUNDED = 3 * 2**-9  # exponential, scaled hidden state and result are rounded to bfloat16
 BLOCK = head_product.Block(16, 32, 32, 1, 2, True)
 HEADS: list[dict[str, Any]] = [
@@ -282,8 +283,10 @@ def memory_as_on_a_gpu(patch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("tiles", [1, 3])
 def test_memory(tiles: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One tile: two bytes a logit, then the weight's gradient in its type. Several: one tile, and an fp32 gradient."""
-    vocabulary, tokens = 256, 60
+    """One tile: two bytes a logit, then the weight's gradient in its type. Several: that in fp32, then both."""
+    vocabulary, tokens = 1024, 60
+    monkeypatch.setattr(exponentials, "_COLUMN_MULTIPLE", 512)
+    monkeypatch.setitem(launch.SHAPES, "row_exponentials", launch.Shape(num_warps=1, vectors=4))
     batch = on_gpu(head_batch(tokens, vocabulary, BF16))
     rest = {"advantages": torch.ones(1), "cu_seqlens": torch.tensor([0, tokens]).int()}
     tile = 2 * vocabulary * tokens // tiles
@@ -296,10 +299,11 @@ def test_memory(tiles: int, monkeypatch: pytest.MonkeyPatch) -> None:
     memory_as_on_a_gpu(monkeypatch)
     monkeypatch.setattr(linear_loss, "_tiled_loss", watched)
     loss, _ = linear_grpo_loss(**batch, **rest, memory_budget=tile)
+    gc.collect()  # the interpreter's arguments lie in circles
     with memory:
         torch.autograd.grad(loss, [batch["hidden"], batch["weight"]])
-    numbers = 4 * tokens * 32  # some a row
+    numbers = 4 * tokens * 64  # some a row
     hidden, weight = batch["hidden"].numel(), batch["weight"].numel()
-    # Of hidden states the gradient, and of a tile's rows its fp32 sums, or the rows times their scales.
-    needed = tile + (2 if tiles == 1 else 6) * weight + 2 * hidden + 4 * hidden // tiles
-    assert needed * 0.7 <= memory.peak <= needed + numbers
+    # Of hidden states the gradient, and of a tile's rows fp32 sums, or the rows times their scales.
+    needed = (tile + 2 * weight if tiles == 1 else 6 * weight) + 2 * hidden + 4 * hidden // tiles
+    assert needed * 0.9 <= memory.peak <= needed + numbers
