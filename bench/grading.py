@@ -66,14 +66,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes; default: one per core")
     options = parser.parse_args(arguments)
     sets = evaluation_sets(Config(eval=EvalOptions(sets=SETS, data_root=options.data_root)))
-    rows = []
+    rows, answers, minutes = [], 0, [0.0] * len(GRADERS)
     for name, evaluation_set in sets.items():
-        source = evaluation_set.load()
-        work = groups(list(source), options.samples, random.Random(0))
+        work = groups(list(evaluation_set.load()), options.samples, random.Random(0))
         count = sum(len(responses) for _, responses in work)
-        minutes = [seconds(grader, work, options.workers) / 60 for grader in GRADERS]
-        rows.append((name, f"{count:,}", *(f"{count / taken:,.0f}" for taken in minutes)))
+        taken = [seconds(grader, work, options.workers) / 60 for grader in GRADERS]
+        rows.append(_row(name, count, taken))
+        answers, minutes = answers + count, [sum(pair) for pair in zip(minutes, taken, strict=True)]
+    rows.append(_row("all", answers, minutes))
     print(table([("set", "answers", *(f"{grader}, a minute" for grader in GRADERS)), *rows]))
+
+
+def _row(name: str, answers: int, minutes: Sequence[float]) -> tuple[str, ...]:
+    return name, f"{answers:,}", *(f"{answers / taken:,.0f}" for taken in minutes)
 
 
 if __name__ == "__main__":
