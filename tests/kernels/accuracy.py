@@ -153,7 +153,7 @@ def plain_logprobs(
 
 
 def plain_loss(**rest: Any) -> tuple[Tensor, Tensors]:
-    inputs = {name: rest.pop(name) for name in ("hidden", "weight", "bias", "targets") if name in rest}
+    inputs: dict[str, Any] = {name: rest.pop(name) for name in ("hidden", "weight", "bias", "targets") if name in rest}
     head = {name: rest.pop(name) for name in ("temperature", "logit_softcap") if name in rest}
     logps, entropy = plain_logprobs(inputs, **head)
     return reference.grpo_loss(logps, entropy=entropy, **rest)
