@@ -60,8 +60,8 @@ def small_steps(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for name in ("row_exponentials", "add_entropy"):
         monkeypatch.setitem(launch.SHAPES, name, launch.Shape(num_warps=1, vectors=1))
     for name in ("row_shifts", "scale_rows", "finish_rows"):
-        monkeypatch.setitem(launch.SHAPES, name, launch.Shape(num_warps=1, block=16))
-    monkeypatch.setattr(exponentials, "_COLUMN_MULTIPLE", 32)
+        monkeypatch.setitem(launch.SHAPES, name, launch.Shape(num_warps=1, block=32))
+    monkeypatch.setattr(exponentials, "_COLUMN_MULTIPLE", 64)
     monkeypatch.setattr(exponentials, "_LOGITS_SHARE", 1 << 30)
     monkeypatch.setattr(exponentials, "ROW_MULTIPLE", 2)
     with poisoned_memory(CPU):
@@ -201,7 +201,8 @@ def test_likely_tokens_keep_the_gradient_of_the_entropy(probability: float) -> N
         run(op, inputs, entropy_coef=1.0)
         for op, inputs in ((reference.linear_grpo_loss, batch), (linear_grpo_loss, on_gpu(batch)))
     )
-    assert error(got["d_hidden"], want["d_hidden"]) < ROUNDED
+    # The entropy, 5e-4 nats at the last of these, is the difference of sums of a few nats in fp32.
+    assert error(got["d_hidden"], want["d_hidden"]) < 2 * ROUNDED
 
 
 @pytest.mark.parametrize("clipped", [False, True])
@@ -289,7 +290,7 @@ def memory_as_on_a_gpu(patch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("tiles", [1, 3])
 def test_memory(tiles: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """One tile: two bytes a logit, then the weight's gradient in its type. Several: that in fp32, then both."""
-    vocabulary, tokens = 1024, 60
+    vocabulary, tokens = 1024, 24
     monkeypatch.setattr(exponentials, "_COLUMN_MULTIPLE", 512)
     monkeypatch.setitem(launch.SHAPES, "row_exponentials", launch.Shape(num_warps=1, vectors=4))
     batch = on_gpu(head_batch(tokens, vocabulary, BF16))
