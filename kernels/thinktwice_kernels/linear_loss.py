@@ -28,11 +28,11 @@ from thinktwice_kernels.exponentials import (
     uses_exponentials,
 )
 from thinktwice_kernels.launch import (
-    NAMESPACE,
     accumulation_dtype,
     fake_gradient,
     first_order_only,
     in_triton,
+    op,
     uses_triton,
 )
 from thinktwice_kernels.loss import restrict_to_kept, sequence_loss, with_dropped
@@ -183,7 +183,7 @@ def linear_grpo_loss(
     return loss, metrics_of(with_dropped(totals, kept), loss.dtype, absent)
 
 
-@torch.library.custom_op(f"{NAMESPACE}::linear_grpo_loss", mutates_args=())
+@op("linear_grpo_loss")
 def _linear_grpo_loss(
     hidden: Tensor,  # [T, H]
     weight: Tensor,  # [V, H]

@@ -8,13 +8,14 @@ Letters: T tokens, V vocabulary, H hidden size, t rows of a tile of logits, m of
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from thinktwice_kernels.launch import accumulation_dtype, in_cpp, in_triton, uses_triton
+from thinktwice_kernels.launch import accumulation_dtype, in_triton, op_in_cpp, uses_triton
 
 # Bytes of logits and of their gradient. A GPU wants matrix products of thousands of rows; a CPU wants some hundreds,
 # because each product also reads or writes the whole weight once.
@@ -55,7 +56,7 @@ def row_statistics(
     """
     if uses_triton(logits):
         return in_triton("rows").row_statistics_in_triton(logits, targets, head, want_entropy)
-    statistics = _in_cpp(logits).row_statistics.default
+    statistics = _in_cpp(logits, "row_statistics")
     logps, lse, entropy = statistics(logits, targets.contiguous(), *_encoded(head, logits), want_entropy)
     return logps, lse, entropy if want_entropy else None
 
@@ -78,22 +79,30 @@ def row_gradient(
         return
     numbers = (None if x is None else x.double().contiguous() for x in (lse, entropy, d_logps, d_entropy))
     rows = None if rows is None else rows.contiguous()
-    _in_cpp(logits).row_gradient.default(logits, targets.contiguous(), *_encoded(head, logits), *numbers, rows, out)
+    gradient = _in_cpp(logits, "row_gradient")
+    gradient(logits, targets.contiguous(), *_encoded(head, logits), *numbers, rows, out)
 
 
-def _in_cpp(logits: Tensor) -> Any:
+def _in_cpp(logits: Tensor, name: str) -> Any:
     if logits.device.type != "cpu":
         raise RuntimeError(
             f"thinktwice_kernels has no kernels for {logits.device.type}: move the tensors to the CPU or CUDA, or use "
             "thinktwice_kernels.reference"
         )
-    return in_cpp("thinktwice_loss")
+    return op_in_cpp("thinktwice_loss", name)
 
 
 def _encoded(head: Head, logits: Tensor) -> tuple[Tensor | None, Tensor, float]:
     bias = None if head.bias is None else head.bias.to(accumulation_dtype(logits)).contiguous()
-    temperature = torch.as_tensor(head.temperature, dtype=torch.float64).reshape(-1).contiguous()
+    temperature = head.temperature
+    temperature = temperature.double().contiguous() if isinstance(temperature, Tensor) else _as_tensor(temperature)
     return bias, temperature, head.softcap or 0.0
+
+
+@lru_cache
+def _as_tensor(number: float) -> Tensor:  # [1] float64
+    with torch.inference_mode(False):
+        return torch.tensor([number], dtype=torch.float64, device="cpu")
 
 
 def rows_per_tile(vocabulary: int, bytes_per_logit: int, device: torch.device, budget: int | None = None) -> int:
@@ -329,9 +338,9 @@ def check_targets(targets: Tensor, tokens: int, vocabulary: int) -> None:
         raise ValueError(f"targets has shape {list(targets.shape)}: pass one token id per row, [{tokens}]")
     if targets.is_floating_point() or targets.dtype == torch.bool:
         raise ValueError(f"targets has type {targets.dtype}: pass integer token ids")
-    # On a GPU this look would wait for the device; there a wrong id gives NaN.
-    looked_at = targets.device.type == "cpu" and not torch.compiler.is_compiling() and tokens
-    if looked_at and not 0 <= int(targets.min()) <= int(targets.max()) < vocabulary:
+    # On a GPU this look would wait for the device; there a wrong id gives NaN. A tracer's tensors have no values.
+    looked_at = type(targets) is Tensor and targets.device.type == "cpu" and not torch.compiler.is_compiling()
+    if looked_at and tokens and not 0 <= int(targets.min()) <= int(targets.max()) < vocabulary:
         raise ValueError(
             f"targets lie between {int(targets.min())} and {int(targets.max())}: pass ids from 0 to {vocabulary - 1}, "
             "and for tokens without loss any of these"

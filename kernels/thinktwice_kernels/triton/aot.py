@@ -6,21 +6,23 @@ loss, whose kernel takes long to compile, and of the ops of a decoder layer a sh
 at least one, of the loss in one for each type.
 """
 
+import io
 import random
 import re
-import subprocess
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import combinations, product
+from itertools import chain, combinations, product
 from typing import Any, get_args
 
 import torch
 import triton
 from torch import Tensor
 from triton import knobs
+from triton._C.libtriton import ir
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
@@ -132,6 +134,7 @@ class Configuration:
     kernel: str
     parameters: tuple[tuple[str, str], ...]  # name -> type and divisibility, or value of a constant
     warps: int
+    stages: int = 1
 
     def describe(self) -> str:
         """The parameters that tell configurations of a kernel apart."""
@@ -146,8 +149,13 @@ class Compiled:
     architecture: int
     registers: int  # of a thread
     shared: int  # bytes of a program
-    stack: int  # bytes of a thread: where spilled registers go
+    stack: int  # bytes of a thread: where spilled registers go, and what is indexed by a variable
+    spilled: int  # bytes of a thread that it stores there for want of registers
     ptx: str
+
+    def instructions(self, name: str) -> int:
+        """How many instructions of that name the PTX has, whatever follows it: of ``wgmma.mma_async``, say."""
+        return len(re.findall(rf"(?<![\w.]){re.escape(name)}(?=[.\s])", self.ptx))
 
 
 def configurations(pairs: bool = True) -> dict[Configuration, Launch]:
@@ -183,8 +191,7 @@ def configurations(pairs: bool = True) -> dict[Configuration, Launch]:
 
 def configuration_of(launch: Launch) -> Configuration:
     """The key under which Triton keeps the compiled kernel of a launch."""
-    kernel, arguments, warps = launch
-    signature, constants, attributes = _source_of(kernel, arguments)
+    signature, constants, attributes = _source_of(launch)
     parameters = []
     for position, (name, kind) in enumerate(signature.items()):
         if kind == "constexpr":
@@ -192,20 +199,26 @@ def configuration_of(launch: Launch) -> Configuration:
         elif attributes.get((position,)):
             kind += ":16"
         parameters.append((name, kind))
-    return Configuration(kernel.__name__, tuple(parameters), warps)
+    return Configuration(launch.kernel.__name__, tuple(parameters), launch.warps, launch.stages)
 
 
-def compiled(launch: Launch, architecture: int) -> Compiled:
-    """Compiles what a launch needs. Nothing runs."""
-    kernel, arguments, warps = launch
-    signature, constants, attributes = _source_of(kernel, arguments)
-    result = triton.compile(
-        ASTSource(kernel, signature, constants, attributes),
-        target=GPUTarget("cuda", architecture, 32),
-        options={"num_warps": warps, "num_stages": 1},
-    )
-    registers, stack = _resources(result.asm["cubin"])
-    return Compiled(configuration_of(launch), architecture, registers, result.metadata.shared, stack, result.asm["ptx"])
+def compiled(launch: Launch, *architectures: int) -> list[Compiled]:
+    """Compiles what a launch needs for each of the architectures. Nothing runs."""
+    source = _Source(launch.kernel, *_source_of(launch))
+    options = {"num_warps": launch.warps, "num_stages": launch.stages}
+    configuration = configuration_of(launch)
+
+    def compiled_for(architecture: int) -> Compiled:
+        log = io.StringIO()
+        with knobs.compilation.scope(), knobs.nvidia.scope(), redirect_stdout(log):
+            knobs.compilation.always_compile = True  # what comes from Triton's cache has no log
+            knobs.nvidia.dump_ptxas_log = True
+            found = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
+        registers, stack, spilled = _resources(log.getvalue())
+        shared, ptx = found.metadata.shared, found.asm["ptx"]
+        return Compiled(configuration, architecture, registers, shared, stack, spilled, ptx)
+
+    return [compiled_for(architecture) for architecture in architectures]
 
 
 def serves(configuration: Configuration, architecture: int) -> bool:
@@ -218,17 +231,12 @@ def serves(configuration: Configuration, architecture: int) -> bool:
 
 def table(pairs: bool = True, processes: int = 1) -> Iterator[Compiled]:
     """Compiles every configuration for every architecture, in as many processes."""
-    jobs = [
-        (pairs, number, architecture)
-        for number, configuration in enumerate(configurations(pairs))
-        for architecture in ARCHITECTURES
-        if serves(configuration, architecture)
-    ]
+    jobs = [(pairs, number) for number in range(len(configurations(pairs)))]
     if processes == 1:
-        yield from map(_compile_job, jobs)
+        yield from chain.from_iterable(map(_compile_job, jobs))
         return
     with ProcessPoolExecutor(processes) as pool:
-        yield from pool.map(_compile_job, jobs, chunksize=4)
+        yield from chain.from_iterable(pool.map(_compile_job, jobs, chunksize=2))
 
 
 def covering(
@@ -259,27 +267,46 @@ def covering(
     return found
 
 
-def _source_of(kernel: Any, arguments: dict[str, Any]) -> tuple[dict[str, str], dict[Any, Any], dict[Any, Any]]:
+class _Source(ASTSource):
+    """A kernel that is lowered from Python once, for all architectures: they part in the passes after that."""
+
+    _text: str | None = None
+
+    def make_ir(self, *arguments: Any) -> Any:
+        if self._text is None:
+            module = super().make_ir(*arguments)
+            self._text = str(module)
+            return module
+        context = arguments[-1]
+        with tempfile.NamedTemporaryFile("w", suffix=".ttir") as file:
+            file.write(self._text)
+            file.flush()
+            module = ir.parse_mlir_module(file.name, context)
+        module.context = context
+        return module
+
+
+def _source_of(launch: Launch) -> tuple[dict[str, str], dict[Any, Any], dict[Any, Any]]:
     """Signature, constants and attributes that Triton would compile the kernel with."""
+    kernel = launch.kernel
     if not isinstance(kernel, JITFunction):
         raise RuntimeError("Triton interprets the kernels: unset TRITON_INTERPRET to compile them")
     backend = make_backend(GPUTarget("cuda", ARCHITECTURES[0], 32))
     bound, specialization, options = create_function_from_signature(kernel.signature, kernel.params, backend)(
-        **arguments, debug=False
+        **launch.arguments, debug=False
     )
     _, signature, constants, attributes = kernel._pack_args(backend, options, bound, specialization, options)
     return signature, constants, attributes
 
 
-def _resources(cubin: bytes) -> tuple[int, int]:
-    """Registers and bytes of stack of a thread."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        command = [knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
-        text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    usage = dict(re.findall(r"(REG|STACK):(\d+)", text))
-    return int(usage["REG"]), int(usage["STACK"])
+def _resources(log: str) -> tuple[int, int, int]:
+    """Registers, bytes of stack and bytes of spilled registers of a thread, from the assembler's log."""
+
+    def number(pattern: str) -> int:
+        (found,) = re.findall(pattern, log)
+        return int(found)
+
+    return number(r"Used (\d+) registers"), number(r"(\d+) bytes stack frame"), number(r"(\d+) bytes spill stores")
 
 
 @lru_cache
@@ -287,9 +314,11 @@ def _launches(pairs: bool) -> list[Launch]:
     return list(configurations(pairs).values())
 
 
-def _compile_job(job: tuple[bool, int, int]) -> Compiled:
-    pairs, number, architecture = job
-    return compiled(_launches(pairs)[number], architecture)
+def _compile_job(job: tuple[bool, int]) -> list[Compiled]:
+    pairs, number = job
+    launch = _launches(pairs)[number]
+    configuration = configuration_of(launch)
+    return compiled(launch, *(number for number in ARCHITECTURES if serves(configuration, number)))
 
 
 def _head(logits: Tensor, values: Mapping[str, Any]) -> Head:
@@ -462,11 +491,12 @@ def _launch_rotary(
 
 def main() -> None:
     """Prints the table."""
-    print(f"{'kernel':<20} {'sm':>3} {'warps':>5} {'registers':>9} {'shared':>6} {'stack':>5}  configuration")
+    titles = f"{'registers':>9} {'shared':>6} {'stack':>5} {'spilled':>7}"
+    print(f"{'kernel':<20} {'sm':>3} {'warps':>5} {titles}  configuration")
     for line in table():
         print(
             f"{line.configuration.kernel:<20} {line.architecture:>3} {line.configuration.warps:>5} "
-            f"{line.registers:>9} {line.shared:>6} {line.stack:>5}  {line.configuration.describe()}"
+            f"{line.registers:>9} {line.shared:>6} {line.stack:>5} {line.spilled:>7}  {line.configuration.describe()}"
         )
 
 

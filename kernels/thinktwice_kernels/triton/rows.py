@@ -1,8 +1,8 @@
 """Kernels over rows of logits: statistics in one read, the gradient in one read and one write.
 
-A program walks over one row, or over its share of one, in steps of [VECTORS, LANES] logits. Each lane keeps a maximum
-and sums of its own, so that no step waits for other threads; they meet once, at the end. Arithmetic is in TYPE, fp32
-or float64; scalars of a row are in float64.
+A program walks over one row, or over its share of one, in steps of [VECTORS, LANES, WIDTH] logits: each lane, a thread,
+reads vectors of WIDTH. It keeps a maximum and sums of its own, so that no step waits for other threads; they meet once,
+at the end. Arithmetic is in TYPE, fp32 or float64; scalars of a row are in float64.
 
 Letters: t rows, V vocabulary, m rows with a gradient.
 """
@@ -127,6 +127,7 @@ def row_statistics(
     SOFTCAP: tl.constexpr,
     VECTORS: tl.constexpr,
     LANES: tl.constexpr,
+    WIDTH: tl.constexpr,
 ):
     MOMENT: tl.constexpr = entropy_ptr is not None
     row = tl.program_id(0).to(tl.int64)
@@ -135,22 +136,24 @@ def row_statistics(
     tau = temperature_of(row, temperatures_ptr, temperature)
     factor = ((1.0 / tau) * LOG2_E).to(TYPE)
 
-    offsets = tl.arange(0, VECTORS)[:, None] * LANES + tl.arange(0, LANES)[None, :]
+    BLOCK: tl.constexpr = VECTORS * LANES * WIDTH
+    vectors = tl.arange(0, VECTORS)[:, None] * LANES + tl.arange(0, LANES)[None, :]
+    offsets = vectors[:, :, None] * WIDTH + tl.arange(0, WIDTH)[None, None, :]
     highest = tl.full((LANES,), -INFINITY, TYPE)
     total = tl.zeros((LANES,), TYPE)
     moment = tl.zeros((LANES,), TYPE)
     first = split * steps
-    for step in range(first, tl.minimum(first + steps, tl.cdiv(size, VECTORS * LANES))):
-        columns = step * (VECTORS * LANES) + offsets
+    for step in range(first, tl.minimum(first + steps, tl.cdiv(size, BLOCK))):
+        columns = step * BLOCK + offsets
         values, _ = load_logits(row_ptr, bias_ptr, columns, columns < size, softcap, TYPE, SOFTCAP)
-        now = tl.maximum(highest, tl.max(values, 0))
+        now = tl.maximum(highest, tl.max(tl.max(values, 2), 0))
         shift = _finite_shift(now)
         total, moment = _moved(highest, total, moment, shift, factor, MOMENT)
-        difference = values - shift[None, :]
+        difference = values - shift[None, :, None]
         weights = tl.exp2(difference * factor)
-        total += tl.sum(weights, 0)
+        total += tl.sum(tl.sum(weights, 2), 0)
         if MOMENT:
-            moment += tl.sum(weights * tl.maximum(difference, FAR_BELOW), 0)
+            moment += tl.sum(tl.sum(weights * tl.maximum(difference, FAR_BELOW), 2), 0)
         highest = now
 
     top, total, moment = _merged(highest, total, moment, factor, MOMENT)
@@ -245,13 +248,14 @@ def _write_gradient(
     factor = ((1.0 / tau) * LOG2_E).to(TYPE)
     inside = (target >= 0) & (target < size)
     flow = (tl.where(inside | (d_logp == 0), d_logp, float("nan")) / tau).to(TYPE)
+    chosen = tl.where(inside, target, -1).to(tl.int32)  # as wide as the columns: each is compared with it
     for step in range(first, last):
         columns = step * BLOCK + tl.arange(0, BLOCK)
         mask = columns < size
         values, slopes = load_logits(row_ptr, bias_ptr, columns, mask, softcap, TYPE, SOFTCAP)
         difference = values - shift
         p = tl.exp2(difference * factor)
-        gradient = tl.where(columns == target, flow, 0.0)
+        gradient = tl.where(columns == chosen, flow, 0.0)
         if ENTROPY:
             log_p = tl.maximum(difference * (1.0 / tau).to(TYPE), _LOG_NOTHING)
             gradient -= p * (flow + (d_entropy / tau).to(TYPE) * (log_p + entropy.to(TYPE)))
@@ -355,6 +359,7 @@ def row_statistics_in_triton(
     shape, most = SHAPES["row_statistics"], SHAPES["combine_statistics"].block
     lanes = shape.lanes(logits.itemsize)
     steps, splits = steps_and_splits(rows, -(-size // (shape.vectors * lanes)), logits.device, most)
+    width = 16 // logits.itemsize
     partials = torch.empty(rows, splits, 3, dtype=dtype, device=logits.device) if splits > 1 else None
     shared = {
         **_row_arguments(logits, targets, head),
@@ -363,7 +368,7 @@ def row_statistics_in_triton(
         "entropy_ptr": entropy,
         "partials_ptr": partials,
     }
-    own = {"steps": steps, "VECTORS": shape.vectors, "LANES": lanes}
+    own = {"steps": steps, "VECTORS": shape.vectors, "LANES": lanes // width, "WIDTH": width}
     launch(row_statistics, "row_statistics", (rows, splits), logits.device, shared | own)
     if partials is not None:
         own = {"splits": splits, "BLOCK": most}
