@@ -92,7 +92,7 @@ def test_few_launches_come_before_the_first_product(case: str, masked: bool, dty
     leaves = {name: batch[name].to(dtype).requires_grad_() for name in ("hidden", "weight", "bias")}
     found = launches_before_the_first_product({**batch, **leaves}, options)
     assert {"count_tokens", "compact_tokens"} <= set(found)
-    assert len(found) <= 6, found
+    assert len(found) <= 6 + (dtype == torch.bfloat16), found  # there the bias goes to fp32
 
 
 def test_log_probabilities() -> None:
