@@ -258,7 +258,7 @@ __global__ void __launch_bounds__(kRowThreads) sample_kernel(Sampling w) {
   if (!greedy && w.top_k[n] > 0) last = select(row, max, w.top_k[n], 1.0, last, shared);
   if (!greedy && w.top_p[n] < 1.0f) last = select(row, max, 0, w.top_p[n], last, shared);
   Totals totals = run_race(row, max, greedy, last, w.min_p[n], static_cast<uint32_t>(w.positions[n]),
-                           static_cast<uint64_t>(w.sample_ids[n]), w.seed);
+                           static_cast<uint64_t>(w.sample_ids[n]), static_cast<uint64_t>(*w.seed));
   totals = block_totals(totals, shared);
   if (threadIdx.x != 0) return;
   const double below = static_cast<double>(row.scaled(totals.token)) - max, log_total = log(totals.total);

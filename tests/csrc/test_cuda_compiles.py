@@ -34,7 +34,7 @@ TORCH_MACROS = [
     for name in ("HALF_OPERATORS", "HALF_CONVERSIONS", "BFLOAT16_CONVERSIONS", "HALF2_OPERATORS")
 ]
 FAMILIES = (
-    "decode", "shared_prefix", "merge", "prefill", "sample", "write_kv", "rotary_write_kv", "copy_blocks"
+    "advance", "decode", "shared_prefix", "merge", "prefill", "sample", "write_kv", "rotary_write_kv", "copy_blocks"
 )  # fmt: skip
 BLOCK_REGISTERS = 65536  # of a multiprocessor, for all threads of its blocks
 

@@ -174,12 +174,12 @@ def _gather(
     return k_cache[block, :, offset].transpose(1, 2), v_cache[block, :, offset].transpose(1, 2)
 
 
-def philox4x32_10(counter: tuple[Tensor, ...], key: tuple[int, int]) -> tuple[Tensor, ...]:
+def philox4x32_10(counter: tuple[Tensor, ...], key: tuple[Tensor | int, Tensor | int]) -> tuple[Tensor, ...]:
     """Ten rounds of Philox4x32 (Salmon et al., SC'11).
 
     Args:
         counter: four int64 tensors of one shape, each entry a word in [0, 2^32).
-        key: two words.
+        key: two words; as tensors int64 [1].
 
     Returns:
         Four tensors of random words, in the same form.
@@ -195,7 +195,7 @@ def philox4x32_10(counter: tuple[Tensor, ...], key: tuple[int, int]) -> tuple[Te
 
 
 def uniforms(
-    seed: int,
+    seed: Tensor | int,  # int64 [1] or a number
     sample_ids: Tensor,  # int64 [N]
     positions: Tensor,  # int64 [N]
     vocabulary: int,
@@ -215,7 +215,7 @@ def sample(
     top_k: Tensor,  # int32 [N]
     top_p: Tensor,  # float32 [N]
     min_p: Tensor,  # float32 [N]
-    seed: int,
+    seed: Tensor | int,  # int64 [1] or a number
     sample_ids: Tensor,  # int64 [N]
     positions: Tensor,  # int64 [N]
 ) -> tuple[Tensor, ...]:
@@ -241,7 +241,7 @@ def _sample_rows(
     sample_ids: Tensor,  # int64 [n]
     positions: Tensor,  # int64 [n]
     *,
-    seed: int,
+    seed: Tensor | int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     greedy = temperature == 0
     scaled = logits.float() / torch.where(greedy, 1.0, temperature)[:, None]
