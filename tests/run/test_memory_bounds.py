@@ -26,7 +26,6 @@ from thinktwice_fast.config import Config
 from thinktwice_fast.model.attention import NAME, PrefixAttention
 from thinktwice_fast.model.flops import Flops
 from thinktwice_fast.model.paged import PagedKVCache, Plan
-from thinktwice_fast.model.shared_prefix import Gathered
 from thinktwice_fast.records import Group, Sampling
 from thinktwice_fast.rollout import engine as engine_module
 from thinktwice_fast.rollout.engine import BLOCK_SIZE, Engine, blocks_for, cache_blocks, shared_blocks
@@ -69,7 +68,7 @@ def largest_rows(config: Config, prompts: Sequence[int], responses: Sequence[int
     rows = [(pack_shared if shared else pack)(part, CPU) for part in parts]
     attentions = [cast(PrefixAttention, row.attention) for row in rows]
     segments = [(attention.lengths.tolist(), attention.prefix.tolist()) for attention in attentions]
-    keys = max(len(Gathered.from_segments(*both, CPU).keys) for both in segments)
+    keys = max(sum(lengths) + sum(lengths[before] for before in prefix if before >= 0) for lengths, prefix in segments)
     return max(len(row.input_ids) for row in rows), max(len(row.targets) for row in rows), keys
 
 

@@ -19,6 +19,7 @@ from thinktwice_fast.errors import one_line
 from thinktwice_fast.model import csrc, products
 from thinktwice_fast.model import reference as in_torch
 from thinktwice_fast.model.attention import PrefixAttention
+from thinktwice_fast.model.flash import flash_for
 from thinktwice_fast.model.policy import Policy, linear_head
 from thinktwice_fast.model.shared_prefix import in_torch as prefix_in_torch
 from thinktwice_fast.records import Request, Sampling
@@ -251,7 +252,8 @@ def _segments() -> Inputs:
 
 
 def _prefix_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    attention = PrefixAttention.from_segments(list(LENGTHS), [-1, 0, 0, 0], q.device)
+    flash = flash_for(q.device, q.dtype, QUERY_HEADS, KV_HEADS, D)
+    attention = PrefixAttention.from_segments(list(LENGTHS), [-1, 0, 0, 0], q.device, flash)
     return attention.attend(0, q, k, v, D**-0.5, 0)
 
 

@@ -11,6 +11,7 @@ from typing import Protocol
 import torch
 
 from thinktwice_fast.model.attention import Attention, PrefixAttention, causal_attention
+from thinktwice_fast.model.flash import Flash
 from thinktwice_fast.model.lists import int64
 
 
@@ -44,17 +45,21 @@ class PackedRow:
     cu_seqlens: torch.Tensor  # int32 [S+1], where each sequence's response begins among the N
 
 
-def pack(sequences: Sequence[Trainable], device: torch.device) -> PackedRow:
-    """Pack sequences with at least one prompt and one response token each, one after another."""
+def pack(sequences: Sequence[Trainable], device: torch.device, flash: Flash | None = None) -> PackedRow:
+    """Pack sequences with at least one prompt and one response token each, one after another.
+
+    Args:
+        flash: the attention's kernels, see ``PrefixAttention``.
+    """
     row = _Row()
     select: list[int] = []
     for sequence in sequences:
         start = row.add([*sequence.prompt, *sequence.response[:-1]])
         select += range(start + len(sequence.prompt) - 1, start + sequence_tokens(sequence))
-    return row.packed(sequences, select, causal_attention(row.lengths, device), device)
+    return row.packed(sequences, select, causal_attention(row.lengths, device, flash), device)
 
 
-def pack_shared(sequences: Sequence[Trainable], device: torch.device) -> PackedRow:
+def pack_shared(sequences: Sequence[Trainable], device: torch.device, flash: Flash | None = None) -> PackedRow:
     """Pack sequences so that those with one prompt share it: [prompt][response 1]...[response G] for each prompt.
 
     A response sees its prompt and itself, at positions that continue the prompt's. The prompt's last token predicts the
@@ -63,6 +68,7 @@ def pack_shared(sequences: Sequence[Trainable], device: torch.device) -> PackedR
 
     Args:
         sequences: with at least one prompt and one response token each, in any order.
+        flash: the attention's kernels, see ``PrefixAttention``.
     """
     row = _Row()
     select: list[list[int]] = [[] for _ in sequences]
@@ -81,7 +87,7 @@ def pack_shared(sequences: Sequence[Trainable], device: torch.device) -> PackedR
             if own:
                 start = row.add(own, shared)
                 select[member] += range(start, start + len(own))
-    attention = PrefixAttention.from_segments(row.lengths, row.prefix, device)
+    attention = PrefixAttention.from_segments(row.lengths, row.prefix, device, flash)
     return row.packed(sequences, [place for places in select for place in places], attention, device)
 
 
