@@ -3,10 +3,8 @@
     own     each segment over itself, causal
     prefix  all responses of a prompt over it, as one block of queries; it holds for all of them alike
 
-    lse = log(exp(lse_own) + exp(lse_prefix)),   out = exp(lse_own - lse) out_own + exp(lse_prefix - lse) out_prefix
-
-Backward, each part's own kernel gets the merged out and lse: its weights exp(score - lse) are then those of the whole
-softmax, and the parts' gradients add up to the exact ones.
+``merge_attention`` puts the two together. Backward, each part's own kernel gets the merged out and lse: its weights
+exp(score - lse) are then those of the whole softmax, and the parts' gradients add up to the exact ones.
 
 Lengths are data to these kernels. cuDNN's attention, which torch takes for one segment at a time, builds a graph for
 every number of queries and keys that it has not met: 1.8 s of the host for a row of new lengths (an H200, 28 layers).
@@ -30,6 +28,7 @@ from torch import Tensor
 
 from thinktwice_fast.model.lists import upload
 from thinktwice_fast.model.shared_prefix import in_torch, spans
+from thinktwice_kernels import merge_attention
 
 log = logging.getLogger(__name__)
 # How far results and gradients may lie from plain torch's in float32, relatively; 2^-8 is one rounding of bfloat16.
@@ -50,11 +49,11 @@ class Layout(NamedTuple):
 
 
 class Flash(NamedTuple):
-    """The kernels. A query without keys gets an out of 0, any lse, and no gradient."""
+    """The kernels. A query without keys gets an lse of plus or minus infinity, and no gradient."""
 
     # q [Q, Hq, D], k and v [K, Hkv, D], layout, scale, window (0 = all) -> out [Q, Hq, D], lse [Hq, Q]
     forward: Callable[[Tensor, Tensor, Tensor, Layout, float, int], tuple[Tensor, Tensor]]
-    # out's gradient [Q, Hq, D], q, k, v, out, lse, layout, scale, window -> gradients of q, k and v
+    # out's gradient [Q, Hq, D], q, k, v, out, lse (contiguous), layout, scale, window -> gradients of q, k and v
     backward: Callable[
         [Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Layout, float, int], tuple[Tensor, Tensor, Tensor]
     ]
@@ -66,7 +65,6 @@ class Shared(NamedTuple):
     layout: Layout
     queries: slice  # of the row, from the first response on
     keys: slice  # of the row, up to the end of the last prompt
-    alone: Tensor | None  # bool [Q], those of the queries that have no prefix; None where all have one
 
 
 @dataclass(frozen=True)
@@ -144,7 +142,7 @@ class _Attention(torch.autograd.Function):
         if shared is not None:
             queries, keys = shared.queries, shared.keys
             of_prefix = flash.forward(q[queries], k[keys], v[keys], shared.layout, scale, 0)
-            _merge(out[queries], lse[:, queries], *of_prefix, shared.alone)
+            merge_attention(out[queries], lse[:, queries], *of_prefix)
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.call = flash, own, shared, scale, window
         return out
@@ -158,26 +156,13 @@ class _Attention(torch.autograd.Function):
         gradients = flash.backward(grad, q, k, v, out, lse, own, scale, window)
         if shared is not None:
             queries, keys = shared.queries, shared.keys
+            lse = lse[:, queries].contiguous()
             of_prefix = flash.backward(
-                grad[queries], q[queries], k[keys], v[keys], out[queries], lse[:, queries], shared.layout, scale, 0
+                grad[queries], q[queries], k[keys], v[keys], out[queries], lse, shared.layout, scale, 0
             )
             for whole, rows, part in zip(gradients, (queries, keys, keys), of_prefix, strict=True):
                 whole[rows].add_(part)
         return *gradients, None, None, None, None, None
-
-
-def _merge(
-    out: Tensor,  # [Q, Hq, D], becomes that of both parts
-    lse: Tensor,  # [Hq, Q], likewise
-    other_out: Tensor,  # [Q, Hq, D]
-    other_lse: Tensor,  # [Hq, Q]
-    alone: Tensor | None,  # bool [Q], queries that the other part has no keys for
-) -> None:
-    if alone is not None:
-        other_lse = other_lse.masked_fill(alone, -torch.inf)
-    share = (other_lse - lse).sigmoid_()
-    torch.logaddexp(lse, other_lse, out=lse)
-    out.lerp_(other_out, share.T[..., None].to(out.dtype))
 
 
 def _families(lengths: Sequence[int], prefix: Sequence[int]) -> list[tuple[int, int]]:
@@ -202,11 +187,7 @@ def _shared(families: Sequence[tuple[int, int]], start: int, device: torch.devic
     tokens = sum(map(sum, families))
     queries = slice(start + families[0][0], start + tokens)
     keys = slice(start, start + tokens - families[-1][1])
-    layout = _layout(*zip(*runs, strict=True), device, causal=False)
-    if len(runs) == 1:
-        return Shared(layout, queries, keys, None)
-    (alone,) = upload([torch.tensor([keys == 0 for count, keys in runs for _ in range(count)])], device)
-    return Shared(layout, queries, keys, alone)
+    return Shared(_layout(*zip(*runs, strict=True), device, causal=False), queries, keys)
 
 
 def _layout(queries: Sequence[int], keys: Sequence[int], device: torch.device, *, causal: bool) -> Layout:
@@ -237,7 +218,7 @@ def _aten_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     unused = torch.empty(2, dtype=torch.uint64, device=q.device)  # state of the generator, which only dropout needs
     return torch.ops.aten._flash_attention_backward(
-        grad, q, k, v, out, lse.contiguous(), *layout[:4], 0.0, layout.causal, unused, unused, scale=scale,
+        grad, q, k, v, out, lse, *layout[:4], 0.0, layout.causal, unused, unused, scale=scale,
         window_size_left=_left(window),
     )  # fmt: skip
 
