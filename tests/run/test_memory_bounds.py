@@ -34,7 +34,7 @@ from thinktwice_fast.run.memory import Load, predict, sampling_reserve
 from thinktwice_fast.run.workload import Evaluated, Phase, needed_blocks, phases
 from thinktwice_fast.tasks.prompts import RefinePrompt
 from thinktwice_fast.update.batches import Example, pack, pack_shared
-from thinktwice_fast.update.microbatches import plan_microbatches
+from thinktwice_fast.update.microbatches import plan_microbatches, row_budget
 
 CPU = torch.device("cpu")
 FLOPS = Flops(1000, 100, {0: 10})
@@ -63,7 +63,7 @@ def largest_rows(config: Config, prompts: Sequence[int], responses: Sequence[int
         for index, tokens in enumerate(responses)
     ]
     shared = config.update.shared_prefix
-    plan = plan_microbatches(examples, config.update.microbatch_tokens, world, FLOPS, shared_prefix=shared)
+    plan = plan_microbatches(examples, row_budget(config), world, FLOPS, shared_prefix=shared)
     parts = [[examples[index] for index in part] for loads in plan for part in loads if part]
     rows = [(pack_shared if shared else pack)(part, CPU) for part in parts]
     attentions = [cast(PrefixAttention, row.attention) for row in rows]
@@ -86,13 +86,13 @@ def test_no_micro_batch_is_larger_than_planned(data: st.DataObject) -> None:
     prompts = data.draw(st.lists(st.integers(1, 30), min_size=1, max_size=6))
     count = samples * len(prompts)
     responses = data.draw(st.lists(st.integers(1, longest), min_size=count, max_size=count))
-    budget, shared = data.draw(st.integers(1, 200)), data.draw(st.booleans())
+    budget, shared = data.draw(st.just(0) | st.integers(1, 200)), data.draw(st.booleans())
     world = data.draw(st.sampled_from([n for n in (1, 2, 3) if len(prompts) % n == 0]))
     config = row_config(len(prompts), samples, budget, longest, shared=shared)
     phase = planned(config, prompts, world)
     tokens, targets, keys = largest_rows(config, prompts, responses, world)
     assert tokens <= phase.row_tokens and targets <= phase.row_targets and keys <= phase.row_keys
-    assert phase.row_tokens <= max(budget, max(prompts) + longest - 1)
+    assert phase.row_tokens <= max(row_budget(config), max(prompts) + longest - 1)
 
 
 @pytest.mark.parametrize("shared", [True, False])

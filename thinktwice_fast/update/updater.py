@@ -24,7 +24,7 @@ from thinktwice_fast.model.products import WithValue, exact_logprobs, exact_prod
 from thinktwice_fast.model.sharding import ModelPair, set_trained_shards, trained_shards
 from thinktwice_fast.records import Rollout
 from thinktwice_fast.update.batches import Example, PackedRow, Trainable, pack, pack_shared
-from thinktwice_fast.update.microbatches import plan_microbatches
+from thinktwice_fast.update.microbatches import plan_microbatches, row_budget
 from thinktwice_fast.update.objective import loss_arguments
 from thinktwice_fast.update.optimizer import continue_schedule, few_threads
 from thinktwice_fast.update.phase import Metrics, Phase, combined, mismatch, noted, shaping_shares
@@ -72,6 +72,7 @@ class Updater:
         self._counts_kept = config.loss.rollout_is_denominator == "kept"
         self._thinktuning = config.thinktuning
         self._options = config.update
+        self._row_tokens = row_budget(config)
         self._temperature = config.rollout.temperature
         self._max_response_tokens = config.rollout.max_response_tokens
         self._device = models.policy.device
@@ -262,7 +263,7 @@ class Updater:
         everyone = parallel.gather_flat(sequences)
         plan = plan_microbatches(
             everyone,
-            self._options.microbatch_tokens,
+            self._row_tokens,
             parallel.world_size(),
             self._flops,
             shared_prefix=self._options.shared_prefix,
