@@ -3,7 +3,6 @@
 Letters: Q / K queries / keys of a call, H heads of one run, D head size.
 """
 
-import logging
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from typing import Any
@@ -185,20 +184,21 @@ def test_what_gives_something_else_is_found_out() -> None:
 def test_where_it_does_not_run_there_is_one_warning(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    gpu = torch.device("cuda", 0)
-    with caplog.at_level(logging.WARNING):
-        for device, dtype, size in ((CPU, torch.bfloat16, 64), (gpu, torch.float32, 64), (gpu, torch.bfloat16, 12)):
-            assert flash_for(device, dtype, 4, 2, size) is None
-        assert not caplog.records
-        if not torch.cuda.is_available():
-            assert flash_for(gpu, torch.bfloat16, 4, 2, 64) is None
-            assert len(caplog.records) == 1
-        caplog.clear()
-        monkeypatch.setattr(flash_module, "reproduces", lambda *_: False)
-        assert flash_for(gpu, torch.bfloat16, 4, 2, 64) is None
-        assert len(caplog.records) == 1
-        monkeypatch.setattr(flash_module, "reproduces", lambda *_: True)
-        assert flash_for(gpu, torch.bfloat16, 4, 2, 64) is ATEN
+    gpu = torch.device("cuda", 7)
+    for device, dtype, size in ((CPU, torch.bfloat16, 64), (gpu, torch.float32, 64), (gpu, torch.bfloat16, 12)):
+        assert flash_for(device, dtype, 4, 2, size) is None
+    assert not caplog.records
+
+    def broken(*_: object) -> bool:
+        raise RuntimeError("no such kernel\nat all")
+
+    for number, (reason, answer) in enumerate({"no such kernel": broken, "something else": lambda *_: False}.items()):
+        monkeypatch.setattr(flash_module, "reproduces", answer)
+        for _ in range(2):
+            assert flash_for(torch.device("cuda", 8 + number), torch.bfloat16, 4, 2, 64) is None
+        assert len(caplog.records) == number + 1 and reason in caplog.text
+    monkeypatch.setattr(flash_module, "reproduces", lambda *_: True)
+    assert flash_for(gpu, torch.bfloat16, 4, 2, 64) is ATEN
 
 
 def test_the_installed_torch_has_what_is_asked_of_it(monkeypatch: pytest.MonkeyPatch) -> None:

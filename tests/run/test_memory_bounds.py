@@ -26,10 +26,12 @@ from thinktwice_fast.config import Config
 from thinktwice_fast.model.attention import NAME, PrefixAttention
 from thinktwice_fast.model.flops import Flops
 from thinktwice_fast.model.paged import PagedKVCache, Plan
+from thinktwice_fast.model.policy import attention_heads
 from thinktwice_fast.records import Group, Sampling
 from thinktwice_fast.rollout import engine as engine_module
 from thinktwice_fast.rollout.engine import BLOCK_SIZE, Engine, blocks_for, cache_blocks, shared_blocks
 from thinktwice_fast.rollout.step import Runner
+from thinktwice_fast.run import memory
 from thinktwice_fast.run.memory import Load, predict, sampling_reserve
 from thinktwice_fast.run.workload import Evaluated, Phase, needed_blocks, phases
 from thinktwice_fast.tasks.prompts import RefinePrompt
@@ -333,6 +335,24 @@ def test_the_head_counts_logits_and_their_gradients() -> None:
     assert head("cuda", torch.float32, 1000) == 2 * 4 * 1000 * 512  # and a tile of those rows that have a gradient
     assert head("cpu", torch.bfloat16, 1000) == 4 * 1000 * 512
     assert (4 << 30) - 6 * 512 < head("cuda", torch.bfloat16, 1 << 21) <= 4 << 30
+
+
+def test_attention_copies_keys_where_it_cannot_share_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    def layers(family: str, dtype: torch.dtype, *, checkpointing: bool = False) -> float:
+        config, model = Config(), AutoModelForCausalLM.from_config(family_config(family))
+        config.model.activation_checkpointing = checkpointing
+        parts = predict(config, model, torch.device("cuda"), dtype, LOAD, 1, 0, 10**12).parts
+        _, heads, size = attention_heads(model)
+        copied = sum(part.update for part in parts if part.name == "keys of shared prompts")
+        return copied / (LOAD.row_keys * 2 * heads * size * dtype.itemsize)
+
+    assert layers("qwen3", torch.bfloat16) == 0
+    assert layers("olmo3", torch.bfloat16) == 2  # windows of 8
+    assert layers("olmo3", torch.bfloat16, checkpointing=True) == 1
+    assert layers("qwen3", torch.float32) == 3
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(memory, "flash_for", lambda *_: None)  # it is another GPU's
+    assert layers("qwen3", torch.bfloat16) == 3
 
 
 def test_star_keeps_what_each_iteration_starts_from() -> None:

@@ -19,7 +19,7 @@ Hq / Hkv query / key-value heads, D head size.
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from itertools import accumulate
 from typing import Any, NamedTuple, cast
 
@@ -237,6 +237,7 @@ def takes(dtype: torch.dtype, size: int) -> bool:
     return dtype in (torch.bfloat16, torch.float16) and size % 8 == 0 and size <= 256
 
 
+@cache
 def flash_for(device: torch.device, dtype: torch.dtype, query_heads: int, kv_heads: int, size: int) -> Flash | None:
     """The kernels for such heads, once they have been held against plain torch on the device itself.
 
