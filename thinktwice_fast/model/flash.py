@@ -9,8 +9,9 @@ exp(score - lse) are then those of the whole softmax, and the parts' gradients a
 Lengths are data to these kernels. cuDNN's attention, which torch takes for one segment at a time, builds a graph for
 every number of queries and keys that it has not met: 1.8 s of the host for a row of new lengths (an H200, 28 layers).
 
-A window that hides nothing of a prompt from any response is the own part's alone. Where it does, the line that it cuts
-lies elsewhere in each response: each segment gets its own copy of the keys, and all are one causal call.
+Where a layer's window hides nothing of a prompt from any response, only the own part needs it. Where it cuts a prompt,
+it does so at another place for each response: then each segment gets its own copy of the keys that come before it, and
+all are one causal call.
 
 Letters: T tokens, N sequences of a call, Q / K their queries / keys together, K' keys of all segments, copies counted,
 Hq / Hkv query / key-value heads, D head size.

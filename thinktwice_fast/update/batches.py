@@ -12,7 +12,7 @@ import torch
 
 from thinktwice_fast.model.attention import Attention, PrefixAttention, causal_attention
 from thinktwice_fast.model.flash import Flash
-from thinktwice_fast.model.lists import int64
+from thinktwice_fast.model.lists import int64, upload
 
 
 class Trainable(Protocol):
@@ -113,15 +113,13 @@ class _Row:
     def packed(
         self, sequences: Sequence[Trainable], select: list[int], attention: Attention, device: torch.device
     ) -> PackedRow:
+        targets = int64([token for sequence in sequences for token in sequence.response])
         ends = accumulate((len(sequence.response) for sequence in sequences), initial=0)
-        return PackedRow(
-            int64(self._tokens).to(device),
-            int64(self._positions).to(device),
-            attention,
-            int64(select).to(device),
-            int64([token for sequence in sequences for token in sequence.response]).to(device),
-            torch.tensor(list(ends), dtype=torch.int32, device=device),
+        cu_seqlens = torch.tensor(list(ends), dtype=torch.int32)
+        tokens, positions, places, targets, cu_seqlens = upload(
+            [int64(self._tokens), int64(self._positions), int64(select), targets, cu_seqlens], device
         )
+        return PackedRow(tokens, positions, attention, places, targets, cu_seqlens)
 
 
 def families(sequences: Sequence[Trainable]) -> list[list[int]]:
