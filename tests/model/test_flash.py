@@ -13,6 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from tests.small_models import FAMILIES as MODELS
+from tests.small_models import own_model
 from thinktwice_fast.model import attention as attention_module
 from thinktwice_fast.model import flash as flash_module
 from thinktwice_fast.model.attention import PrefixAttention
@@ -124,6 +126,14 @@ def backward_by_torch(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     return tuple(x[0] for x in parts)
 
 
+class AsOnAGPU(PrefixAttention):
+    """By flash attention also on the CPU."""
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int) -> Tensor:
+        assert self.parts is not None
+        return self.parts.attend(q, k, v, scale, window)
+
+
 IN_TORCH = made_of(forward_in_torch, backward_in_torch)
 BY_TORCH = made_of(forward_by_torch, backward_by_torch)
 FAMILIES = st.lists(st.tuples(st.integers(1, 12), st.lists(st.integers(1, 9), max_size=4)), min_size=1, max_size=4)
@@ -145,6 +155,23 @@ def test_the_parts_are_the_whole(
     gradients = [torch.autograd.grad(out, inputs, grad) for out in (got, want)]
     for mine, truth in zip((got, *gradients[0]), (want, *gradients[1]), strict=True):
         torch.testing.assert_close(mine, truth, atol=1e-10, rtol=0)
+
+
+@pytest.mark.parametrize("recomputed", [False, True])
+@pytest.mark.parametrize("family", MODELS)
+def test_under_a_model(family: str, recomputed: bool) -> None:
+    """The second prompt is longer than the windows of 8."""
+    lengths, prefix = segments([(3, [2, 1]), (13, [5, 4]), (6, [])])
+    model = own_model(family).double()
+    for layer in model.layers:
+        layer.recomputed = recomputed
+    ids = torch.arange(sum(lengths)) * 7 % model.config.vocab_size
+    found = []
+    for kind in (AsOnAGPU, PrefixAttention):
+        hidden = model(ids, ids % 19, kind.from_segments(lengths, prefix, CPU, IN_TORCH))
+        found.append([hidden, *torch.autograd.grad(hidden.sin().sum(), [*model.layers.parameters()])])
+    for mine, truth in zip(*found, strict=True):
+        torch.testing.assert_close(mine, truth, atol=1e-9, rtol=1e-9)
 
 
 def test_no_key_is_copied_where_no_window_cuts_a_prompt() -> None:

@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.command import ROOT
+from tests.model.test_flash import AsOnAGPU
 from tests.small_models import family_config
-from thinktwice_fast.model.attention import PrefixAttention
-from thinktwice_fast.model.flash import Flash, Parts
+from thinktwice_fast.model.flash import Flash
 from thinktwice_fast.model.transformer import Transformer
 from thinktwice_kernels.launch import recording
 
@@ -44,14 +44,6 @@ class Counting(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-class AsOnAGPU(PrefixAttention):
-    """By flash attention also on the CPU."""
-
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int) -> Tensor:
-        assert self.parts is not None
-        return self.parts.attend(q, k, v, scale, window)
-
-
 def flash(counts: Counter[str]) -> Flash:
     """Kernels that compute nothing."""
 
@@ -74,10 +66,10 @@ def launches(family: str, layers: int) -> Counter[str]:
     model = Transformer(config, torch.bfloat16)
     model.init_weights(0)
     counts: Counter[str] = Counter()
-    parts = Parts.from_segments(flash(counts), LENGTHS, PREFIX, CPU)
+    attention = AsOnAGPU.from_segments(LENGTHS, PREFIX, CPU, flash(counts))
     row = torch.zeros(sum(LENGTHS), dtype=torch.int64)
     with recording() as triton, Counting() as torch_ops:
-        hidden = model(row, row, AsOnAGPU(torch.tensor(LENGTHS), torch.tensor(PREFIX), parts))
+        hidden = model(row, row, attention)
         torch.autograd.grad(hidden, [*model.layers.parameters()], hidden)
     for kernel, arguments, _ in triton:
         name = kernel.fn.__name__
