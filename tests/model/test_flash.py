@@ -6,6 +6,7 @@ Letters: Q / K queries / keys of a call, H heads of one run, D head size.
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -146,11 +147,13 @@ def test_the_parts_are_the_whole(
     flash: Flash, families: Families, kv_heads: int, group: int, window: int, seed: int
 ) -> None:
     lengths, prefix = segments(families)
+    with mock.patch.object(flash_module, "_KEYS", 4), mock.patch.object(flash_module, "_QUERIES", 3):
+        parts = Parts.from_segments(flash, lengths, prefix, CPU)  # also of copied prompts
     random = torch.Generator().manual_seed(seed)
     shapes = [(sum(lengths), heads, 8) for heads in (kv_heads * group, kv_heads, kv_heads, kv_heads * group)]
     q, k, v, grad = (torch.randn(shape, generator=random, dtype=torch.float64) for shape in shapes)
     inputs = [x.requires_grad_() for x in (q, k, v)]
-    got = Parts.from_segments(flash, lengths, prefix, CPU).attend(q, k, v, 0.3, window)
+    got = parts.attend(q, k, v, 0.3, window)
     want = in_torch(q, k, v, lengths, prefix, 0.3, window)
     gradients = [torch.autograd.grad(out, inputs, grad) for out in (got, want)]
     for mine, truth in zip((got, *gradients[0]), (want, *gradients[1]), strict=True):
@@ -172,6 +175,15 @@ def test_under_a_model(family: str, recomputed: bool) -> None:
         found.append([hidden, *torch.autograd.grad(hidden.sin().sum(), [*model.layers.parameters()])])
     for mine, truth in zip(*found, strict=True):
         torch.testing.assert_close(mine, truth, atol=1e-9, rtol=1e-9)
+
+
+@pytest.mark.parametrize(("families", "copies"), [
+    ([(116, [1021] * 8)], 16), ([(512, [1024] * 8)], 4), ([(1563, [1021] * 8)], 1), ([(116, [100] * 8)], 3),
+    ([(116, [40])], 1), ([(116, [1021] * 4)] * 2, 1),
+])  # fmt: skip
+def test_a_short_prompt_is_copied_for_the_processors_sake(families: Families, copies: int) -> None:
+    shared = Parts.from_segments(ATEN, *segments(families), META).shared
+    assert shared is not None and shared.copies == copies
 
 
 def test_no_key_is_copied_where_no_window_cuts_a_prompt() -> None:

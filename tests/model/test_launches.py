@@ -18,7 +18,7 @@ from thinktwice_fast.model.transformer import Transformer
 from thinktwice_kernels.launch import recording
 
 CPU = torch.device("cpu")
-LENGTHS, PREFIX = [12, *[20] * 8], [-1, *[0] * 8]  # a group of eight
+LENGTHS, PREFIX = [512, *[1024] * 8], [-1, *[0] * 8]  # a group of eight
 NO_KERNEL = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "detach", "_unsafe_view"}
 MADE_OF_ZEROS = {"slice_backward", "select_backward", "zeros", "zeros_like", "new_zeros", "zero_", "fill_"}
 PARTS = {
@@ -26,7 +26,7 @@ PARTS = {
     "norms and additions": {"rms_norm_rows", "rms_norm_gradients", "sum of a norm", "add"},
     "rotary": {"rotary_heads", "rotary_gradients", "sum of a head's norm"},
     "gate": {"swiglu_rows", "swiglu_gradients"},
-    "attention": {"flash forward", "flash backward", "merge_heads", "clone", "add_"},
+    "attention": {"flash forward", "flash backward", "merge_heads", "clone", "repeat", "copy_", "sum", "add_"},
 }
 
 
@@ -96,6 +96,6 @@ def test_a_layer_runs_the_kernels_that_the_document_says() -> None:
     assert {part: int(now) for part, now in rows} == counted | {"together": layer.total()}
 
 
-@pytest.mark.parametrize(("family", "most"), [("llama", 39), ("olmo3", 45)])  # OLMo adds behind its norms
+@pytest.mark.parametrize(("family", "most"), [("llama", 45), ("olmo3", 51)])  # OLMo adds behind its norms
 def test_other_families(family: str, most: int) -> None:
     assert (launches(family, 3) - launches(family, 2)).total() <= most

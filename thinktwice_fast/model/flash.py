@@ -1,4 +1,4 @@
-"""Attention of a packed row by flash attention (Dao 2023, arXiv 2307.08691): two variable-length calls, no key copied.
+"""Attention of a packed row by flash attention (Dao 2023, arXiv 2307.08691): two variable-length calls.
 
     own     each segment over itself, causal
     prefix  all responses of a prompt over it, as one block of queries; it holds for all of them alike
@@ -21,7 +21,7 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -34,9 +34,16 @@ from thinktwice_kernels import merge_attention
 log = logging.getLogger(__name__)
 # How far results and gradients may lie from plain torch's in float32, relatively; 2^-8 is one rounding of bfloat16.
 _TOLERANCE = 0.02
-# Held against plain torch: several blocks of keys, single tokens, two shared prompts with a lone segment between them.
-_LENGTHS, _PREFIX = (150, 70, 1, 200, 40, 33, 130, 5), (-1, 0, 0, 0, -1, -1, 5, 5)
+# Rows held against plain torch, lengths and prefix: several blocks of keys, single tokens, two shared prompts with a
+# lone segment between them; one prompt, in copies.
+_ROWS = (
+    ((150, 70, 1, 200, 40, 33, 130, 5), (-1, 0, 0, 0, -1, -1, 5, 5)),
+    ((140, 500, 300), (-1, 0, 0)),
+)
 _WINDOWS = 0, 24  # the second cuts prompts
+# Backward, a program takes so many keys and goes over all queries that see them. With fewer programs to a head than
+# this, heads alone do not keep a GPU's processors busy; nor is a program worth starting for fewer queries than that.
+_KEYS, _PROGRAMS, _QUERIES = 128, 16, 256
 
 
 class Layout(NamedTuple):
@@ -66,6 +73,15 @@ class Shared(NamedTuple):
     layout: Layout
     queries: slice  # of the row, from the first response on
     keys: slice  # of the row, up to the end of the last prompt
+    copies: int  # of a row's only prompt, so that a short one's gradients are computed by more programs
+
+    def of_keys(self, x: Tensor) -> Tensor:  # [T, Hkv, D] -> [K, Hkv, D]
+        """Keys or values of the call."""
+        return x[self.keys].repeat(self.copies, 1, 1) if self.copies > 1 else x[self.keys]
+
+    def sum_copies(self, gradient: Tensor) -> Tensor:  # [K, Hkv, D] -> [keys, Hkv, D]
+        """The gradient of what ``of_keys`` took."""
+        return gradient.unflatten(0, (self.copies, -1)).sum(0) if self.copies > 1 else gradient
 
 
 @dataclass(frozen=True)
@@ -141,8 +157,8 @@ class _Attention(torch.autograd.Function):
     ) -> Tensor:
         out, lse = flash.forward(q, k, v, own, scale, window)
         if shared is not None:
-            queries, keys = shared.queries, shared.keys
-            of_prefix = flash.forward(q[queries], k[keys], v[keys], shared.layout, scale, 0)
+            queries = shared.queries
+            of_prefix = flash.forward(q[queries], shared.of_keys(k), shared.of_keys(v), shared.layout, scale, 0)
             merge_attention(out[queries], lse[:, queries], *of_prefix)
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.call = flash, own, shared, scale, window
@@ -156,13 +172,13 @@ class _Attention(torch.autograd.Function):
         flash, own, shared, scale, window = ctx.call
         gradients = flash.backward(grad, q, k, v, out, lse, own, scale, window)
         if shared is not None:
-            queries, keys = shared.queries, shared.keys
+            queries = shared.queries
+            inputs = q[queries], shared.of_keys(k), shared.of_keys(v)
             lse = lse[:, queries].contiguous()
-            of_prefix = flash.backward(
-                grad[queries], q[queries], k[keys], v[keys], out[queries], lse, shared.layout, scale, 0
-            )
-            for whole, rows, part in zip(gradients, (queries, keys, keys), of_prefix, strict=True):
-                whole[rows].add_(part)
+            of_q, *of_keys = flash.backward(grad[queries], *inputs, out[queries], lse, shared.layout, scale, 0)
+            gradients[0][queries].add_(of_q)
+            for whole, part in zip(gradients[1:], of_keys, strict=True):
+                whole[shared.keys].add_(shared.sum_copies(part))
         return *gradients, None, None, None, None, None
 
 
@@ -183,12 +199,17 @@ def _families(lengths: Sequence[int], prefix: Sequence[int]) -> list[tuple[int, 
 
 def _shared(families: Sequence[tuple[int, int]], start: int, device: torch.device) -> Shared:
     """Of families from the row's token ``start`` on, the first and the last of which share something."""
-    # Calls take runs one after another: in between, prompts see nothing and responses are seen by nobody.
-    runs = [run for prompt, continued in families for run in ((prompt, 0), (continued, prompt), (0, continued))][1:-1]
-    tokens = sum(map(sum, families))
-    queries = slice(start + families[0][0], start + tokens)
+    tokens, (prompt, continued) = sum(map(sum, families)), families[0]
+    queries = slice(start + prompt, start + tokens)
     keys = slice(start, start + tokens - families[-1][1])
-    return Shared(_layout(*zip(*runs, strict=True), device, causal=False), queries, keys)
+    copies = max(1, min(_PROGRAMS // -(-prompt // _KEYS), continued // _QUERIES)) if len(families) == 1 else 1
+    if copies > 1:
+        ends = [continued * number // copies for number in range(copies + 1)]
+        runs = [(after - before, prompt) for before, after in pairwise(ends)]
+    else:  # runs lie one after another: in between, prompts see nothing, and nothing sees responses
+        all_runs = [run for prompt, own in families for run in ((prompt, 0), (own, prompt), (0, own))]
+        runs = all_runs[1:-1]
+    return Shared(_layout(*zip(*runs, strict=True), device, causal=False), queries, keys, copies)
 
 
 def _layout(queries: Sequence[int], keys: Sequence[int], device: torch.device, *, causal: bool) -> Layout:
@@ -262,22 +283,22 @@ def reproduces(
 ) -> bool:
     """Whether a row's attention and its gradients are those of plain torch, with and without a window."""
     random = torch.Generator(device).manual_seed(0)
-    shapes = [(sum(_LENGTHS), heads, size) for heads in (query_heads, kv_heads, kv_heads, query_heads)]
-    q, k, v, grad = (torch.randn(shape, generator=random, device=device).to(dtype) for shape in shapes)
-    parts = Parts.from_segments(flash, _LENGTHS, _PREFIX, device)
+    heads = query_heads, kv_heads, kv_heads, query_heads
 
-    def results(of: torch.dtype, attend: Callable[..., Tensor], window: int) -> list[Tensor]:
-        inputs = [x.to(of).requires_grad_() for x in (q, k, v)]
-        out = attend(*inputs, scale=size**-0.5, window=window)
-        return [out.detach().float(), *(x.float() for x in torch.autograd.grad(out, inputs, grad.to(of)))]
+    @torch.enable_grad()
+    def results(attend: Callable[..., Tensor], tensors: Sequence[Tensor], *rest: Any) -> list[Tensor]:
+        *inputs, grad = (x.detach().requires_grad_() for x in tensors)
+        out = attend(*inputs, *rest)
+        return [out.detach().float(), *(x.float() for x in torch.autograd.grad(out, inputs, grad))]
 
-    def plain(*inputs: Tensor, **rest: Any) -> Tensor:
-        return in_torch(*inputs, _LENGTHS, _PREFIX, **rest)
-
-    with torch.enable_grad():
-        pairs = [
-            pair
-            for window in _WINDOWS
-            for pair in zip(results(dtype, parts.attend, window), results(torch.float32, plain, window), strict=True)
-        ]
-    return all(bool((got - want).norm() <= _TOLERANCE * want.norm()) for got, want in pairs)
+    for lengths, prefix in _ROWS:
+        shapes = [(sum(lengths), count, size) for count in heads]
+        rounded = [torch.randn(shape, generator=random, device=device).to(dtype) for shape in shapes]
+        attend = Parts.from_segments(flash, lengths, prefix, device).attend
+        for window in _WINDOWS:
+            found = results(attend, rounded, size**-0.5, window)
+            wanted = results(in_torch, [x.float() for x in rounded], lengths, prefix, size**-0.5, window)
+            for got, want in zip(found, wanted, strict=True):
+                if not (got - want).norm() <= _TOLERANCE * want.norm():  # NaN is not
+                    return False
+    return True
