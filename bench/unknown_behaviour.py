@@ -21,7 +21,7 @@ from thinktwice_fast.algorithms.thinktuning.prompt import load_prompt
 from thinktwice_fast.run.report import curve
 
 _EXAMPLE = "examples/unknown_behaviour"
-_SEEDS, _STEPS, _WARM_UP_STEPS = 3, 120, 250
+_SEEDS, _STEPS, _WARM_UP_STEPS = 3, 150, 250
 _WARM_UP_BATCH = 64
 _SOURCE = f"arithmetic:{VARIANT}"
 _SETS = {"phrase": f"{_EXAMPLE}.py:phrase", "solved": "math"}  # by their rewards
@@ -94,8 +94,8 @@ def arms(model: Path, steps: int, eval_every: int) -> dict[str, Options]:
         "thinktuning.teacher_answer_tokens": 40,
         "thinktuning.fraction": 0.5,
         "thinktuning.min_fraction": 0.25,
-        "thinktuning.decay_steps": steps,
-        "thinktuning.cutoff": 0.375,  # after half of the run: what was found has to live on without a teacher
+        "thinktuning.decay_steps": steps * 4 // 5,
+        "thinktuning.cutoff": 0.3,  # after two thirds of the run: what was found has to live on without a teacher
     }
     return {"grpo": {"algorithm": "grpo", **both}, "thinktuning": {"algorithm": "thinktuning", **both, **teacher}}
 

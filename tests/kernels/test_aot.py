@@ -20,6 +20,7 @@ from tests.kernels.batches import make_batch
 from tests.kernels.cases import CASES
 from thinktwice_kernels.gate import swiglu_gradient_in_triton, swiglu_in_triton
 from thinktwice_kernels.launch import SHAPES, recording
+from thinktwice_kernels.merge import merge_in_triton
 from thinktwice_kernels.norm import norm_gradients_in_triton, norm_in_triton
 from thinktwice_kernels.options import LossInputs, LossOptions
 from thinktwice_kernels.rows import Head
@@ -36,8 +37,12 @@ STREAMING = (
     *ROW_KERNELS,
     *("scale", "count_tokens", "compact_tokens"),
     *("rms_norm_rows", "rms_norm_gradients", "sum_rows", "swiglu_rows", "swiglu_gradients", "rotary_heads"),
+    "merge_heads",
 )
-LAYERS = ("rms_norm_rows", "rms_norm_gradients", "swiglu_rows", "swiglu_gradients", "rotary_heads", "rotary_gradients")
+LAYERS = (
+    *("rms_norm_rows", "rms_norm_gradients", "swiglu_rows", "swiglu_gradients", "rotary_heads", "rotary_gradients"),
+    "merge_heads",
+)
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +108,7 @@ def test_scaling_moves_16_bytes_at_a_time(lines: list[aot.Compiled]) -> None:
 def test_layers_move_16_bytes_at_a_time(lines: list[aot.Compiled]) -> None:
     for line in lines:
         kinds = dict(line.configuration.parameters)
-        size = kinds.get("size", kinds.get("half", ""))
+        size = next((kinds[name] for name in ("size", "half", "dim") if name in kinds), "")
         if line.configuration.kernel in LAYERS and size.endswith(":16") and "*fp64:16" not in kinds.values():
             for way in ("ld", "st"):
                 assert re.search(rf"{way}\.global\S*\.(?:v4\.b32|v2\.b64)", line.ptx), line.configuration
@@ -120,6 +125,8 @@ def test_new_numbers_of_tokens_compile_nothing_in_a_layer(norms: str) -> None:
             swiglu_gradient_in_triton(swiglu_in_triton(qkv), qkv)
             q, k, v = rotary_in_triton(qkv, angles, angles, 4, 2, *weights[norms], 1e-6)
             rotary_gradients_in_triton(q, k, v, qkv, angles, angles, *weights[norms], 1e-6, True, True)
+            lse = torch.empty(4, tokens + 1)[:, 1:]
+            merge_in_triton(q, lse, q, lse.contiguous())
         return {aot.configuration_of(launch) for launch in launches}
 
     first = compiled(2)

@@ -19,6 +19,7 @@ from thinktwice_fast.errors import one_line
 from thinktwice_fast.model import csrc, products
 from thinktwice_fast.model import reference as in_torch
 from thinktwice_fast.model.attention import PrefixAttention
+from thinktwice_fast.model.flash import flash_for
 from thinktwice_fast.model.policy import Policy, linear_head
 from thinktwice_fast.model.shared_prefix import in_torch as prefix_in_torch
 from thinktwice_fast.records import Request, Sampling
@@ -190,7 +191,7 @@ def _written(op: Callable[..., None]) -> Callable[..., tuple[Tensor, ...]]:
 
     def run(**inputs: Any) -> tuple[Tensor, ...]:
         op(**inputs)
-        return tuple(inputs[name] for name in ("q", "k_cache", "v_cache") if name in inputs)
+        return tuple(inputs[name] for name in ("q", "k_cache", "v_cache", "out", "lse") if name in inputs)
 
     return run
 
@@ -250,8 +251,17 @@ def _segments() -> Inputs:
     }
 
 
+def _two_parts() -> Inputs:
+    """The first query sees no key of the other."""
+    lse = _normal(2, QUERY_HEADS, T, seed=31).float()
+    lse[1, :, 0] = torch.inf
+    out, other_out = _normal(2, T, QUERY_HEADS, D, seed=30)
+    return {"out": out, "lse": lse[0], "other_out": other_out, "other_lse": lse[1]}
+
+
 def _prefix_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    attention = PrefixAttention.from_segments(list(LENGTHS), [-1, 0, 0, 0], q.device)
+    flash = flash_for(q.device, q.dtype, QUERY_HEADS, KV_HEADS, D)
+    attention = PrefixAttention.from_segments(list(LENGTHS), [-1, 0, 0, 0], q.device, flash)
     return attention.attend(0, q, k, v, D**-0.5, 0)
 
 
@@ -290,6 +300,8 @@ OPS = (
     Op("rotary", thinktwice_kernels.rotary, reference.rotary, lambda: _angles() | {
         "qkv": _normal(T, (QUERY_HEADS + 2 * KV_HEADS) * D, seed=23, grad=True), "query_heads": QUERY_HEADS,
         "kv_heads": KV_HEADS, "q_norm": _normal(D, seed=24, grad=True), "k_norm": _normal(D, seed=25, grad=True)}),
+    Op("merge_attention", _written(thinktwice_kernels.merge_attention), _written(reference.merge_attention),
+       _two_parts),
     Op("prefix attention", _prefix_attention,
        lambda **inputs: prefix_in_torch(**inputs, lengths=LENGTHS, prefix=(-1, 0, 0, 0), scale=D**-0.5), _segments),
     Op("write_kv", _written(csrc.write_kv), _written(in_torch.write_kv), _new_keys),

@@ -19,9 +19,10 @@ import torch
 from transformers import AttentionInterface
 
 from thinktwice_fast.errors import UserError
+from thinktwice_fast.model.flash import Flash, Parts, takes
 from thinktwice_fast.model.paged import PagedKVCache, Plan
 from thinktwice_fast.model.rotary import Rotation
-from thinktwice_fast.model.shared_prefix import Gathered, in_torch, prefix_attention, varlen_attention
+from thinktwice_fast.model.shared_prefix import in_torch, prefix_attention
 from thinktwice_kernels import rotary
 
 NAME = "thinktwice"
@@ -65,35 +66,39 @@ class Attention(ABC):
 class PrefixAttention(Attention):
     """Causal attention of each segment over itself and all of the prefix that it continues; differentiable.
 
-    On the CPU the extension's own kernel, on CUDA variable-length attention over gathered keys; plain torch, a segment
-    at a time, for the types and head sizes that these do not take. See ``shared_prefix``.
+    On the CPU the extension's own kernel, on CUDA flash attention where it is given; plain torch, a segment at a time,
+    for the types and head sizes that these do not take. See ``shared_prefix`` and ``flash``.
     """
 
     lengths: torch.Tensor  # int64 [S], tokens of each segment; on the CPU
     prefix: torch.Tensor  # int64 [S], the earlier segment that each continues, -1 = none; on the CPU
-    gathered: Gathered | None  # on a GPU
+    parts: Parts | None  # for flash attention
 
     @classmethod
-    def from_segments(cls, lengths: list[int], prefix: list[int], device: torch.device) -> "PrefixAttention":
-        """Of the S segments in their order in the row; a prefix has none itself."""
-        gathered = Gathered.from_segments(lengths, prefix, device) if device.type == "cuda" else None
-        return cls(torch.tensor(lengths), torch.tensor(prefix), gathered)
+    def from_segments(
+        cls, lengths: list[int], prefix: list[int], device: torch.device, flash: Flash | None = None
+    ) -> "PrefixAttention":
+        """Of the S segments in their order in the row; a prefix has none itself.
+
+        Args:
+            flash: as ``flash_for`` gives it; segments that share a prefix then stand right behind it.
+        """
+        parts = None if flash is None else Parts.from_segments(flash, lengths, prefix, device)
+        return cls(torch.tensor(lengths), torch.tensor(prefix), parts)
 
     def attend(
         self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, window: int
     ) -> torch.Tensor:
-        short = q.dtype in (torch.bfloat16, torch.float16)
-        if q.device.type == "cpu" and (short or q.dtype == torch.float32):
+        if q.device.type == "cpu" and q.dtype in (torch.float32, torch.bfloat16, torch.float16):
             return prefix_attention(q, k, v, self.lengths, self.prefix, scale, window)
-        varlen = varlen_attention()
-        if self.gathered is not None and varlen is not None and short and q.shape[2] % 8 == 0 and q.shape[2] <= 256:
-            return self.gathered.attend(varlen, q, k, v, scale, window)
+        if self.parts is not None and takes(q.dtype, q.shape[2]):
+            return self.parts.attend(q, k, v, scale, window)
         return in_torch(q, k, v, self.lengths.tolist(), self.prefix.tolist(), scale, window)
 
 
-def causal_attention(lengths: list[int], device: torch.device) -> PrefixAttention:
+def causal_attention(lengths: list[int], device: torch.device, flash: Flash | None = None) -> PrefixAttention:
     """Of sequences of these lengths, in their order in the row, each over itself alone."""
-    return PrefixAttention.from_segments(lengths, [-1] * len(lengths), device)
+    return PrefixAttention.from_segments(lengths, [-1] * len(lengths), device, flash)
 
 
 @dataclass(frozen=True)
