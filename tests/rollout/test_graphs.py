@@ -19,6 +19,7 @@ from tests.rollout.drawing import LONGEST, Mix, as_text, draw, prompts, requests
 from tests.small_models import FAMILIES, VOCABULARY, own_model
 from thinktwice_fast.config import RolloutOptions
 from thinktwice_fast.errors import UserError
+from thinktwice_fast.model import csrc
 from thinktwice_fast.model.paged import PagedKVCache
 from thinktwice_fast.model.policy import attention_heads
 from thinktwice_fast.model.products import PackedProducts
@@ -226,7 +227,10 @@ def test_every_batch_and_table_has_its_size(most: int) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.skipif(
+    not torch.cuda.is_available() or "paged_attention" in csrc.torch_versions,
+    reason="needs a GPU and the extension built with CUDA",
+)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_cuda_graphs(family: str) -> None:
     """Rounding may differ between batches, so that a draw on the edge may fall otherwise, and with it what follows."""
