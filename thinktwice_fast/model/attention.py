@@ -12,7 +12,7 @@ Letters: T tokens, S segments, Hq / Hkv query / key-value heads, D head size.
 """
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from transformers import AttentionInterface
 from thinktwice_fast.errors import UserError
 from thinktwice_fast.model.flash import Flash, Parts, takes
 from thinktwice_fast.model.paged import PagedKVCache, Plan
-from thinktwice_fast.model.rotary import Rotation
+from thinktwice_fast.model.rotary import Angles, Rotary, Rotation
 from thinktwice_fast.model.shared_prefix import in_torch, prefix_attention
 from thinktwice_kernels import rotary
 
@@ -44,6 +44,15 @@ class Attention(ABC):
         window: int,  # keys seen by a query, itself included; 0 = all
     ) -> torch.Tensor:  # [T, Hq, D]
         """Of queries and keys that are normed and rotated."""
+
+    def angles(
+        self,
+        rotary: Rotary,
+        positions: torch.Tensor,  # int64 [T]
+        dtype: torch.dtype,  # of the hidden states
+    ) -> Angles:
+        """By which the tokens are turned, for ``rotate_and_attend``."""
+        return rotary(positions, dtype)
 
     def rotate_and_attend(
         self,
@@ -107,6 +116,10 @@ class PagedAttention(Attention):
 
     cache: PagedKVCache
     plan: Plan
+    longest: int = 0  # sequence, of whose positions the angles are kept: no kernels for a step's own; 0 = not kept
+
+    def angles(self, rotary: Rotary, positions: torch.Tensor, dtype: torch.dtype) -> Angles:
+        return rotary.at(positions, dtype, self.longest) if self.longest else rotary(positions, dtype)
 
     def attend(
         self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, window: int
@@ -117,6 +130,8 @@ class PagedAttention(Attention):
         self, layer: int, qkv: torch.Tensor, rotation: Rotation, scale: float, window: int
     ) -> torch.Tensor:
         if qkv.device.type == "cpu":  # the bits of training (`rollout.exact`)
+            cos, sin, rows = rotation.angles.cos, rotation.angles.sin, rotation.angles.rows
+            rotation = replace(rotation, angles=Angles(cos[rows], sin[rows], rows)) if self.longest else rotation
             return super().rotate_and_attend(layer, qkv, rotation, scale, window)
         return self.cache.rotate_and_attend(layer, self.plan, qkv, rotation, scale, window)
 

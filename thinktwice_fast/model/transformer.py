@@ -125,7 +125,7 @@ class Transformer(nn.Module):
         product: Product = linear,
     ) -> Tensor:  # [T, H], what the head makes logits of
         x, change = self.embed_tokens(input_ids), None
-        angles = {kind: rotary(position_ids, x.dtype) for kind, rotary in self.rotary.items()}
+        angles = {kind: attention.angles(rotary, position_ids, x.dtype) for kind, rotary in self.rotary.items()}
         for layer in self.layers:
             x, change = layer(x, change, angles, attention, product)
         return self.norm.of_sum(change, x)[0]

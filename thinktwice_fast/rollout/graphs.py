@@ -76,6 +76,7 @@ class GraphRunner(ModuleRunner):
         super().__init__(model, cache)
         assert cache.spare_blocks, "rows that are left over need a block to write to"
         self._capture = capture or CudaCapture(cache.device)
+        self._longest = max_tokens
         self._rows = row_buckets(max_sequences)
         self._blocks = block_buckets(-(-max_tokens // cache.block_size), cache.block_size)
         self._buffers: _Buffers | None = None
@@ -169,7 +170,7 @@ class GraphRunner(ModuleRunner):
     def _compute(self, shape: Shape, buffers: "_Buffers") -> None:
         """A step."""
         plan, inputs, state = buffers.plan(shape), buffers.inputs(shape), buffers.state(shape)
-        rows, attention = buffers.every_row[: shape.rows], PagedAttention(self._cache, plan)
+        rows, attention = buffers.every_row[: shape.rows], PagedAttention(self._cache, plan, self._longest)
         logits = self._policy(state.tokens, state.positions, attention, rows, self._head, self._product)
         options = (inputs.temperature, inputs.top_k, inputs.top_p, inputs.min_p)
         keys = {"seed": inputs.seed, "sample_ids": inputs.sample_ids, "positions": state.draws}
