@@ -25,10 +25,11 @@ from thinktwice_fast.model.policy import attention_heads
 from thinktwice_fast.model.products import PackedProducts
 from thinktwice_fast.model.transformer import Transformer
 from thinktwice_fast.records import Request, Rollout, Sampling
-from thinktwice_fast.rollout import graphs
+from thinktwice_fast.rollout import chunks
 from thinktwice_fast.rollout.batch import Batch, NewTokens
+from thinktwice_fast.rollout.chunks import group_room
 from thinktwice_fast.rollout.engine import BLOCK_SIZE, Engine
-from thinktwice_fast.rollout.graphs import GraphRunner, block_buckets, group_room, row_buckets
+from thinktwice_fast.rollout.graphs import GraphRunner, block_buckets, row_buckets
 from thinktwice_fast.rollout.modules import ModuleRunner
 
 # They make the host wait for values, or bring values from it.
@@ -164,7 +165,7 @@ def test_the_host_waits_once_a_chunk_with_the_next_one_under_way(monkeypatch: py
 
         return wait
 
-    monkeypatch.setattr(graphs, "download", spy)
+    monkeypatch.setattr(chunks, "download", spy)
     # Its first token comes from the prompt's own step.
     draw(
         engine_of(own_model("qwen3"), Graphs), [Request(0, prompts()[0], (1, 2, 3), Sampling(max_tokens=1 + 8 * 4 + 3))]
