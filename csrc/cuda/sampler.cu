@@ -90,6 +90,7 @@ struct Shared {
   float best[kRowWarps];
   uint32_t tokens[kRowWarps];
   Selection selection;
+  volatile uint64_t seed;  // read where it is used: no registers are left to keep it in
 };
 
 __device__ float block_max(float best, Shared& shared) {
@@ -208,7 +209,7 @@ __device__ float uniform_of(const Philox4& words, int i) {
 
 template <typename T>
 __device__ Totals run_race(const Row<T>& row, float max, bool greedy, uint64_t last, float min_p,
-                           uint32_t position, uint64_t sample_id, uint64_t seed) {
+                           uint32_t position, uint64_t sample_id, const Shared& shared) {
   Totals totals;
   Philox4 words{};
   row.for_tokens([&](int64_t id, float scaled) {
@@ -217,7 +218,7 @@ __device__ Totals run_race(const Row<T>& row, float max, bool greedy, uint64_t l
     if (below >= -87.0f) totals.moment += __fmul_rn(weight, below);
     const auto token = static_cast<uint32_t>(id);
     const int word = static_cast<int>(token % kWords);
-    if (word == 0 && !greedy) words = token_words(token / kWords, position, sample_id, seed);
+    if (word == 0 && !greedy) words = token_words(token / kWords, position, sample_id, shared.seed);
     if (greedy) {
       if (below == 0.0f) totals.offer(1.0f, token);
     } else if (rank_key(weight, token) >= last && weight >= min_p) {
@@ -238,6 +239,7 @@ __global__ void __launch_bounds__(kRowThreads) sample_kernel(Sampling w) {
     if (threadIdx.x == 0) refuse(w, n, options);
     return;
   }
+  if (threadIdx.x == 0) shared.seed = static_cast<uint64_t>(*w.seed);  // there after the next barrier
   const bool greedy = w.temperature[n] == 0.0f;
   const T* const logits = static_cast<const T*>(w.logits) + n * w.stride;
   const Row<T> row{logits, w.vocabulary, greedy ? 1.0f : w.temperature[n],
@@ -258,7 +260,7 @@ __global__ void __launch_bounds__(kRowThreads) sample_kernel(Sampling w) {
   if (!greedy && w.top_k[n] > 0) last = select(row, max, w.top_k[n], 1.0, last, shared);
   if (!greedy && w.top_p[n] < 1.0f) last = select(row, max, 0, w.top_p[n], last, shared);
   Totals totals = run_race(row, max, greedy, last, w.min_p[n], static_cast<uint32_t>(w.positions[n]),
-                           static_cast<uint64_t>(w.sample_ids[n]), static_cast<uint64_t>(*w.seed));
+                           static_cast<uint64_t>(w.sample_ids[n]), shared);
   totals = block_totals(totals, shared);
   if (threadIdx.x != 0) return;
   const double below = static_cast<double>(row.scaled(totals.token)) - max, log_total = log(totals.total);
