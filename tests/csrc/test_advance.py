@@ -1,5 +1,7 @@
 """What stands between two steps of decoding, held against the rule row by row."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -33,12 +35,13 @@ def test_rows_advance_by_the_rule() -> None:
 def test_wrong_arguments() -> None:
     rows = decoding_rows(4)
     (drawn,) = drawings(4, 1)
-    for change in (
+    changes: tuple[dict[str, Any], ...] = (
         {"block_tables": rows.block_tables.long()},
         {"context_lens": rows.context_lens[:3]},
         {"new_logps": rows.new_logps[:2]},
         {"new_tokens": rows.new_tokens.T},
-    ):
+    )
+    for change in changes:
         with pytest.raises(RuntimeError, match=f"advance: {next(iter(change))} does not fit the 4 rows of the state"):
             csrc.advance(drawn, *rows._replace(**change))
     with pytest.raises(RuntimeError, match=r"state must be int64 \[6, rows\]"):

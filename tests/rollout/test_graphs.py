@@ -238,8 +238,7 @@ def test_cuda_graphs(family: str) -> None:
     """Rounding may differ between batches, so that a draw on the edge may fall otherwise, and with it what follows."""
     model = own_model(family).to("cuda")
     engines = [
-        Engine(model, frozenset({3, 4, 5}), RolloutOptions(decoder=kind), LONGEST)  # type: ignore[arg-type]
-        for kind in ("auto", "modules")
+        Engine(model, frozenset({3, 4, 5}), RolloutOptions(decoder=kind), LONGEST) for kind in ("auto", "modules")
     ]
     assert isinstance(engines[0]._runner, GraphRunner)
     for seed in (0, 1):

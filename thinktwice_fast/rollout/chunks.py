@@ -163,10 +163,9 @@ def _inputs_like(shape: Shape) -> Inputs:
 
 def _results_like(shape: Shape) -> Results:
     """Without memory."""
-    size = (MOST_STEPS, shape.rows)
-    numbers = [torch.empty(size, dtype=torch.float32, device="meta") for _ in range(2)]
-    tokens, counts = (torch.empty(size, dtype=torch.int64, device="meta") for size in (size, size[1:]))
-    return Results(tokens, *numbers, counts)
+    tokens = torch.empty(MOST_STEPS, shape.rows, dtype=torch.int64, device="meta")
+    logps, entropies = tokens.float(), tokens.float()
+    return Results(tokens, logps, entropies, tokens[0])
 
 
 def host_inputs(shape: Shape, batch: Batch, blocks: Blocks, before: Chunk | None, spare: int) -> Inputs:
