@@ -6,7 +6,7 @@ CSRC := $(shell find csrc kernels/csrc -name '*.cpp' -o -name '*.h' -o -name '*.
 PACKAGING := $(foreach folder,. kernels,$(folder)/pyproject.toml $(folder)/setup.py) kernels/native_build.py
 RUN := $(BIN)/torchrun --standalone --nproc-per-node 1 thinktwice_fast/train.py
 
-.PHONY: setup train test browser lint types format headers learning algorithms unknown-behaviour bench bench-against warm-start tables performance clean
+.PHONY: setup train test browser lint types format headers learning algorithms unknown-behaviour compare compare-remedies bench bench-against warm-start tables performance clean
 
 train: $(VENV)/built
 	$(RUN) --resume auto
@@ -52,6 +52,13 @@ learning: $(VENV)/built
 # docs/algorithms.md: every algorithm on the default task, SEEDS of each (3); what was finished is not done again.
 algorithms: $(VENV)/built
 	$(BIN)/python -m bench.algorithms $(if $(SEEDS),--seeds $(SEEDS))
+
+# docs/results.md: methods at equal generations, SEEDS of each (5), and two remedies; both go on where stopped.
+compare: $(VENV)/built
+	$(BIN)/python -m bench.compare $(if $(SEEDS),--seeds $(SEEDS))
+
+compare-remedies: $(VENV)/built
+	$(BIN)/python -m bench.remedies $(if $(SEEDS),--seeds $(SEEDS))
 
 # docs/unknown_behaviour.md: is a phrase learned that only the teacher's examples have? Goes on where it was stopped.
 unknown-behaviour: $(VENV)/built

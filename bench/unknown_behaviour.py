@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 
 from bench import ROOT
 from bench.algorithms import runs, spread, train
+from bench.core.charts import draw_runs, finish
 from bench.core.report import markdown
 from bench.reflecting_model import VARIANT, write_examples, write_start
 from bench.runs import Options, Run, train_all
@@ -130,14 +131,10 @@ def draw(found: Mapping[str, Sequence[Run]], path: Path) -> None:
         for name, arm in found.items():
             steps = curve(arm[0].records(), f"eval/{which}/solve_accuracy")[0]
             shares = np.array([_shares(run, which) for run in arm])
-            axes.plot(steps, shares.T, color=_COLOURS[name], alpha=0.3, linewidth=0.9)
-            axes.plot(steps, shares.mean(0), "o-", color=_COLOURS[name], markersize=4, linewidth=1.8, label=name)
-        axes.set_title(title, fontsize=11, loc="left")
-        axes.set_xlabel("step")
+            lines = [(steps, one) for one in shares]
+            draw_runs(axes, lines, (steps, shares.mean(0)), colour=_COLOURS[name], label=name)
         axes.set_ylim(-0.02, 1.02)
-        axes.grid(color="#e4e4e4", linewidth=0.8)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False, fontsize=9)
+        finish(axes, title, "step")
     figure.savefig(path, dpi=110)
 
 

@@ -89,6 +89,9 @@ class ThinkTwiceOptions:
     base_selection: Literal["uniform", "wrong_first"] = "uniform"
     """Which of a problem's solutions becomes the base of its refine group: any one at random, or a wrong one
     where there is one."""
+    refine_every: int = bounded(1, least=1)
+    """Solve steps to each refine step, which refines solutions of the last of them; 1 = as published. With "joint"
+    pairs every solve step has its refinements."""
     refine_instruction: str = "default"
     """The user message after the base solution, or a .txt or .md file with it; "default" = the paper-style
     task-agnostic instruction, or the word "recheck" for the shipped model and arithmetic."""

@@ -74,8 +74,8 @@ def made_of(run_forward: RunForward, run_backward: RunBackward) -> Flash:
             covered = [own.stop, seen.stop]
             if own.start < own.stop and seen.start < seen.stop:
                 mask = hidden(own.stop - own.start, seen.stop - seen.start, layout, window)
-                inputs = [heads_first(x, heads) for x in (q[own], k[seen], v[seen])]
-                of_run, lse[:, own] = run_forward(*inputs, mask, scale)
+                queries, keys, values = (heads_first(x, heads) for x in (q[own], k[seen], v[seen]))
+                of_run, lse[:, own] = run_forward(queries, keys, values, mask, scale)
                 out[own] = of_run.transpose(0, 1)
         assert covered == [len(q), len(k)]
         return out, lse
@@ -168,11 +168,12 @@ def test_under_a_model(family: str, recomputed: bool) -> None:
     model = own_model(family).double()
     for layer in model.layers:
         layer.recomputed = recomputed
+    weights = [weight for layer in model.layers for weight in layer.parameters()]
     ids = torch.arange(sum(lengths)) * 7 % model.config.vocab_size
     found = []
     for kind in (AsOnAGPU, PrefixAttention):
         hidden = model(ids, ids % 19, kind.from_segments(lengths, prefix, CPU, IN_TORCH))
-        found.append([hidden, *torch.autograd.grad(hidden.sin().sum(), [*model.layers.parameters()])])
+        found.append([hidden, *torch.autograd.grad(hidden.sin().sum(), weights)])
     for mine, truth in zip(*found, strict=True):
         torch.testing.assert_close(mine, truth, atol=1e-9, rtol=1e-9)
 
@@ -243,7 +244,12 @@ def test_where_it_does_not_run_there_is_one_warning(
 def test_the_installed_torch_has_what_is_asked_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU, with tensors that hold nothing; other types and heads go segment by segment."""
     plain: list[torch.dtype] = []
-    monkeypatch.setattr(attention_module, "in_torch", lambda q, *_: plain.append(q.dtype) or q)
+
+    def in_torch(q: Tensor, *_: object) -> Tensor:
+        plain.append(q.dtype)
+        return q
+
+    monkeypatch.setattr(attention_module, "in_torch", in_torch)
     attention = PrefixAttention.from_segments([3, 2, 4], [-1, 0, -1], META, ATEN)
     for dtype, size, flash in (
         (torch.bfloat16, 8, True), (torch.float16, 256, True), (torch.float32, 8, False), (torch.bfloat16, 12, False),

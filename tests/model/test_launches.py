@@ -67,10 +67,11 @@ def launches(family: str, layers: int) -> Counter[str]:
     model.init_weights(0)
     counts: Counter[str] = Counter()
     attention = AsOnAGPU.from_segments(LENGTHS, PREFIX, CPU, flash(counts))
+    weights = [weight for layer in model.layers for weight in layer.parameters()]
     row = torch.zeros(sum(LENGTHS), dtype=torch.int64)
     with recording() as triton, Counting() as torch_ops:
         hidden = model(row, row, attention)
-        torch.autograd.grad(hidden, [*model.layers.parameters()], hidden)
+        torch.autograd.grad(hidden, weights, hidden)
     for kernel, arguments, _ in triton:
         name = kernel.fn.__name__
         if name == "sum_rows":

@@ -209,7 +209,8 @@ def _shared(families: Sequence[tuple[int, int]], start: int, device: torch.devic
     else:  # runs lie one after another: in between, prompts see nothing, and nothing sees responses
         all_runs = [run for prompt, own in families for run in ((prompt, 0), (own, prompt), (0, own))]
         runs = all_runs[1:-1]
-    return Shared(_layout(*zip(*runs, strict=True), device, causal=False), queries, keys, copies)
+    counts = [number for number, _ in runs], [number for _, number in runs]
+    return Shared(_layout(*counts, device, causal=False), queries, keys, copies)
 
 
 def _layout(queries: Sequence[int], keys: Sequence[int], device: torch.device, *, causal: bool) -> Layout:
