@@ -25,7 +25,8 @@ class Rows(NamedTuple):
     new_entropies: Tensor
 
     def to(self, device: str) -> "Rows":
-        return Rows(*(x.to(device) if isinstance(x, Tensor) else x for x in self))
+        moved: dict[str, Any] = {name: x.to(device) for name, x in self._asdict().items() if isinstance(x, Tensor)}
+        return self._replace(**moved)
 
 
 def decoding_rows(n: int) -> Rows:

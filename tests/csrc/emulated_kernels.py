@@ -220,8 +220,8 @@ class EmulatedKernels:
         context_lens: Tensor,
         *new: Tensor,
     ) -> None:
-        columns = () if drawn is None else (drawn.tokens, drawn.raw_logps, drawn.entropies)
-        given = [*([x.data_ptr() for x in columns] or [None] * 3), stop_ids.data_ptr(), block_tables.data_ptr()]
+        columns = (None, None, None) if drawn is None else (drawn.tokens, drawn.raw_logps, drawn.entropies)
+        given = [None if x is None else x.data_ptr() for x in (*columns, stop_ids, block_tables)]
         sizes = (len(context_lens), len(new[0]), len(stop_ids), block_tables.shape[1], block_size, spare_slot)
         self._call("advance", Advance(*given, *sizes, *(x.data_ptr() for x in (*state, context_lens, *new))))
 

@@ -1,21 +1,23 @@
 """What stands between two steps of decoding, held against the rule row by row."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 
 from tests.csrc.advancing import BLOCK_SIZE, SPARE_SLOT, STEPS, decoding_rows, drawings
-from thinktwice_fast.model import csrc
+from thinktwice_fast.model import csrc, reference
 
 
-def test_rows_advance_by_the_rule() -> None:
+@pytest.mark.parametrize("advance", [csrc.advance, reference.advance], ids=["C++", "torch"])
+def test_rows_advance_by_the_rule(advance: Callable[..., None]) -> None:
     n = 200
     rows = decoding_rows(n)
     state = csrc.State(*rows.state)
     for drawn in (None, *drawings(n, STEPS + 1)):
         before = [column.tolist() for column in state]
-        csrc.advance(drawn, *rows)
+        advance(drawn, *rows)
         for row in range(n):
             token, position, draws, left, _, count = (column[row] for column in before)
             if drawn is not None and left and count < STEPS:

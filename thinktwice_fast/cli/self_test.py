@@ -279,6 +279,31 @@ def _draws() -> Inputs:
     }
 
 
+def _advanced(op: Callable[..., None]) -> Callable[..., tuple[Tensor, ...]]:
+    """``csrc.advance`` as a function that gives back what it writes into."""
+
+    def run(drawn: Tensor, logps: Tensor, entropies: Tensor, **inputs: Any) -> tuple[Tensor, ...]:
+        op(csrc.Sampled(drawn, logps, logps, entropies), **inputs)
+        return tuple(
+            x for name, x in inputs.items() if name not in ("stop_ids", "block_tables") and isinstance(x, Tensor)
+        )
+
+    return run
+
+
+def _rows() -> Inputs:
+    rows, steps = 200, 2
+    state = torch.stack([_ids(rows, below=below) for below in (V, 3 * _BLOCK, 9, 4, 5, 2)])
+    return {
+        "drawn": _ids(rows, below=V // 2) - 1, "logps": _normal(rows, seed=31).float(),
+        "entropies": _normal(rows, seed=32).float(), "stop_ids": torch.arange(9),
+        "block_tables": _ids(rows, 2, below=70).int(), "block_size": _BLOCK, "spare_slot": 9999, "state": state,
+        "context_lens": torch.zeros(rows, dtype=torch.int32),
+        "new_tokens": torch.zeros(steps, rows, dtype=torch.int64), "new_logps": torch.zeros(steps, rows),
+        "new_entropies": torch.zeros(steps, rows),
+    }  # fmt: skip
+
+
 OPS = (
     Op("token_logprobs", thinktwice_kernels.token_logprobs, reference.token_logprobs, lambda: {
         "logits": _normal(T, V, seed=5, grad=True), "targets": _ids(T, below=V), "return_entropy": True}),
@@ -314,6 +339,9 @@ OPS = (
     Op("paged_attention", csrc.paged_attention, in_torch.paged_attention, _prefilling),
     Op("grouped_decode_attention", csrc.grouped_decode_attention, _grouped_by_definition, _grouped),
     Op("sample", csrc.sample, lambda **inputs: in_torch.sample(**inputs)[:-1], _draws),
+    Op("draw", csrc.draw, lambda **inputs: in_torch.sample(**inputs)[:-1], lambda: _draws() | {
+        "seed": torch.tensor([17])}),
+    Op("advance", _advanced(csrc.advance), _advanced(in_torch.advance), _rows),
     Op("exact products", products.exact_product, torch.nn.functional.linear, lambda: {
         "x": _normal(T, H, seed=27), "weight": _normal(V, H, seed=28), "bias": _normal(V, seed=29)},
        types=(torch.float32,), cpu_only=True),

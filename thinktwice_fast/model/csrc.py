@@ -12,14 +12,13 @@ L layers, V vocabulary.
 """
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from thinktwice_fast.errors import UserError
-from thinktwice_fast.model import reference
-from thinktwice_fast.model.lists import int64, upload
+from thinktwice_fast.model import lists, reference
 
 
 def _load() -> None:
@@ -61,6 +60,11 @@ def _grouped_in_torch(
     return reference.paged_attention(q, k_cache, v_cache, block_tables, context_lens, starts, scale, window)
 
 
+def _advance_in_torch(drawn: Tensor | None, logps: Tensor | None, entropies: Tensor | None, *rest: Any) -> None:
+    columns = None if drawn is None or logps is None or entropies is None else (drawn, logps, logps, entropies)
+    reference.advance(columns, *rest)
+
+
 _TORCH_VERSIONS = {
     "write_kv": reference.write_kv,
     "rotary_write_kv": reference.rotary_write_kv,
@@ -68,6 +72,7 @@ _TORCH_VERSIONS = {
     "paged_attention": reference.paged_attention,
     "grouped_decode_attention": _grouped_in_torch,
     "sample": reference.sample,
+    "advance": _advance_in_torch,
 }
 
 
@@ -274,7 +279,7 @@ def sample(
             do not match.
     """
     options = (temperature, top_k, top_p, min_p)
-    (key,) = upload([int64([seed])], logits.device)
+    (key,) = lists.upload([lists.int64([seed])], logits.device)
     *sampled, statuses = _sample(logits, *options, key, sample_ids, positions)
     _raise_refused(statuses.tolist(), (*options, positions, sample_ids))
     return Sampled(*sampled)
