@@ -19,6 +19,7 @@ from tests.csrc.stable_abi import INCLUDES
 
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 SPLIT = 256  # keys per part of a row's softmax
+SLICES = 8  # at most, of a row of logits
 
 
 def build(folder: Path, compiler: str) -> Path:
@@ -74,6 +75,7 @@ Sampling = _structure(
     temperature__top_p__min_p__top_k__sample_ids__positions=c_void_p,
     seed=c_uint64,
     tokens__logps__raw_logps__entropies__statuses=c_void_p,
+    maxima__totals__lowest=c_void_p,
 )
 
 
@@ -198,7 +200,9 @@ class EmulatedKernels:
         columns = [x.data_ptr() for x in (temperature, top_p, min_p, top_k, sample_ids, positions)]
         results = [x.data_ptr() for x in (tokens, *numbers, statuses)]
         size = (n, vocabulary, logits.stride(0))
-        work = Sampling(logits.data_ptr(), *size, *columns, seed % 2**64, *results)
+        workspace = [torch.full((n * most,), torch.nan) for most in (SLICES, SLICES * 8, 2)]
+        pointers = [x.data_ptr() for x in workspace]
+        work = Sampling(logits.data_ptr(), *size, *columns, seed % 2**64, *results, *pointers)
         self._call("sample", work, TYPES[logits.dtype])
         return tokens, numbers[0], numbers[1], numbers[2], statuses
 
