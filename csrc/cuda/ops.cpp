@@ -333,6 +333,11 @@ Sampled sample(Tensor logits, Tensor temperature, Tensor top_k, Tensor top_p, Te
   Tensor raw_logps = new_like(logits, {rows}, ScalarType::Float),
          entropies = new_like(logits, {rows}, ScalarType::Float);
   Tensor statuses = new_like(logits, {rows}, ScalarType::Int);
+  const int slices = slices_of(logits.size(1));
+  static_assert(sizeof(SliceTotals) == 4 * sizeof(double));
+  Tensor maxima = new_like(logits, {rows, slices}, ScalarType::Float),
+         totals = new_like(logits, {rows, slices, 4}, ScalarType::Double),
+         lowest = new_like(logits, {rows}, ScalarType::Long);
   const Sampling work{logits.const_data_ptr(),
                       rows,
                       logits.size(1),
@@ -348,7 +353,10 @@ Sampled sample(Tensor logits, Tensor temperature, Tensor top_k, Tensor top_p, Te
                       logps.mutable_data_ptr<float>(),
                       raw_logps.mutable_data_ptr<float>(),
                       entropies.mutable_data_ptr<float>(),
-                      statuses.mutable_data_ptr<int32_t>()};
+                      statuses.mutable_data_ptr<int32_t>(),
+                      maxima.mutable_data_ptr<float>(),
+                      static_cast<SliceTotals*>(totals.mutable_data_ptr()),
+                      static_cast<uint64_t*>(lowest.mutable_data_ptr())};
   check_cuda("sample", launch_sample(work, type, device.stream));
   return {tokens, logps, raw_logps, entropies, statuses};
 }

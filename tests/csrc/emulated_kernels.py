@@ -20,6 +20,7 @@ from thinktwice_fast.model.csrc import Sampled
 
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 SPLIT = 256  # keys per part of a row's softmax
+SLICES = 8  # at most, of a row of logits
 
 
 def build(folder: Path, compiler: str) -> Path:
@@ -74,6 +75,7 @@ Sampling = _structure(
     rows__vocabulary__stride=c_int64,
     temperature__top_p__min_p__top_k__sample_ids__positions__seed=c_void_p,
     tokens__logps__raw_logps__entropies__statuses=c_void_p,
+    maxima__totals__lowest=c_void_p,
 )
 Advance = _structure(
     "Advance",
@@ -202,10 +204,11 @@ class EmulatedKernels:
         tokens, numbers = torch.empty(n, dtype=torch.int64), [torch.empty(n) for _ in range(3)]
         statuses = torch.full((n,), -1, dtype=torch.int32)
         columns = [x.data_ptr() for x in (temperature, top_p, min_p, top_k, sample_ids, positions)]
-        results = [x.data_ptr() for x in (tokens, *numbers, statuses)]
         size = (n, vocabulary, logits.stride(0))
         key = torch.tensor([seed])
-        work = Sampling(logits.data_ptr(), *size, *columns, key.data_ptr(), *results)
+        workspace = [torch.full((n * most,), torch.nan) for most in (SLICES, SLICES * 8, 2)]
+        pointers = [x.data_ptr() for x in (key, tokens, *numbers, statuses, *workspace)]
+        work = Sampling(logits.data_ptr(), *size, *columns, *pointers)
         self._call("sample", work, TYPES[logits.dtype])
         return tokens, numbers[0], numbers[1], numbers[2], statuses
 

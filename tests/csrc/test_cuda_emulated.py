@@ -195,7 +195,7 @@ def check_sampler(kernels: EmulatedKernels, given: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize(
     ("dtype", "vocabulary"),
-    [(torch.float32, 1), (torch.bfloat16, 3), (torch.float16, 515), (torch.float32, 5000), (torch.bfloat16, 5000)],
+    [(torch.float32, 1), (torch.bfloat16, 3), (torch.float16, 515), (torch.float32, 5000), (torch.bfloat16, 9001)],
 )
 def test_the_sampler_draws_the_tokens_of_the_cpu(kernels: EmulatedKernels, dtype: torch.dtype, vocabulary: int) -> None:
     """In bfloat16 many logits are equal, so that ids decide where top-k and top-p cut."""
@@ -268,7 +268,7 @@ def test_rows_advance(kernels: EmulatedKernels) -> None:
         assert all(torch.equal(ours, theirs) for ours, theirs in zip(got[4:], expected[4:], strict=True))
 
 
-@pytest.mark.parametrize("launches", range(3))
+@pytest.mark.parametrize("launches", range(4))
 def test_a_launch_that_fails_is_reported(kernels: EmulatedKernels, launches: int) -> None:
     """Whichever of an op's launches it is; later ones are not made."""
     given = decoding([300], [[5, 9]], dtype=torch.bfloat16)
@@ -281,7 +281,7 @@ def test_a_launch_that_fails_is_reported(kernels: EmulatedKernels, launches: int
         (2, lambda: kernels.paged_attention(given.q, given.k_cache, given.v_cache, *tables, starts, 0.3)),
         (1, lambda: kernels.write_kv(row, row, given.k_cache, given.v_cache, torch.tensor([3]))),
         (1, lambda: kernels.copy_blocks(given.k_cache[None], given.v_cache[None], torch.tensor([[0, 1]]))),
-        (1, lambda: kernels.sample(**arguments(torch.zeros(2, 4)))),
+        (4, lambda: kernels.sample(**arguments(torch.zeros(2, 4)))),
         (1, lambda: kernels.advance(None, *decoding_rows(2))),
     ]
     kernels.launches_left = launches
