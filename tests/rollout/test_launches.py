@@ -30,7 +30,7 @@ LAYER = {
     "grouped_decode_attention": 1,  # a launch over all splits, one that merges them: see tests/csrc
 }
 
-# Around the layers. The head is a product and a copy here, one product into float32 on a GPU.
+# Around the layers. The head is a product and a copy here, on a GPU one product; a draw is several kernels there.
 STEP = {"embedding": 1, "rms_norm_rows": 1, "index_select": 1, "matmul": 1, "copy_": 1, "sample": 1, "advance": 1}
 
 
