@@ -23,6 +23,7 @@ from thinktwice_fast import launch, parallel
 from thinktwice_fast.algorithms.pair_rollout import fill_joint
 from thinktwice_fast.algorithms.sampler import Sampler, SampleSpec
 from thinktwice_fast.config import Config
+from thinktwice_fast.model import flash
 from thinktwice_fast.model.attention import NAME, PrefixAttention
 from thinktwice_fast.model.flops import Flops
 from thinktwice_fast.model.paged import PagedKVCache, Plan
@@ -31,7 +32,6 @@ from thinktwice_fast.records import Group, Sampling
 from thinktwice_fast.rollout import engine as engine_module
 from thinktwice_fast.rollout.engine import BLOCK_SIZE, Engine, blocks_for, cache_blocks, shared_blocks
 from thinktwice_fast.rollout.step import Runner
-from thinktwice_fast.run import memory
 from thinktwice_fast.run.memory import Load, predict, sampling_reserve
 from thinktwice_fast.run.workload import Evaluated, Phase, needed_blocks, phases
 from thinktwice_fast.tasks.prompts import RefinePrompt
@@ -351,7 +351,7 @@ def test_attention_copies_keys_where_it_cannot_share_them(monkeypatch: pytest.Mo
     assert layers("olmo3", torch.bfloat16, checkpointing=True) == 1
     assert layers("qwen3", torch.float32) == 3
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(memory, "flash_for", lambda *_: None)  # it is another GPU's
+    monkeypatch.setattr(flash, "flash_for", lambda *_: None)  # it is another GPU's
     assert layers("qwen3", torch.bfloat16) == 3
 
 

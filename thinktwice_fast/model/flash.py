@@ -27,6 +27,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
+from thinktwice_fast.config import RolloutOptions
 from thinktwice_fast.model.lists import upload
 from thinktwice_fast.model.shared_prefix import in_torch, spans
 from thinktwice_kernels import merge_attention
@@ -277,6 +278,25 @@ def flash_for(device: torch.device, dtype: torch.dtype, query_heads: int, kv_hea
         reason = str(error).splitlines()[0]
     log.warning("flash attention is not used on %s (%s): updates attend segment by segment", device, reason)
     return None
+
+
+def copying_layers(
+    device: torch.device,
+    dtype: torch.dtype,
+    heads: tuple[int, int, int],  # query heads, key-value heads, size of each
+    windows: Sequence[int],  # of each layer
+    options: RolloutOptions,
+) -> int:
+    """Layers whose attention copies the keys of shared prompts, on ``device``, which may be another machine's.
+
+    Those whose window may cut a prompt; all, where there is no flash attention.
+    """
+    if device.type != "cuda":
+        return 0
+    there = torch.cuda.is_available()
+    if flash_for(device, dtype, *heads) is None if there else not takes(dtype, heads[2]):
+        return len(windows)
+    return sum(0 < window < options.max_prompt_tokens + options.max_response_tokens for window in windows)
 
 
 def reproduces(
