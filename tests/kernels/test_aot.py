@@ -21,6 +21,7 @@ from tests.kernels.cases import CASES
 from thinktwice_kernels.exponentials import new_tile
 from thinktwice_kernels.gate import swiglu_gradient_in_triton, swiglu_in_triton
 from thinktwice_kernels.launch import PROGRAMS_PER_PROCESSOR, SHAPES, recording
+from thinktwice_kernels.merge import merge_in_triton
 from thinktwice_kernels.norm import norm_gradients_in_triton, norm_in_triton
 from thinktwice_kernels.options import LossInputs, LossOptions
 from thinktwice_kernels.rows import Head
@@ -41,7 +42,10 @@ from thinktwice_kernels.triton.selection import compacted
 
 ROOT = Path(__file__).parent.parent.parent
 ROW_KERNELS = ("row_statistics", "combine_statistics", "row_gradient")
-LAYERS = ("rms_norm_rows", "rms_norm_gradients", "swiglu_rows", "swiglu_gradients", "rotary_heads", "rotary_gradients")
+LAYERS = (
+    *("rms_norm_rows", "rms_norm_gradients", "swiglu_rows", "swiglu_gradients", "rotary_heads", "rotary_gradients"),
+    "merge_heads",
+)
 EXPONENTIALS = (
     *("row_shifts", "row_exponentials", "combine_exponentials", "finish_rows", "add_entropy", "scale_rows"),
     "head_exponentials",
@@ -127,7 +131,7 @@ def test_scaling_moves_16_bytes_at_a_time(lines: list[aot.Compiled]) -> None:
 def test_layers_move_16_bytes_at_a_time(lines: list[aot.Compiled]) -> None:
     for line in lines:
         kinds = dict(line.configuration.parameters)
-        size = kinds.get("size", kinds.get("half", ""))
+        size = next((kinds[name] for name in ("size", "half", "dim") if name in kinds), "")
         if line.configuration.kernel in LAYERS and size.endswith(":16") and "*fp64:16" not in kinds.values():
             for way in ("ld", "st"):
                 assert re.search(rf"{way}\.global\S*\.(?:v4\.b32|v2\.b64)", line.ptx), line.configuration
@@ -155,6 +159,8 @@ def test_new_numbers_of_tokens_compile_nothing_in_a_layer(norms: str) -> None:
             swiglu_gradient_in_triton(swiglu_in_triton(qkv), qkv)
             q, k, v = rotary_in_triton(qkv, angles, angles, 4, 2, *weights[norms], 1e-6)
             rotary_gradients_in_triton(q, k, v, qkv, angles, angles, *weights[norms], 1e-6, True, True)
+            lse = torch.empty(4, tokens + 1)[:, 1:]
+            merge_in_triton(q, lse, q, lse.contiguous())
         return {aot.configuration_of(launch) for launch in launches}
 
     first = compiled(2)

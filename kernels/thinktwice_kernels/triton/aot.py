@@ -30,6 +30,7 @@ from triton.runtime.jit import JITFunction, create_function_from_signature
 from thinktwice_kernels.exponentials import new_tile
 from thinktwice_kernels.gate import swiglu_gradient_in_triton, swiglu_in_triton
 from thinktwice_kernels.launch import Launch, accumulation_dtype, recording, row_tile
+from thinktwice_kernels.merge import merge_in_triton
 from thinktwice_kernels.norm import norm_gradients_in_triton, norm_in_triton
 from thinktwice_kernels.options import (
     GuideFallback,
@@ -118,6 +119,7 @@ _NORM_AXES: dict[str, Sequence[Any]] = {
     "want_weight": _BOTH,
 }
 _GATE_AXES: dict[str, Sequence[Any]] = {"dtype": _TYPES, "size": (9728, 7)}
+_MERGE_AXES: dict[str, Sequence[Any]] = {"dtype": _TYPES, "dim": (128, 80, 7)}
 _ROTARY_AXES: dict[str, Sequence[Any]] = {
     "dtype": _TYPES,
     "heads": ((32, 8, 128), (16, 8, 128), (40, 40, 128), (14, 2, 64), (3, 1, 6)),  # Q, K, D
@@ -184,6 +186,8 @@ def configurations(pairs: bool = True) -> dict[Configuration, Launch]:
             _launch_norm(**values)
         for values in covering(_GATE_AXES, lambda _: True, together):
             _launch_gate(**values)
+        for values in covering(_MERGE_AXES, lambda _: True, together):
+            _launch_merge(**values)
         for values in covering(_ROTARY_AXES, _is_rotary, together):
             _launch_rotary(**values)
     return {configuration_of(launch): launch for launch in launches}
@@ -466,6 +470,12 @@ def _launch_norm(
 def _launch_gate(dtype: torch.dtype, size: int) -> None:
     gate_up = torch.empty(2, 2 * size, dtype=dtype)
     swiglu_gradient_in_triton(swiglu_in_triton(gate_up), gate_up)
+
+
+def _launch_merge(dtype: torch.dtype, dim: int) -> None:
+    out = torch.empty(2, 4, dim, dtype=dtype)
+    lse = torch.empty(4, 2, dtype=accumulation_dtype(out))
+    merge_in_triton(out, lse, out, lse)
 
 
 def _is_rotary(values: Mapping[str, Any]) -> bool:
