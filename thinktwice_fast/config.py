@@ -240,8 +240,9 @@ class UpdateOptions:
     minibatch_sequences: int = bounded(0, least=0)
     """Sequences (over all processes) per optimizer step; 0 = the whole phase in one. Whole groups; with
     `thinktwice.pairing: joint` whole pairs of groups."""
-    microbatch_tokens: int = bounded(16384, least=1)
-    """Most tokens in one forward and backward pass, per process; changes memory and speed, not the result."""
+    microbatch_tokens: int = bounded(0, least=0)
+    """Most tokens in one forward and backward pass, per process; changes memory and speed, not the result. 0 = a fifth
+    more than a group of the longest sequences, at least 10240, at most 16384."""
     shard_processes: int = bounded(0, least=0)
     """Shard weights, gradients and optimizer over each so many neighbouring processes (those of a node, say) and keep
     equal copies between the groups; 0 = over all processes."""

@@ -6,7 +6,14 @@
 
 #include <cstdint>
 
+#include "advance.h"
 #include "sample_status.h"
+
+#if defined(__CUDACC__)
+#define SLICE_INLINE __host__ __device__ __forceinline__
+#else
+#define SLICE_INLINE inline
+#endif
 
 namespace thinktwice::gpu {
 
@@ -74,17 +81,38 @@ cudaError_t launch_prefill(const Attention& a, Type type, cudaStream_t stream);
 // One query per sequence; the splits that a group shares are read once for its members.
 cudaError_t launch_grouped_decode(const Attention& a, Type type, cudaStream_t stream);
 
+// A row of logits is cut into slices, as many as its length alone says: a row's bits depend on no other.
+constexpr int64_t kLeastSlice = 4096;
+constexpr int kMostSlices = 8;
+SLICE_INLINE int slices_of(int64_t vocabulary) {
+  return vocabulary < 2 * kLeastSlice             ? 1
+         : vocabulary > kMostSlices * kLeastSlice ? kMostSlices
+                                                  : static_cast<int>(vocabulary / kLeastSlice);
+}
+
+struct SliceTotals {
+  double total, moment;  // sums of weight and of weight * (scaled - max), over all tokens
+  double mass;           // sum of the weights that may be drawn
+  float score;           // the highest of the race, and whose it is
+  uint32_t token;
+};
+
 struct Sampling {
   const void* logits;
   int64_t rows, vocabulary, stride;
   const float *temperature, *top_p, *min_p;
   const int32_t* top_k;
   const int64_t *sample_ids, *positions;
-  uint64_t seed;
+  const int64_t* seed;                   // one: a captured launch has it read anew each time
   int64_t* tokens;                       // -1 where the status is not kOk,
   float *logps, *raw_logps, *entropies;  // NaN
   int32_t* statuses;
+  float* maxima;        // workspace [rows, slices]; NaN where a slice holds one,
+  SliceTotals* totals;  // [rows, slices],
+  uint64_t* lowest;     // [rows], the lowest rank key that top-k and top-p keep
 };
 cudaError_t launch_sample(const Sampling& work, Type type, cudaStream_t stream);
+
+cudaError_t launch_advance(const Advance& work, cudaStream_t stream);
 
 }  // namespace thinktwice::gpu

@@ -11,6 +11,7 @@
 #include <tuple>
 #include <vector>
 
+#include "advance_op.h"
 #include "common/tensor_utils.h"
 #include "cuda/kernels.h"
 
@@ -311,7 +312,7 @@ Tensor grouped_decode_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor
 
 using Sampled = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-Sampled sample(Tensor logits, Tensor temperature, Tensor top_k, Tensor top_p, Tensor min_p, int64_t seed,
+Sampled sample(Tensor logits, Tensor temperature, Tensor top_k, Tensor top_p, Tensor min_p, Tensor seed,
                Tensor sample_ids, Tensor positions) {
   check(logits.dim() == 2 && logits.size(1) > 0 &&
             logits.size(1) <= std::numeric_limits<int32_t>::max() - 64 &&
@@ -322,6 +323,7 @@ Sampled sample(Tensor logits, Tensor temperature, Tensor top_k, Tensor top_p, Te
   check_tensor(top_k, "sample: top_k", logits, ScalarType::Int, {rows});
   check_tensor(top_p, "sample: top_p", logits, ScalarType::Float, {rows});
   check_tensor(min_p, "sample: min_p", logits, ScalarType::Float, {rows});
+  check_tensor(seed, "sample: seed", logits, ScalarType::Long, {1});
   check_tensor(sample_ids, "sample: sample_ids", logits, ScalarType::Long, {rows});
   check_tensor(positions, "sample: positions", logits, ScalarType::Long, {rows});
   const Type type = type_of("sample", logits);
@@ -331,6 +333,11 @@ Sampled sample(Tensor logits, Tensor temperature, Tensor top_k, Tensor top_p, Te
   Tensor raw_logps = new_like(logits, {rows}, ScalarType::Float),
          entropies = new_like(logits, {rows}, ScalarType::Float);
   Tensor statuses = new_like(logits, {rows}, ScalarType::Int);
+  const int slices = slices_of(logits.size(1));
+  static_assert(sizeof(SliceTotals) == 4 * sizeof(double));
+  Tensor maxima = new_like(logits, {rows, slices}, ScalarType::Float),
+         totals = new_like(logits, {rows, slices, 4}, ScalarType::Double),
+         lowest = new_like(logits, {rows}, ScalarType::Long);
   const Sampling work{logits.const_data_ptr(),
                       rows,
                       logits.size(1),
@@ -341,14 +348,27 @@ Sampled sample(Tensor logits, Tensor temperature, Tensor top_k, Tensor top_p, Te
                       top_k.const_data_ptr<int32_t>(),
                       sample_ids.const_data_ptr<int64_t>(),
                       positions.const_data_ptr<int64_t>(),
-                      static_cast<uint64_t>(seed),
+                      seed.const_data_ptr<int64_t>(),
                       tokens.mutable_data_ptr<int64_t>(),
                       logps.mutable_data_ptr<float>(),
                       raw_logps.mutable_data_ptr<float>(),
                       entropies.mutable_data_ptr<float>(),
-                      statuses.mutable_data_ptr<int32_t>()};
+                      statuses.mutable_data_ptr<int32_t>(),
+                      maxima.mutable_data_ptr<float>(),
+                      static_cast<SliceTotals*>(totals.mutable_data_ptr()),
+                      static_cast<uint64_t*>(lowest.mutable_data_ptr())};
   check_cuda("sample", launch_sample(work, type, device.stream));
   return {tokens, logps, raw_logps, entropies, statuses};
+}
+
+void advance(OptionalTensor drawn, OptionalTensor drawn_logps, OptionalTensor drawn_entropies,
+             Tensor stop_ids, Tensor block_tables, int64_t block_size, int64_t spare_slot, Tensor state,
+             Tensor context_lens, Tensor new_tokens, Tensor new_logps, Tensor new_entropies) {
+  const OnDevice device(state);
+  const Advance work =
+      describe_advance(drawn, drawn_logps, drawn_entropies, stop_ids, block_tables, block_size, spare_slot,
+                       state, context_lens, new_tokens, new_logps, new_entropies);
+  check_cuda("advance", launch_advance(work, device.stream));
 }
 
 }  // namespace
@@ -360,5 +380,6 @@ STABLE_TORCH_LIBRARY_IMPL(thinktwice, CUDA, m) {
   m.impl("copy_blocks", TORCH_BOX(&thinktwice::gpu::copy_blocks));
   m.impl("paged_attention", TORCH_BOX(&thinktwice::gpu::paged_attention));
   m.impl("grouped_decode_attention", TORCH_BOX(&thinktwice::gpu::grouped_decode_attention));
+  m.impl("advance", TORCH_BOX(&thinktwice::gpu::advance));
   m.impl("sample", TORCH_BOX(&thinktwice::gpu::sample));
 }

@@ -1,6 +1,6 @@
-// The sampler: a thread block per row, two passes over its logits (the maximum; everything else), and some
-// more where top-k or top-p ask for them. The arithmetic of a token is the CPU's, bit for bit; sums are in
-// double and in a fixed order.
+// The sampler: two passes over a row's logits (the maximum; everything else), each by a thread block per
+// slice of the row, and some more by one block where top-k or top-p ask for them. The arithmetic of a token
+// is the CPU's, bit for bit; sums are in double and in an order that the vocabulary alone fixes.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
@@ -13,9 +13,11 @@
 namespace thinktwice::gpu {
 namespace {
 
-constexpr int kRowThreads = 512;
-constexpr int kRowWarps = kRowThreads / 32;
-constexpr int kWords = 4;  // tokens that one counter of the random generator serves
+constexpr int kSliceThreads = 256;
+constexpr int kSliceWarps = kSliceThreads / 32;
+constexpr int kRowThreads = 512;     // where a block has a whole row
+constexpr int kFinishThreads = 128;  // with a row each
+constexpr int kWords = 4;            // tokens that one counter of the random generator serves
 
 __device__ float to_float(float x) { return x; }
 __device__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
@@ -26,47 +28,83 @@ struct alignas(kWords * sizeof(T)) Four {
   T values[kWords];
 };
 
-// One row's logits over its temperature, relative to their maximum once that is known.
+// One row's logits over its temperature, of the ids from `first`, a multiple of kWords, up to `end`.
 template <typename T>
 struct Row {
   const T* logits;
-  int64_t vocabulary;
+  int64_t first, end;
   float temperature;
-  bool aligned;
+  int threads;  // of the block
 
   __device__ float scaled(int64_t id) const { return __fdiv_rn(to_float(logits[id]), temperature); }
 
   // Calls body(id, logit / temperature) for the tokens of this thread, four successive ids at a time.
   template <typename Body>
   __device__ void for_tokens(const Body& body) const {
-    const int64_t whole = aligned ? vocabulary / kWords : 0;
+    const bool aligned = reinterpret_cast<uintptr_t>(logits) % sizeof(Four<T>) == 0;
+    const int64_t begin = first / kWords, whole = aligned ? end / kWords : begin;
 #pragma unroll 2
-    for (int64_t group = threadIdx.x; group < whole; group += kRowThreads) {
+    for (int64_t group = begin + threadIdx.x; group < whole; group += threads) {
       const auto four = reinterpret_cast<const Four<T>*>(logits)[group];
 #pragma unroll
       for (int i = 0; i < kWords; ++i)
         body(group * kWords + i, __fdiv_rn(to_float(four.values[i]), temperature));
     }
-    for (int64_t group = whole + threadIdx.x; group * kWords < vocabulary; group += kRowThreads)
+    for (int64_t group = whole + threadIdx.x; group * kWords < end; group += threads)
       for (int i = 0; i < kWords; ++i)
-        if (group * kWords + i < vocabulary) body(group * kWords + i, scaled(group * kWords + i));
+        if (group * kWords + i < end) body(group * kWords + i, scaled(group * kWords + i));
   }
 };
 
-// What a row comes to, over the tokens of one thread and then of all.
-struct Totals {
-  double total = 0.0, moment = 0.0;  // sums of weight and of weight * (scaled - max), over all tokens
-  double mass = 0.0;                 // sum of the weights that may be drawn
-  float score = -1.0f;               // the highest of the race, and whose it is
-  uint32_t token = 0xffffffffu;
+__device__ bool is_greedy(const Sampling& w, int64_t n) { return w.temperature[n] == 0.0f; }
 
+// Whether only some of the row's tokens may be drawn, those from `lowest` on.
+__device__ bool is_cut(const Sampling& w, int64_t n) {
+  return !is_greedy(w, n) && (w.top_k[n] > 0 || w.top_p[n] < 1.0f);
+}
+
+template <typename T>
+__device__ Row<T> whole_row(const Sampling& w, int64_t n) {
+  const T* const logits = static_cast<const T*>(w.logits) + n * w.stride;
+  return {logits, 0, w.vocabulary, is_greedy(w, n) ? 1.0f : w.temperature[n], kRowThreads};
+}
+
+template <typename T>
+__device__ Row<T> row_slice(const Sampling& w, int64_t n, int slice) {
+  const int slices = slices_of(w.vocabulary);
+  const int64_t groups = (w.vocabulary + kWords - 1) / kWords;
+  Row<T> row = whole_row<T>(w, n);
+  row.first = groups * slice / slices * kWords;
+  row.end = min(groups * (slice + 1) / slices * kWords, w.vocabulary);
+  row.threads = kSliceThreads;
+  return row;
+}
+
+__device__ RowStatus option_status(const Sampling& w, int64_t n) {
+  return options_status(w.temperature[n], w.top_k[n], w.top_p[n], w.min_p[n], w.positions[n]);
+}
+
+// The highest of a row's scaled logits; NaN or infinite where they are refused.
+__device__ float row_max(const Sampling& w, int64_t n) {
+  const int slices = slices_of(w.vocabulary);
+  float max = -INFINITY;
+  for (int s = 0; s < slices; ++s) {
+    const float part = w.maxima[n * slices + s];
+    max = isnan(part) ? part : isnan(max) ? max : fmaxf(max, part);
+  }
+  return max;
+}
+
+// What a row comes to, over the tokens of one thread, then of a slice, then of all.
+struct Totals : SliceTotals {
+  __device__ Totals() : SliceTotals{0.0, 0.0, 0.0, -1.0f, 0xffffffffu} {}
   __device__ void offer(float other, uint32_t id) {
     if (other > score || (other == score && id < token)) {
       score = other;
       token = id;
     }
   }
-  __device__ void add(const Totals& other) {
+  __device__ void add(const SliceTotals& other) {
     total += other.total;
     moment += other.moment;
     mass += other.mass;
@@ -83,50 +121,27 @@ struct Totals {
   }
 };
 
+struct SliceShared {
+  SliceTotals totals[kSliceWarps];
+  float best[kSliceWarps];
+};
+
 struct Shared {
   unsigned long long masses[kBins];
   unsigned int counts[kBins];
-  double sums[3][kRowWarps];
-  float best[kRowWarps];
-  uint32_t tokens[kRowWarps];
   Selection selection;
 };
 
-__device__ float block_max(float best, Shared& shared) {
-  for (int step = 16; step > 0; step /= 2) best = fmaxf(best, __shfl_xor_sync(0xffffffffu, best, step));
-  if (threadIdx.x % 32 == 0) shared.best[threadIdx.x / 32] = best;
-  __syncthreads();
-  for (int w = 0; w < kRowWarps; ++w) best = fmaxf(best, shared.best[w]);
-  __syncthreads();
-  return best;
-}
-
-// The whole row's totals, for thread 0.
-__device__ Totals block_totals(Totals totals, Shared& shared) {
+// The whole slice's totals, for thread 0.
+__device__ Totals block_totals(Totals totals, SliceShared& shared) {
   for (int step = 16; step > 0; step /= 2) totals.add(totals.from_lane(step));
-  const int warp = threadIdx.x / 32;
-  if (threadIdx.x % 32 == 0) {
-    shared.sums[0][warp] = totals.total;
-    shared.sums[1][warp] = totals.moment;
-    shared.sums[2][warp] = totals.mass;
-    shared.best[warp] = totals.score;
-    shared.tokens[warp] = totals.token;
-  }
+  if (threadIdx.x % 32 == 0) shared.totals[threadIdx.x / 32] = totals;
   __syncthreads();
   Totals all;
-  for (int w = 0; w < kRowWarps; ++w) {
-    Totals part;
-    part.total = shared.sums[0][w];
-    part.moment = shared.sums[1][w];
-    part.mass = shared.sums[2][w];
-    part.score = shared.best[w];
-    part.token = shared.tokens[w];
-    all.add(part);
-  }
+  for (int warp = 0; warp < kSliceWarps; ++warp) all.add(shared.totals[warp]);
   return all;
 }
 
-// By one thread of the row's block.
 __device__ void refuse(const Sampling& w, int64_t n, RowStatus why) {
   w.statuses[n] = why;
   w.tokens[n] = -1;
@@ -176,7 +191,7 @@ __device__ void choose_bin(Shared& shared, bool first) {
 template <typename T>
 __device__ uint64_t select(const Row<T>& row, float max, int64_t top_k, double top_p, uint64_t lowest,
                            Shared& shared) {
-  const int units = unit_bits(row.vocabulary);
+  const int units = unit_bits(row.end);
   if (threadIdx.x == 0) shared.selection = select_among(lowest, top_k, top_p);
   for (bool first = true;; first = false) {
     for (int i = threadIdx.x; i < kBins; i += kRowThreads) {
@@ -206,6 +221,15 @@ __device__ float uniform_of(const Philox4& words, int i) {
   return open_uniform(i == 0 ? words.w0 : i == 1 ? words.w1 : i == 2 ? words.w2 : words.w3);
 }
 
+// Tokens whose computed score stays below the best are told from u alone: -ln(1 - u) >= u, and the rounding
+// of a score is under 2^-21 of it. Whatever the draw, the likeliest token scores kLeast, so lower ones may be
+// left out; that also keeps products that would lose bits (below 2^-126) out of the comparison.
+constexpr float kLeast = 0.06f;  // under 1 / -ln(2^-24), the score of weight 1 at the highest u
+
+__device__ bool may_win(float weight, float uniform, float best) {
+  return gpu::multiply(gpu::multiply(uniform, 1.0f - 0x1p-20f), fmaxf(best, kLeast)) <= weight;
+}
+
 template <typename T>
 __device__ Totals run_race(const Row<T>& row, float max, bool greedy, uint64_t last, float min_p,
                            uint32_t position, uint64_t sample_id, uint64_t seed) {
@@ -222,60 +246,101 @@ __device__ Totals run_race(const Row<T>& row, float max, bool greedy, uint64_t l
       if (below == 0.0f) totals.offer(1.0f, token);
     } else if (rank_key(weight, token) >= last && weight >= min_p) {
       totals.mass += weight;
-      totals.offer(race_score(weight, uniform_of(words, word)), token);
+      const float uniform = uniform_of(words, word);
+      if (may_win(weight, uniform, totals.score)) totals.offer(race_score(weight, uniform), token);
     }
   });
   return totals;
 }
 
+// Blocks: (slice, row), as of sample_race_kernel.
 template <typename T>
-__global__ void __launch_bounds__(kRowThreads) sample_kernel(Sampling w) {
-  __shared__ Shared shared;
-  const int64_t n = blockIdx.x;
-  const RowStatus options =
-      options_status(w.temperature[n], w.top_k[n], w.top_p[n], w.min_p[n], w.positions[n]);
-  if (options != kOk) {
-    if (threadIdx.x == 0) refuse(w, n, options);
-    return;
-  }
-  const bool greedy = w.temperature[n] == 0.0f;
-  const T* const logits = static_cast<const T*>(w.logits) + n * w.stride;
-  const Row<T> row{logits, w.vocabulary, greedy ? 1.0f : w.temperature[n],
-                   reinterpret_cast<uintptr_t>(logits) % sizeof(Four<T>) == 0};
+__global__ void __launch_bounds__(kSliceThreads) sample_max_kernel(Sampling w) {
+  __shared__ SliceShared shared;
+  const int64_t n = blockIdx.y;
+  if (option_status(w, n) != kOk) return;
   float max = -INFINITY;
   bool bad = false;
-  row.for_tokens([&](int64_t, float scaled) {
+  row_slice<T>(w, n, blockIdx.x).for_tokens([&](int64_t, float scaled) {
     max = fmaxf(max, scaled);
     bad |= isnan(scaled);
   });
+  for (int step = 16; step > 0; step /= 2) max = fmaxf(max, __shfl_xor_sync(0xffffffffu, max, step));
+  if (threadIdx.x % 32 == 0) shared.best[threadIdx.x / 32] = max;
   bad = __syncthreads_or(bad);
-  max = block_max(max, shared);
-  if (bad || !isfinite(max)) {
-    if (threadIdx.x == 0) refuse(w, n, kBadLogits);
-    return;
-  }
-  uint64_t last = 0;
-  if (!greedy && w.top_k[n] > 0) last = select(row, max, w.top_k[n], 1.0, last, shared);
-  if (!greedy && w.top_p[n] < 1.0f) last = select(row, max, 0, w.top_p[n], last, shared);
-  Totals totals = run_race(row, max, greedy, last, w.min_p[n], static_cast<uint32_t>(w.positions[n]),
-                           static_cast<uint64_t>(w.sample_ids[n]), w.seed);
-  totals = block_totals(totals, shared);
   if (threadIdx.x != 0) return;
-  const double below = static_cast<double>(row.scaled(totals.token)) - max, log_total = log(totals.total);
+  for (int warp = 0; warp < kSliceWarps; ++warp) max = fmaxf(max, shared.best[warp]);
+  w.maxima[n * slices_of(w.vocabulary) + blockIdx.x] = bad ? NAN : max;
+}
+
+// A block per row; those that are not cut have nothing to do. Two blocks leave each thread 64 registers:
+// without that word ptxas aims at three on some GPUs, and spills.
+template <typename T>
+__global__ void __launch_bounds__(kRowThreads, 2) sample_cut_kernel(Sampling w) {
+  __shared__ Shared shared;
+  const int64_t n = blockIdx.x;
+  if (option_status(w, n) != kOk || !is_cut(w, n)) return;
+  const float max = row_max(w, n);
+  if (!isfinite(max)) return;
+  const Row<T> row = whole_row<T>(w, n);
+  uint64_t lowest = 0;
+  if (w.top_k[n] > 0) lowest = select(row, max, w.top_k[n], 1.0, lowest, shared);
+  if (w.top_p[n] < 1.0f) lowest = select(row, max, 0, w.top_p[n], lowest, shared);
+  if (threadIdx.x == 0) w.lowest[n] = lowest;
+}
+
+template <typename T>
+__global__ void __launch_bounds__(kSliceThreads) sample_race_kernel(Sampling w) {
+  __shared__ SliceShared shared;
+  const int64_t n = blockIdx.y;
+  if (option_status(w, n) != kOk) return;
+  const float max = row_max(w, n);
+  if (!isfinite(max)) return;
+  const uint64_t lowest = is_cut(w, n) ? w.lowest[n] : 0;
+  Totals totals = run_race(row_slice<T>(w, n, blockIdx.x), max, is_greedy(w, n), lowest, w.min_p[n],
+                           static_cast<uint32_t>(w.positions[n]), static_cast<uint64_t>(w.sample_ids[n]),
+                           static_cast<uint64_t>(*w.seed));
+  totals = block_totals(totals, shared);
+  if (threadIdx.x == 0) w.totals[n * slices_of(w.vocabulary) + blockIdx.x] = totals;
+}
+
+// A thread per row puts its slices together, in their order.
+template <typename T>
+__global__ void __launch_bounds__(kFinishThreads) sample_finish_kernel(Sampling w) {
+  const int64_t n = int64_t{blockIdx.x} * kFinishThreads + threadIdx.x;
+  if (n >= w.rows) return;
+  const RowStatus options = option_status(w, n);
+  if (options != kOk) return refuse(w, n, options);
+  const float max = row_max(w, n);
+  if (!isfinite(max)) return refuse(w, n, kBadLogits);
+  const int slices = slices_of(w.vocabulary);
+  Totals totals;
+  for (int s = 0; s < slices; ++s) totals.add(w.totals[n * slices + s]);
+  const double below = static_cast<double>(whole_row<T>(w, n).scaled(totals.token)) - max,
+               log_total = log(totals.total);
   w.statuses[n] = kOk;
   w.tokens[n] = totals.token;
-  w.logps[n] = static_cast<float>(below - log(greedy ? totals.total : totals.mass));
+  w.logps[n] = static_cast<float>(below - log(is_greedy(w, n) ? totals.total : totals.mass));
   w.raw_logps[n] = static_cast<float>(below - log_total);
   w.entropies[n] = static_cast<float>(log_total - totals.moment / totals.total);
+}
+
+template <typename T>
+cudaError_t sample(const Sampling& w, cudaStream_t stream) {
+  const dim3 slices = grid_of(slices_of(w.vocabulary), w.rows);
+  const dim3 rows = grid_of((w.rows + kFinishThreads - 1) / kFinishThreads);
+  return in_turn([&] { return launch(sample_max_kernel<T>, slices, kSliceThreads, 0, stream, w); },
+                 [&] { return launch(sample_cut_kernel<T>, grid_of(w.rows), kRowThreads, 0, stream, w); },
+                 [&] { return launch(sample_race_kernel<T>, slices, kSliceThreads, 0, stream, w); },
+                 [&] { return launch(sample_finish_kernel<T>, rows, kFinishThreads, 0, stream, w); });
 }
 
 }  // namespace
 
 cudaError_t launch_sample(const Sampling& w, Type type, cudaStream_t stream) {
-  const dim3 grid = grid_of(w.rows);
-  if (type == Type::kFloat) return launch(sample_kernel<float>, grid, kRowThreads, 0, stream, w);
-  if (type == Type::kBFloat16) return launch(sample_kernel<__nv_bfloat16>, grid, kRowThreads, 0, stream, w);
-  return launch(sample_kernel<__half>, grid, kRowThreads, 0, stream, w);
+  if (type == Type::kFloat) return sample<float>(w, stream);
+  if (type == Type::kBFloat16) return sample<__nv_bfloat16>(w, stream);
+  return sample<__half>(w, stream);
 }
 
 }  // namespace thinktwice::gpu

@@ -168,8 +168,9 @@ def _forward(
     if uses_triton(x) and row_tile(len(weight)).fits(x.dtype):
         return norm_in_triton(x, residual, weight, eps, cast_first)
     if native.computes(x, weight):
-        found = native.layer_op("rms_norm")(x.contiguous(), native.contiguous(residual), weight.contiguous(), eps)
-        return found[0].view(x.shape), x if residual is None else found[1].view(x.shape)
+        y, h = native.layer_op("rms_norm")(x.contiguous(), native.contiguous(residual), weight.contiguous(), eps)
+        shaped = torch.ops.aten._unsafe_view  # no view for autograd: FSDP2 warns of those that a module gives
+        return shaped(y, x.shape), x if residual is None else shaped(h, x.shape)
     found = rms_norm_reference(x, weight, eps, residual=residual, cast_first=cast_first)
     y, h = found if isinstance(found, tuple) else (found, x)
     return y.contiguous(), h.contiguous()

@@ -107,18 +107,25 @@ def _as_tensor(number: float) -> Tensor:  # [1] float64
 
 def rows_per_tile(vocabulary: int, bytes_per_logit: int, device: torch.device, budget: int | None = None) -> int:
     """How many rows of logits fit into the budget (None: the device's default); at least one."""
-    if budget is None:
-        budget = DEFAULT_BUDGET.get(device.type, DEFAULT_BUDGET["cuda"])
-    return max(1, budget // max(1, vocabulary * bytes_per_logit))
+    return max(1, tile_budget(device, budget) // max(1, vocabulary * bytes_per_logit))
 
 
-def tiles(start: int, stop: int, rows: int) -> Iterator[slice]:
-    """Slices of at most `rows` that cover start to stop, as equal as they can be."""
-    pieces = -(-(stop - start) // rows)
+def tile_budget(device: torch.device, budget: int | None) -> int:
+    """Bytes of logits and their gradient that may exist at a time: the budget, or the device's default."""
+    return DEFAULT_BUDGET.get(device.type, DEFAULT_BUDGET["cuda"]) if budget is None else budget
+
+
+def tiles(start: int, stop: int, rows: int, multiple: int = 1) -> Iterator[slice]:
+    """Slices of at most `rows` that cover start to stop, as equal as they can be.
+
+    All but the last are of a multiple of `multiple` rows, which `rows` is one of.
+    """
+    units = -(-(stop - start) // multiple)
+    pieces = -(-units * multiple // rows)
     for piece in range(pieces):
         yield slice(
-            start + (stop - start) * piece // pieces,
-            start + (stop - start) * (piece + 1) // pieces,
+            start + units * piece // pieces * multiple,
+            min(start + units * (piece + 1) // pieces * multiple, stop),
         )
 
 
@@ -198,10 +205,28 @@ class HeadGradients:
         if self._wanted[0]:
             self._hidden[rows] = _hidden_gradient(d_logits, weight).to(self._hidden.dtype)
         if self._wanted[1]:
-            _add_product(self._weight, d_logits, hidden[rows], beta=int(self._weight_is_set))
-            self._weight_is_set = True
+            self._add_to_weight(d_logits, hidden[rows])
         if self._bias.numel():
             self._bias += d_logits.sum(0, dtype=self._bias.dtype)
+
+    def add_scaled(
+        self,
+        d_logits: Tensor,  # [m, V] bfloat16, where Triton computes, as `hidden` and `weight`
+        scales: Tensor,  # [m] fp32: what its rows are to be multiplied by
+        rows: Tensor | slice,  # as above
+    ) -> None:
+        """`add` of rows times their scales, without a pass over them."""
+        hidden, weight = self._inputs
+        if self._wanted[0]:
+            write_hidden_gradient(self._hidden, d_logits, scales, rows, weight)
+        if self._wanted[1]:
+            self._add_to_weight(d_logits, scaled_rows(hidden, scales, rows))
+        if self._bias.numel():
+            self._bias += scaled_sum(d_logits, scales)
+
+    def _add_to_weight(self, d_logits: Tensor, hidden: Tensor) -> None:
+        _add_product(self._weight, d_logits, hidden, beta=int(self._weight_is_set))
+        self._weight_is_set = True
 
     def result(self) -> tuple[Tensor, Tensor, Tensor]:
         """Of hidden [T, H] in `hidden_gradient_dtype`; of weight [V, H] and bias [V] in the type they add up in."""
@@ -228,10 +253,62 @@ def _add_product(
     hidden: Tensor,  # [m, H]
     beta: int,  # 0: whatever `total` held before is not read
 ) -> None:
-    if d_logits.dtype == total.dtype:
-        total.addmm_(d_logits.t(), hidden.to(total.dtype), beta=beta)
-    else:
+    if _is_native(d_logits, hidden):
         torch.addmm(total, d_logits.t(), hidden, out_dtype=total.dtype, beta=beta, out=total)
+    else:
+        total.addmm_(d_logits.t().to(total.dtype), hidden.to(total.dtype), beta=beta)
+
+
+def write_hidden_gradient(
+    out: Tensor,  # [T, H] bfloat16, of which these rows are written
+    d_logits: Tensor,  # [m, V] bfloat16
+    scales: Tensor,  # [m] fp32
+    rows: Tensor | slice,  # m of the T
+    weight: Tensor,  # [V, H] bfloat16
+) -> None:
+    """The gradient of hidden states from rows of d_logits that are to be multiplied by their scales."""
+    total = product(d_logits, weight, torch.float32)
+    if isinstance(rows, slice):
+        in_triton("exponentials").scale_rows_in_triton(total, scales, None, out[rows], None)
+    else:
+        in_triton("exponentials").scale_rows_in_triton(total, scales, None, out, rows)
+
+
+def scaled_rows(
+    hidden: Tensor,  # [T, H]
+    scales: Tensor,  # [m] fp32
+    rows: Tensor | slice,  # m of the T
+) -> Tensor:  # [m, H]
+    """Rows times their scales; 0 where a scale is 0, whatever the row holds."""
+    if isinstance(rows, slice):
+        hidden, rows = hidden[rows], slice(None)
+    if hidden.stride(1) != 1:
+        hidden, rows = hidden[rows].contiguous(), slice(None)
+    out = hidden.new_empty(scales.numel(), hidden.shape[1])
+    places = None if isinstance(rows, slice) else rows
+    in_triton("exponentials").scale_rows_in_triton(hidden, scales, places, out, None)
+    return out
+
+
+def scaled_sum(
+    d_logits: Tensor,  # [m, V] bfloat16
+    scales: Tensor,  # [m] fp32
+) -> Tensor:  # [V] fp32
+    """The sum of the rows times their scales."""
+    high = scales.to(d_logits.dtype)
+    parts = torch.stack([high, (scales - high).to(d_logits.dtype)])  # in 16 of fp32's 24 bits
+    return product(parts, d_logits, torch.float32).sum(0)
+
+
+def product(
+    a: Tensor,  # [m, k] bfloat16
+    b: Tensor,  # [k, n] bfloat16
+    dtype: torch.dtype,
+) -> Tensor:  # [m, n]
+    """Sums in fp32, rounded to `dtype` at the end."""
+    if not _is_native(a, b):
+        return (a.float() @ b.float()).to(dtype)
+    return a @ b if dtype == a.dtype else torch.mm(a, b, out_dtype=dtype)
 
 
 def _is_native(*tensors: Tensor) -> bool:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.csrc.advancing import decoding_rows, drawings
 from tests.csrc.emulated_kernels import EmulatedKernels, build
 from tests.csrc.test_attention import EPS, Setting
 from tests.csrc.test_grouped_attention import decoding
@@ -194,7 +195,7 @@ def check_sampler(kernels: EmulatedKernels, given: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize(
     ("dtype", "vocabulary"),
-    [(torch.float32, 1), (torch.bfloat16, 3), (torch.float16, 515), (torch.float32, 5000), (torch.bfloat16, 5000)],
+    [(torch.float32, 1), (torch.bfloat16, 3), (torch.float16, 515), (torch.float32, 5000), (torch.bfloat16, 9001)],
 )
 def test_the_sampler_draws_the_tokens_of_the_cpu(kernels: EmulatedKernels, dtype: torch.dtype, vocabulary: int) -> None:
     """In bfloat16 many logits are equal, so that ids decide where top-k and top-p cut."""
@@ -259,7 +260,15 @@ def test_broken_logits(kernels: EmulatedKernels, value: float) -> None:
     assert all(torch.equal(column.isnan(), refused) for column in numbers)
 
 
-@pytest.mark.parametrize("launches", range(3))
+def test_rows_advance(kernels: EmulatedKernels) -> None:
+    expected, got = decoding_rows(300), decoding_rows(300)
+    for drawn in (None, *drawings(300, steps=4)):
+        csrc.advance(drawn, *expected)
+        kernels.advance(drawn, *got)
+        assert all(torch.equal(ours, theirs) for ours, theirs in zip(got[4:], expected[4:], strict=True))
+
+
+@pytest.mark.parametrize("launches", range(4))
 def test_a_launch_that_fails_is_reported(kernels: EmulatedKernels, launches: int) -> None:
     """Whichever of an op's launches it is; later ones are not made."""
     given = decoding([300], [[5, 9]], dtype=torch.bfloat16)
@@ -272,7 +281,8 @@ def test_a_launch_that_fails_is_reported(kernels: EmulatedKernels, launches: int
         (2, lambda: kernels.paged_attention(given.q, given.k_cache, given.v_cache, *tables, starts, 0.3)),
         (1, lambda: kernels.write_kv(row, row, given.k_cache, given.v_cache, torch.tensor([3]))),
         (1, lambda: kernels.copy_blocks(given.k_cache[None], given.v_cache[None], torch.tensor([[0, 1]]))),
-        (1, lambda: kernels.sample(**arguments(torch.zeros(2, 4)))),
+        (4, lambda: kernels.sample(**arguments(torch.zeros(2, 4)))),
+        (1, lambda: kernels.advance(None, *decoding_rows(2))),
     ]
     kernels.launches_left = launches
     try:

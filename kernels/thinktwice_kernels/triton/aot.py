@@ -27,8 +27,10 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
+from thinktwice_kernels.exponentials import new_tile
 from thinktwice_kernels.gate import swiglu_gradient_in_triton, swiglu_in_triton
 from thinktwice_kernels.launch import Launch, accumulation_dtype, recording, row_tile
+from thinktwice_kernels.merge import merge_in_triton
 from thinktwice_kernels.norm import norm_gradients_in_triton, norm_in_triton
 from thinktwice_kernels.options import (
     GuideFallback,
@@ -41,6 +43,15 @@ from thinktwice_kernels.options import (
 )
 from thinktwice_kernels.rows import Head
 from thinktwice_kernels.triton.advantages import group_advantages_in_triton
+from thinktwice_kernels.triton.exponentials import (
+    add_entropy_in_triton,
+    combine_exponentials_in_triton,
+    finish_rows_in_triton,
+    row_exponentials_in_triton,
+    row_shifts_in_triton,
+    scale_rows_in_triton,
+)
+from thinktwice_kernels.triton.head_product import BLOCKS, Block, head_exponentials_in_triton
 from thinktwice_kernels.triton.loss import sequence_loss_in_triton
 from thinktwice_kernels.triton.rotary import fits_registers, rotary_gradients_in_triton, rotary_in_triton
 from thinktwice_kernels.triton.rows import row_gradient_in_triton, row_statistics_in_triton
@@ -62,6 +73,8 @@ _GRADIENT_AXES = {
     "d_entropy": _BOTH,
     **_HEAD_AXES,
 }
+# Columns of logits whose rows begin on multiples of 16 bytes or not.
+_EXPONENTIAL_AXES: dict[str, Sequence[Any]] = {"aligned": _BOTH, "rows": _BOTH, "known": _BOTH, **_HEAD_AXES}
 _SELECTED = ("old_logps", "ref_logps", "rollout_logps", "loss_mask")
 _SELECTION_AXES: dict[str, Sequence[Any]] = {
     "offsets": (torch.int32, torch.int64),
@@ -106,6 +119,7 @@ _NORM_AXES: dict[str, Sequence[Any]] = {
     "want_weight": _BOTH,
 }
 _GATE_AXES: dict[str, Sequence[Any]] = {"dtype": _TYPES, "size": (9728, 7)}
+_MERGE_AXES: dict[str, Sequence[Any]] = {"dtype": _TYPES, "dim": (128, 80, 7)}
 _ROTARY_AXES: dict[str, Sequence[Any]] = {
     "dtype": _TYPES,
     "heads": ((32, 8, 128), (16, 8, 128), (40, 40, 128), (14, 2, 64), (3, 1, 6)),  # Q, K, D
@@ -154,6 +168,10 @@ def configurations(pairs: bool = True) -> dict[Configuration, Launch]:
             _launch_statistics(**values)
         for values in covering(_GRADIENT_AXES, _is_gradient, 2):
             _launch_gradient(**values)
+        for values in covering(_EXPONENTIAL_AXES, lambda _: True, together):
+            _launch_exponentials(**values)
+        for block, temperatures in product(set(BLOCKS.values()), _BOTH):
+            _launch_head_product(block, temperatures)
         for dtypes in [_LOSS_TYPES] if pairs else [(dtype,) for dtype in _LOSS_TYPES]:
             for values in covering(_LOSS_AXES | {"logps": dtypes}, _is_loss, together):
                 _launch_loss(values)
@@ -168,6 +186,8 @@ def configurations(pairs: bool = True) -> dict[Configuration, Launch]:
             _launch_norm(**values)
         for values in covering(_GATE_AXES, lambda _: True, together):
             _launch_gate(**values)
+        for values in covering(_MERGE_AXES, lambda _: True, together):
+            _launch_merge(**values)
         for values in covering(_ROTARY_AXES, _is_rotary, together):
             _launch_rotary(**values)
     return {configuration_of(launch): launch for launch in launches}
@@ -203,6 +223,14 @@ def compiled(launch: Launch, *architectures: int) -> list[Compiled]:
         return Compiled(configuration, architecture, registers, shared, stack, spilled, ptx)
 
     return [compiled_for(architecture) for architecture in architectures]
+
+
+def serves(configuration: Configuration, architecture: int) -> bool:
+    """Whether it may run there: all do, but the head's product, which each architecture has blocks of its own for."""
+    if configuration.kernel != "head_exponentials":
+        return True
+    block, constants = BLOCKS.get(architecture // 10), dict(configuration.parameters)
+    return block is not None and (str(block.stages), str(block.ahead)) == (constants["STAGES"], constants["AHEAD"])
 
 
 def table(pairs: bool = True, processes: int = 1) -> Iterator[Compiled]:
@@ -292,7 +320,9 @@ def _launches(pairs: bool) -> list[Launch]:
 
 def _compile_job(job: tuple[bool, int]) -> list[Compiled]:
     pairs, number = job
-    return compiled(_launches(pairs)[number], *ARCHITECTURES)
+    launch = _launches(pairs)[number]
+    configuration = configuration_of(launch)
+    return compiled(launch, *(number for number in ARCHITECTURES if serves(configuration, number)))
 
 
 def _head(logits: Tensor, values: Mapping[str, Any]) -> Head:
@@ -338,6 +368,34 @@ def _launch_gradient(
         targets if rows else None,
         logits if in_place else torch.empty_like(logits, dtype=types[1]),
     )
+
+
+def _launch_exponentials(aligned: bool, rows: bool, known: bool, **head: Any) -> None:
+    hidden, logits = torch.empty(2, 16, dtype=torch.bfloat16), torch.empty(2, 16 if aligned else 7)
+    targets, numbers, of_tile = torch.zeros(2).long(), torch.empty(2), _head(logits, head)
+    weight = torch.empty(logits.shape[1], 16, dtype=torch.bfloat16)
+    tile = new_tile(weight, 2)
+    places = targets if rows else None
+    found = None if known else numbers
+    row_shifts_in_triton(hidden, weight, targets, of_tile, numbers if known else None, found, numbers)
+    partials = torch.empty(2, 3, 2)
+    row_exponentials_in_triton(logits, 0, targets, of_tile, numbers, places, tile, partials, 0, numbers)
+    combine_exponentials_in_triton(
+        partials, numbers, numbers, targets, of_tile, logits.shape[1], numbers, numbers, numbers
+    )
+    finish_rows_in_triton(tile, numbers, targets, of_tile, numbers, numbers, numbers)
+    if of_tile.softcap is None:
+        add_entropy_in_triton(
+            tile, hidden, weight, targets, of_tile, numbers, numbers, numbers, numbers, numbers, numbers
+        )
+    scale_rows_in_triton(hidden, numbers, places, hidden, None)
+    scale_rows_in_triton(hidden.float(), numbers, None, hidden, places)
+
+
+def _launch_head_product(block: Block, temperatures: bool) -> None:
+    matrix, targets, numbers = torch.empty(16, 16, dtype=torch.bfloat16), torch.zeros(16).long(), torch.empty(16)
+    head = Head(temperature=numbers) if temperatures else Head()
+    head_exponentials_in_triton(block, matrix, matrix, targets, head, numbers, matrix, numbers)
 
 
 def _launch_selection(
@@ -412,6 +470,12 @@ def _launch_norm(
 def _launch_gate(dtype: torch.dtype, size: int) -> None:
     gate_up = torch.empty(2, 2 * size, dtype=dtype)
     swiglu_gradient_in_triton(swiglu_in_triton(gate_up), gate_up)
+
+
+def _launch_merge(dtype: torch.dtype, dim: int) -> None:
+    out = torch.empty(2, 4, dim, dtype=dtype)
+    lse = torch.empty(4, 2, dtype=accumulation_dtype(out))
+    merge_in_triton(out, lse, out, lse)
 
 
 def _is_rotary(values: Mapping[str, Any]) -> bool:

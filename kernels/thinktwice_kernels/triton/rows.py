@@ -16,16 +16,14 @@ from torch import Tensor
 
 from thinktwice_kernels.launch import SHAPES, accumulation_dtype, launch, steps_and_splits
 from thinktwice_kernels.rows import Head
-from thinktwice_kernels.triton.numerics import INFINITY, LOG2_E, number, soft_cap
+from thinktwice_kernels.triton.numerics import FAR_BELOW, INFINITY, LOG2_E, number, soft_cap
 
-# Replaces -inf where it would meet a 0 that it is multiplied by.
-_FAR_BELOW = tl.constexpr(-1e30)
 # From here on e^x is 0 in fp32 and float64.
 _LOG_NOTHING = tl.constexpr(-1e3)
 
 
 @triton.jit
-def _temperature_of(row, temperatures_ptr, temperature):
+def temperature_of(row, temperatures_ptr, temperature):
     """In float64; NaN where it makes no distribution."""
     tau = number(temperature, tl.float64)
     if temperatures_ptr is not None:
@@ -34,7 +32,7 @@ def _temperature_of(row, temperatures_ptr, temperature):
 
 
 @triton.jit
-def _load(row_ptr, bias_ptr, columns, mask, softcap, TYPE: tl.constexpr, SOFTCAP: tl.constexpr):
+def load_logits(row_ptr, bias_ptr, columns, mask, softcap, TYPE: tl.constexpr, SOFTCAP: tl.constexpr):
     """Logits after bias and soft cap, -inf outside the mask, and the soft cap's derivative."""
     values = tl.load(row_ptr + columns, mask=mask, other=-INFINITY).to(TYPE)
     if bias_ptr is not None:
@@ -58,7 +56,7 @@ def _moved(highest, total, moment, shift, factor, MOMENT: tl.constexpr):
     step = highest - shift
     scale = tl.exp2(step * factor)
     if MOMENT:
-        moment = (moment + total * tl.maximum(step, _FAR_BELOW)) * scale
+        moment = (moment + total * tl.maximum(step, FAR_BELOW)) * scale
     return total * scale, moment
 
 
@@ -90,7 +88,7 @@ def _write_statistics(
     SOFTCAP: tl.constexpr,
 ):
     inside = (target >= 0) & (target < size)
-    chosen, _ = _load(row_ptr, bias_ptr, target, inside, softcap, TYPE, SOFTCAP)
+    chosen, _ = load_logits(row_ptr, bias_ptr, target, inside, softcap, TYPE, SOFTCAP)
     chosen = tl.where(inside, chosen, float("nan")).to(tl.float64)
     shift = _finite_shift(top.to(tl.float64))
     log_total = tl.log(total.to(tl.float64))
@@ -135,7 +133,7 @@ def row_statistics(
     row = tl.program_id(0).to(tl.int64)
     split = tl.program_id(1)
     row_ptr = logits_ptr + row * stride
-    tau = _temperature_of(row, temperatures_ptr, temperature)
+    tau = temperature_of(row, temperatures_ptr, temperature)
     factor = ((1.0 / tau) * LOG2_E).to(TYPE)
 
     BLOCK: tl.constexpr = VECTORS * LANES * WIDTH
@@ -147,7 +145,7 @@ def row_statistics(
     first = split * steps
     for step in range(first, tl.minimum(first + steps, tl.cdiv(size, BLOCK))):
         columns = step * BLOCK + offsets
-        values, _ = _load(row_ptr, bias_ptr, columns, columns < size, softcap, TYPE, SOFTCAP)
+        values, _ = load_logits(row_ptr, bias_ptr, columns, columns < size, softcap, TYPE, SOFTCAP)
         now = tl.maximum(highest, tl.max(tl.max(values, 2), 0))
         shift = _finite_shift(now)
         total, moment = _moved(highest, total, moment, shift, factor, MOMENT)
@@ -155,7 +153,7 @@ def row_statistics(
         weights = tl.exp2(difference * factor)
         total += tl.sum(tl.sum(weights, 2), 0)
         if MOMENT:
-            moment += tl.sum(tl.sum(weights * tl.maximum(difference, _FAR_BELOW), 2), 0)
+            moment += tl.sum(tl.sum(weights * tl.maximum(difference, FAR_BELOW), 2), 0)
         highest = now
 
     top, total, moment = _merged(highest, total, moment, factor, MOMENT)
@@ -206,7 +204,7 @@ def combine_statistics(
 ):
     MOMENT: tl.constexpr = entropy_ptr is not None
     row = tl.program_id(0).to(tl.int64)
-    tau = _temperature_of(row, temperatures_ptr, temperature)
+    tau = temperature_of(row, temperatures_ptr, temperature)
     parts = tl.arange(0, BLOCK)
     there = parts < splits
     part_ptrs = partials_ptr + (row * splits + parts) * 3
@@ -254,7 +252,7 @@ def _write_gradient(
     for step in range(first, last):
         columns = step * BLOCK + tl.arange(0, BLOCK)
         mask = columns < size
-        values, slopes = _load(row_ptr, bias_ptr, columns, mask, softcap, TYPE, SOFTCAP)
+        values, slopes = load_logits(row_ptr, bias_ptr, columns, mask, softcap, TYPE, SOFTCAP)
         difference = values - shift
         p = tl.exp2(difference * factor)
         gradient = tl.where(columns == chosen, flow, 0.0)
@@ -333,7 +331,7 @@ def row_gradient(
             bias_ptr,
             softcap,
             size,
-            _temperature_of(row, temperatures_ptr, temperature),
+            temperature_of(row, temperatures_ptr, temperature),
             tl.load(lse_ptr + row).to(tl.float64),
             entropy,
             d_logp,
@@ -402,7 +400,7 @@ def row_gradient_in_triton(
         "d_entropy_ptr": None if d_entropy is None else d_entropy.contiguous(),
         "rows_ptr": None if rows is None else rows.contiguous(),
         "out_ptr": out,
-        "out_stride": _row_stride(out),
+        "out_stride": row_stride(out),
         "steps": steps,
         "IN_PLACE": out.data_ptr() == logits.data_ptr() and rows is not None,
         "BLOCK": block,
@@ -412,14 +410,12 @@ def row_gradient_in_triton(
 
 def _row_arguments(logits: Tensor, targets: Tensor, head: Head) -> dict[str, Any]:
     dtype = accumulation_dtype(logits)
-    per_row = isinstance(head.temperature, Tensor)
     return {
         "logits_ptr": logits,
-        "stride": _row_stride(logits),
+        "stride": row_stride(logits),
         "targets_ptr": targets.contiguous(),
         "bias_ptr": None if head.bias is None else head.bias.to(dtype).contiguous(),
-        "temperatures_ptr": head.temperature.contiguous() if isinstance(head.temperature, Tensor) else None,
-        "temperature": 1.0 if per_row else head.temperature,
+        **temperature_parameters(head),
         "softcap": head.softcap or 0.0,
         "size": logits.shape[1],
         "TYPE": tl.float64 if dtype == torch.float64 else tl.float32,
@@ -427,6 +423,13 @@ def _row_arguments(logits: Tensor, targets: Tensor, head: Head) -> dict[str, Any
     }
 
 
-def _row_stride(matrix: Tensor) -> int:
+def temperature_parameters(head: Head) -> dict[str, Any]:
+    """One number, or one of each row, as kernels take it."""
+    if isinstance(head.temperature, Tensor):
+        return {"temperatures_ptr": head.temperature.contiguous(), "temperature": 1.0}
+    return {"temperatures_ptr": None, "temperature": head.temperature}
+
+
+def row_stride(matrix: Tensor) -> int:
     """The stride of a single row says nothing, but would count as another case to compile for."""
     return matrix.stride(0) if matrix.shape[0] > 1 else matrix.shape[1]

@@ -4,6 +4,7 @@
 #include "cuda/sampler.cu"
 #undef __shared__
 #define __shared__
+#include "cuda/advance.cu"
 #include "cuda/attention.cu"
 #include "cuda/cache.cu"
 
@@ -40,5 +41,6 @@ int prefill(const Attention* a, int type) { return launch_prefill(*a, static_cas
 int grouped_decode(const Attention* a, int type) {
   return launch_grouped_decode(*a, static_cast<Type>(type), nullptr);
 }
+int advance(const thinktwice::Advance* work) { return launch_advance(*work, nullptr); }
 int sample(const Sampling* work, int type) { return launch_sample(*work, static_cast<Type>(type), nullptr); }
 }
