@@ -64,9 +64,10 @@ __device__ inline bool find_part(const Attention& a, bool single_queries, const 
   return true;
 }
 
-// Any number of blocks, which take the parts in turn; the KV heads of a part are neighbours.
+// Any number of blocks, which take the parts in turn; the KV heads of a part are neighbours. Shared memory
+// has room for two or three blocks: asking for two keeps ptxas from spilling in order to fit more.
 template <typename Tiles>
-__global__ void __launch_bounds__(kThreads) parts_kernel(Attention a, bool single_queries) {
+__global__ void __launch_bounds__(kThreads, 2) parts_kernel(Attention a, bool single_queries) {
   extern __shared__ uint4 memory[];
   const int64_t count = int64_t{a.parts->run} * a.kv_heads;
   for (int64_t i = blockIdx.x; i < count; i += gridDim.x) {

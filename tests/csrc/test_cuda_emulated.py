@@ -294,8 +294,8 @@ def test_a_launch_that_fails_is_reported(kernels: EmulatedKernels, launches: int
     starts = torch.arange(3, dtype=torch.int32)
     row = torch.zeros(1, given.k_cache.shape[1], given.k_cache.shape[3], dtype=torch.bfloat16)
     calls: list[tuple[int, Callable[[], object]]] = [
-        (3, lambda: kernels.grouped_decode_attention(given.q, given.k_cache, given.v_cache, *tables, *shared, 0.3)),
-        (3, lambda: kernels.paged_attention(given.q, given.k_cache, given.v_cache, *tables, starts, 0.3)),
+        (4, lambda: kernels.grouped_decode_attention(given.q, given.k_cache, given.v_cache, *tables, *shared, 0.3)),
+        (4, lambda: kernels.paged_attention(given.q, given.k_cache, given.v_cache, *tables, starts, 0.3)),
         (1, lambda: kernels.write_kv(row, row, given.k_cache, given.v_cache, torch.tensor([3]))),
         (1, lambda: kernels.copy_blocks(given.k_cache[None], given.v_cache[None], torch.tensor([[0, 1]]))),
         (4, lambda: kernels.sample(**arguments(torch.zeros(2, 4)))),

@@ -1,7 +1,7 @@
 // The CUDA kernels as functions of the CPU; called by test_cuda_emulated.py.
 #define __shared__ static
-#include "cuda/rotary.cu"
 #include "cuda/parts.cu"
+#include "cuda/rotary.cu"
 #include "cuda/sampler.cu"
 #undef __shared__
 #define __shared__
