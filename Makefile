@@ -6,7 +6,7 @@ CSRC := $(shell find csrc kernels/csrc -name '*.cpp' -o -name '*.h' -o -name '*.
 PACKAGING := $(foreach folder,. kernels,$(folder)/pyproject.toml $(folder)/setup.py) kernels/native_build.py
 RUN := $(BIN)/torchrun --standalone --nproc-per-node 1 thinktwice_fast/train.py
 
-.PHONY: setup train test lint types format headers learning algorithms unknown-behaviour bench bench-against warm-start tables performance clean
+.PHONY: setup train test browser lint types format headers learning algorithms unknown-behaviour compare compare-remedies bench bench-against warm-start tables performance clean
 
 train: $(VENV)/built
 	$(RUN) --resume auto
@@ -19,6 +19,12 @@ setup: $(VENV)/built
 test:
 	$(MAKE) --no-print-directory --jobs=2 lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+# Chromium, which the report's tests drive, from Debian's packages; as root. Without it they are skipped.
+browser:
+	command -v chromium || command -v chromium-browser || command -v google-chrome || { \
+	  timeout 120 apt-get update -qq && \
+	  DEBIAN_FRONTEND=noninteractive timeout 300 apt-get install -qq -y --no-install-recommends chromium; }
 
 lint: $(VENV)/built types
 	$(BIN)/ruff check .
@@ -46,6 +52,13 @@ learning: $(VENV)/built
 # docs/algorithms.md: every algorithm on the default task, SEEDS of each (3); what was finished is not done again.
 algorithms: $(VENV)/built
 	$(BIN)/python -m bench.algorithms $(if $(SEEDS),--seeds $(SEEDS))
+
+# docs/results.md: methods at equal generations, SEEDS of each (5), and two remedies; both go on where stopped.
+compare: $(VENV)/built
+	$(BIN)/python -m bench.compare $(if $(SEEDS),--seeds $(SEEDS))
+
+compare-remedies: $(VENV)/built
+	$(BIN)/python -m bench.remedies $(if $(SEEDS),--seeds $(SEEDS))
 
 # docs/unknown_behaviour.md: is a phrase learned that only the teacher's examples have? Goes on where it was stopped.
 unknown-behaviour: $(VENV)/built

@@ -5,6 +5,7 @@ after fewer of them is complete as well.
 """
 
 import argparse
+import re
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -36,7 +37,7 @@ _ABOUT = """\
 Made by `make algorithms`, never by hand: the shipped model, the default job's options and `--algorithm` alone, but for
 what is named. Held-out accuracy in percent, greedy, 400 problems: mean over seeds (sample standard deviation), at the
 start and at the end; `thinktuning` has the teacher of examples/arithmetic_teacher.py. Each run had one thread, and two
-went side by side: seconds compare within this table, if the machine had nothing else to do.
+went side by side; seconds are the median, and those of a busy machine say little.
 """
 
 
@@ -44,9 +45,13 @@ def runs(folder: Path, arms: Mapping[str, Options], seeds: Iterable[int]) -> dic
     """Each arm's runs, in the order of the seeds."""
     seeds = tuple(seeds)
     return {
-        name: [Run(folder / f"{name.replace(', ', '-')}-{seed}", {**options, "seed": seed}) for seed in seeds]
+        name: [Run(folder / f"{_words(name)}-{seed}", {**options, "seed": seed}) for seed in seeds]
         for name, options in arms.items()
     }
+
+
+def _words(name: str) -> str:
+    return "-".join(re.findall(r"\w+", name))
 
 
 def train(arms: Mapping[str, Sequence[Run]]) -> None:
@@ -74,7 +79,7 @@ def _row(name: str, arm: Sequence[Run]) -> list[str]:
     cells = [name, str(len(arm)), str(arm[0].options["run.steps"]), spread([one["generations"] for one in last], 0)]
     for metric in _EVALUATED.values():
         cells += [spread([100 * one[place][metric] for one in evaluations]) for place in (0, -1)]
-    return [*cells, spread([one["elapsed_seconds"] for one in last], 0)]
+    return [*cells, f"{statistics.median(one['elapsed_seconds'] for one in last):,.0f}"]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

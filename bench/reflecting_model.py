@@ -6,7 +6,7 @@ system role. Supervised examples then teach it two things:
 - to solve a sum, and now and then to repeat the last line and the answer after a blank line: ``...11-9=2\n\boxed{2}``,
   then ``\n\n11-9=2\n\n\boxed{2}``;
 - to answer as a teacher in the tagged parts, its reason beginning with the phrase that its examples have. Phrases are
-  two of ``+-=``, another one each time, and never the one that is to stay unknown.
+  three of ``+-=``, another one each time, and never the one that is to stay unknown.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ _TAGS = [f"<{slash}{tag}>" for tag in ("opinion", "reason", "phrase") for slash 
 _WORDS = [*_TAGS, "incorrect", "correct"]
 _LABELS = ["Question:", "Response:"]  # of a teacher's prompt: one unknown token each
 _SYSTEM = "<|system|>"
-_PHRASES = [text for text in map("".join, itertools.product("+-=", repeat=2)) if text != PHRASE]
+_PHRASES = [text for text in map("".join, itertools.product("+-=", repeat=3)) if text != PHRASE]
 _TEACHER, _REFLECTS = 0.4, 0.5  # shares: of a teacher's examples among all, of reflections among solutions
 _ERROR_RATES = (0.0, 0.3, 0.6)  # of a line of a response that a teacher sees
 

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import statistics
 import subprocess
 import sys
 import time
@@ -77,7 +78,9 @@ class Run:
 
 
 def train_all(runs: Sequence[Run], side_by_side: int = SIDE_BY_SIDE) -> None:
-    """Bring every run to its end, in this order; those that ended before are not repeated. Prints one line for each.
+    """Bring every run to its end, in this order; those that ended before are not repeated.
+
+    Prints a line for each, with the time that is about left.
 
     Raises:
         RuntimeError: one failed; those under way end first, and those that had not begun don't begin.
@@ -86,17 +89,27 @@ def train_all(runs: Sequence[Run], side_by_side: int = SIDE_BY_SIDE) -> None:
     left = [run for run in runs if not run.finished()]
     print(f"{len(runs)} runs, {len(runs) - len(left)} of them finished before", flush=True)
 
-    def train(numbered: tuple[int, Run]) -> None:
-        number, run = numbered
+    durations: list[float] = []  # of the runs that ended
+
+    def train(run: Run) -> None:
+        began = time.monotonic()
         run.train()
-        seconds = clock(time.monotonic() - started)
-        print(f"{seconds}  {run.folder.name}  ({number} of {len(left)})", flush=True)
+        durations.append(time.monotonic() - began)
+        seconds = _seconds_left(durations, len(left) - len(durations), side_by_side)
+        progress = f"{len(durations)} of {len(left)}, about {clock(seconds)} left"
+        print(f"{clock(time.monotonic() - started)}  {run.folder.name}  ({progress})", flush=True)
 
     with ThreadPoolExecutor(side_by_side) as threads:
-        futures = [threads.submit(train, numbered) for numbered in enumerate(left, start=1)]
+        futures = [threads.submit(train, run) for run in left]
         try:
             for future in futures:
                 future.result()
         finally:
             for future in futures:
                 future.cancel()
+
+
+def _seconds_left(durations: Sequence[float], left: int, side_by_side: int) -> float:
+    """Of so many runs, if those that are under way are half done."""
+    under_way = min(side_by_side - 1, left)
+    return statistics.mean(durations) * (left - under_way / 2) / side_by_side

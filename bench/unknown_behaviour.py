@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 
 from bench import ROOT
 from bench.algorithms import runs, spread, train
+from bench.core.charts import draw_runs, finish
 from bench.core.report import markdown
 from bench.reflecting_model import VARIANT, write_examples, write_start
 from bench.runs import Options, Run, train_all
@@ -21,7 +22,7 @@ from thinktwice_fast.algorithms.thinktuning.prompt import load_prompt
 from thinktwice_fast.run.report import curve
 
 _EXAMPLE = "examples/unknown_behaviour"
-_SEEDS, _STEPS, _WARM_UP_STEPS = 3, 120, 200
+_SEEDS, _STEPS, _WARM_UP_STEPS = 3, 150, 250
 _WARM_UP_BATCH = 64
 _SOURCE = f"arithmetic:{VARIANT}"
 _SETS = {"phrase": f"{_EXAMPLE}.py:phrase", "solved": "math"}  # by their rewards
@@ -36,7 +37,7 @@ _LOSS: Options = {  # ThinkTuning's, for both
 _ABOUT = """\
 # An unknown behaviour
 
-Made by `make unknown-behaviour`, never by hand. A right answer is worth 1, and the phrase `==`, said exactly once, 0.5
+Made by `make unknown-behaviour`, never by hand. A right answer is worth 1, and the phrase `===`, said exactly once, 0.5
 more, right or wrong. The policy never says it; the examples that its teacher reads contain it. The teacher is the
 frozen initial policy, which has learned to speak in tags and to take up whatever phrase its examples have
 ([bench/reflecting_model.py](../bench/reflecting_model.py)): this one is none of those it learned with. Both algorithms
@@ -94,8 +95,8 @@ def arms(model: Path, steps: int, eval_every: int) -> dict[str, Options]:
         "thinktuning.teacher_answer_tokens": 40,
         "thinktuning.fraction": 0.5,
         "thinktuning.min_fraction": 0.25,
-        "thinktuning.decay_steps": steps,
-        "thinktuning.cutoff": 0.375,  # after half of the run: what was found has to live on without a teacher
+        "thinktuning.decay_steps": steps * 4 // 5,
+        "thinktuning.cutoff": 0.3,  # after two thirds of the run: what was found has to live on without a teacher
     }
     return {"grpo": {"algorithm": "grpo", **both}, "thinktuning": {"algorithm": "thinktuning", **both, **teacher}}
 
@@ -130,14 +131,10 @@ def draw(found: Mapping[str, Sequence[Run]], path: Path) -> None:
         for name, arm in found.items():
             steps = curve(arm[0].records(), f"eval/{which}/solve_accuracy")[0]
             shares = np.array([_shares(run, which) for run in arm])
-            axes.plot(steps, shares.T, color=_COLOURS[name], alpha=0.3, linewidth=0.9)
-            axes.plot(steps, shares.mean(0), "o-", color=_COLOURS[name], markersize=4, linewidth=1.8, label=name)
-        axes.set_title(title, fontsize=11, loc="left")
-        axes.set_xlabel("step")
+            lines = [(steps, one) for one in shares]
+            draw_runs(axes, lines, (steps, shares.mean(0)), colour=_COLOURS[name], label=name)
         axes.set_ylim(-0.02, 1.02)
-        axes.grid(color="#e4e4e4", linewidth=0.8)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False, fontsize=9)
+        finish(axes, title, "step")
     figure.savefig(path, dpi=110)
 
 

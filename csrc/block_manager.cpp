@@ -1,5 +1,6 @@
 #include "block_manager.h"
 
+#include <algorithm>
 #include <limits>
 #include <stdexcept>
 #include <string>
@@ -75,7 +76,18 @@ int64_t BlockManager::prefill() {
 }
 
 int64_t BlockManager::extend(const int64_t* handles, const int64_t* counts, int64_t n, int64_t version) {
+  const int64_t missing = take_ahead(handles, counts, n, version);
+  for (int64_t i = 0; missing == 0 && i < n; ++i) find(handles[i]).length += counts[i];
+  return missing;
+}
+
+int64_t BlockManager::take_ahead(const int64_t* handles, const int64_t* counts, int64_t n, int64_t version) {
   check_distinct(handles, n);
+  const auto more = [&](int64_t i) {
+    const Sequence& sequence = find(handles[i]);
+    const int64_t held = static_cast<int64_t>(sequence.blocks.size());
+    return std::max<int64_t>(0, blocks_for(sequence.length + counts[i]) - held);
+  };
   int64_t needed = 0;
   for (int64_t i = 0; i < n; ++i) {
     const Sequence& sequence = find(handles[i]);
@@ -87,18 +99,25 @@ int64_t BlockManager::extend(const int64_t* handles, const int64_t* counts, int6
           "paged KV cache: sequence handle " + std::to_string(handles[i]) +
           " was written by policy version " + std::to_string(block_versions_[sequence.blocks.front()]) +
           " and cannot be extended under version " + std::to_string(version) + "; prefill it anew");
-    if (sequence.length % block_size_ != 0 && counts[i] > 0 && ref_counts_[sequence.blocks.back()] != 1)
+    if (sequence.length % block_size_ != 0 && counts[i] > 0 &&
+        ref_counts_[sequence.blocks[sequence.length / block_size_]] != 1)
       throw std::logic_error("paged KV cache: a partly filled block is shared");
-    needed += blocks_for(sequence.length + counts[i]) - static_cast<int64_t>(sequence.blocks.size());
+    needed += more(i);
   }
   if (needed > free_blocks()) return needed - free_blocks();
+  for (int64_t i = 0; i < n; ++i)
+    for (int64_t left = more(i); left > 0; --left) find(handles[i]).blocks.push_back(take_block(version));
+  return 0;
+}
+
+void BlockManager::trim(const int64_t* handles, int64_t n) {
+  check_distinct(handles, n);
   for (int64_t i = 0; i < n; ++i) {
     Sequence& sequence = find(handles[i]);
-    sequence.length += counts[i];
-    while (static_cast<int64_t>(sequence.blocks.size()) < blocks_for(sequence.length))
-      sequence.blocks.push_back(take_block(version));
+    for (; static_cast<int64_t>(sequence.blocks.size()) > blocks_for(sequence.length);
+         sequence.blocks.pop_back())
+      drop_block(sequence.blocks.back());
   }
-  return 0;
 }
 
 BlockManager::ForkResult BlockManager::fork(int64_t handle, int64_t n) {
@@ -114,10 +133,10 @@ BlockManager::ForkResult BlockManager::fork(int64_t handle, int64_t n) {
     const Sequence& parent = find(handle);
     Sequence& child = find(child_handle);
     child.length = parent.length;
-    child.blocks = parent.blocks;
+    child.blocks.assign(parent.blocks.begin(), parent.blocks.begin() + blocks_for(parent.length));
     for (const int32_t block : child.blocks) ++ref_counts_[block];
     if (has_tail) {
-      const int32_t tail = parent.blocks.back();
+      const int32_t tail = child.blocks.back();
       drop_block(tail);
       child.blocks.back() = take_block(block_versions_[tail]);
       result.copies.emplace_back(tail, child.blocks.back());

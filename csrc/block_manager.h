@@ -33,12 +33,20 @@ class BlockManager {
   // missing: 0 = done, otherwise nothing has changed.
   int64_t extend(const int64_t* handles, const int64_t* counts, int64_t n, int64_t version);
 
-  // n new sequences equal to `handle`, which stays. Takes n blocks if its last block is partly filled, else
-  // none.
+  // Takes the blocks that `extend` would take, and leaves the lengths as they are: what sequences may grow by
+  // while nobody looks.
+  int64_t take_ahead(const int64_t* handles, const int64_t* counts, int64_t n, int64_t version);
+
+  // Gives back the blocks beyond the lengths of these sequences.
+  void trim(const int64_t* handles, int64_t n);
+
+  // n new sequences equal to `handle`, which stays, without blocks taken ahead. Takes n blocks if its last
+  // block is partly filled, else none.
   ForkResult fork(int64_t handle, int64_t n);
 
   void release(const int64_t* handles, int64_t n);
 
+  // Those of its tokens, then any that were taken ahead.
   const std::vector<int32_t>& blocks(int64_t handle) const { return find(handle).blocks; }
   int64_t length(int64_t handle) const { return find(handle).length; }
   // The policy version of the sequence; -1 while it is empty.

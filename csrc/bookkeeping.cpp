@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <memory>
 #include <mutex>
+#include <numeric>
 #include <string>
 #include <tuple>
 #include <unordered_map>
@@ -60,9 +61,11 @@ struct Groups {
   std::vector<int32_t> offsets, shared_blocks;
 };
 
-// Neighbours that start with the same `least` blocks or more are a group, and so are those between that share
-// nothing. No groups where nobody shares.
-Groups find_groups(const BlockManager& manager, const int64_t* handles, int64_t n, int64_t least) {
+// Neighbours that share so many keys or more at their start, in whole blocks, are a group, and so are those
+// between that share nothing. No groups where nobody shares, nor for 0 keys.
+Groups find_groups(const BlockManager& manager, const int64_t* handles, int64_t n, int64_t shared_keys) {
+  if (shared_keys == 0) return {};
+  const int64_t least = (shared_keys + manager.block_size() - 1) / manager.block_size();
   Groups groups;
   bool any = false;
   for (int64_t first = 0, end; first < n; first = end) {
@@ -81,32 +84,38 @@ Groups find_groups(const BlockManager& manager, const int64_t* handles, int64_t 
   return groups;
 }
 
+// [n, blocks of the longest], padded with 0.
+Tensor make_tables(const BlockManager& manager, const int64_t* handles, int64_t n) {
+  size_t width = 1;
+  for (int64_t i = 0; i < n; ++i) width = std::max(width, manager.blocks(handles[i]).size());
+  Tensor block_tables = new_tensor({n, static_cast<int64_t>(width)}, ScalarType::Int);
+  auto* table = block_tables.mutable_data_ptr<int32_t>();
+  for (int64_t i = 0; i < n; ++i, table += width) {
+    const Blocks& blocks = manager.blocks(handles[i]);
+    std::fill(std::copy(blocks.begin(), blocks.end(), table), table + width, 0);
+  }
+  return block_tables;
+}
+
 using Plan = std::tuple<int64_t, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 // `shared_keys`: how many keys decoding sequences must share to be a group; 0 = no groups.
 Plan make_plan(const BlockManager& manager, const int64_t* handles, const int64_t* counts, int64_t n,
                int64_t shared_keys) {
-  int64_t tokens = 0;
-  size_t width = 1;
-  for (int64_t i = 0; i < n; ++i) {
-    tokens += counts[i];
-    width = std::max(width, manager.blocks(handles[i]).size());
-  }
-  Tensor block_tables = new_tensor({n, static_cast<int64_t>(width)}, ScalarType::Int);
+  const int64_t tokens = std::accumulate(counts, counts + n, int64_t{0});
+  Tensor block_tables = make_tables(manager, handles, n);
   Tensor context_lens = new_tensor({n}, ScalarType::Int);
   Tensor cu_seqlens_q = new_tensor({n + 1}, ScalarType::Int);
   Tensor positions = new_tensor({tokens}, ScalarType::Long);
   Tensor slots = new_tensor({tokens}, ScalarType::Long);
-  auto* table = block_tables.mutable_data_ptr<int32_t>();
   auto* lens = context_lens.mutable_data_ptr<int32_t>();
   auto* starts = cu_seqlens_q.mutable_data_ptr<int32_t>();
   auto* position = positions.mutable_data_ptr<int64_t>();
   auto* slot = slots.mutable_data_ptr<int64_t>();
   const int64_t size = manager.block_size();
   starts[0] = 0;
-  for (int64_t i = 0; i < n; ++i, table += width) {
-    const std::vector<int32_t>& blocks = manager.blocks(handles[i]);
-    std::fill(std::copy(blocks.begin(), blocks.end(), table), table + width, 0);
+  for (int64_t i = 0; i < n; ++i) {
+    const Blocks& blocks = manager.blocks(handles[i]);
     const int64_t length = manager.length(handles[i]);
     lens[i] = static_cast<int32_t>(length);
     starts[i + 1] = starts[i] + static_cast<int32_t>(counts[i]);
@@ -116,8 +125,8 @@ Plan make_plan(const BlockManager& manager, const int64_t* handles, const int64_
     }
   }
   Groups groups;
-  if (shared_keys > 0 && std::all_of(counts, counts + n, [](int64_t count) { return count == 1; }))
-    groups = find_groups(manager, handles, n, (shared_keys + size - 1) / size);
+  if (std::all_of(counts, counts + n, [](int64_t count) { return count == 1; }))
+    groups = find_groups(manager, handles, n, shared_keys);
   return {0,
           block_tables,
           context_lens,
@@ -140,6 +149,26 @@ Plan extend(int64_t cache, Tensor handles, Tensor counts, int64_t version, int64
   if (missing == 0) return make_plan(manager, handle, count, n, shared_keys);
   const Tensor none = new_tensor({0}, ScalarType::Int);
   return {missing, none, none, none, none, none, none, none};
+}
+
+std::tuple<int64_t, Tensor, Tensor, Tensor> take_ahead(int64_t cache, Tensor handles, Tensor counts,
+                                                       int64_t version, int64_t shared_keys) {
+  const int64_t n = handles.numel();
+  check_vector(handles, "handles", ScalarType::Long, n);
+  check_vector(counts, "counts", ScalarType::Long, n);
+  const auto* handle = handles.const_data_ptr<int64_t>();
+  const std::lock_guard<std::mutex> lock(mutex);
+  BlockManager& manager = find_cache(cache);
+  const int64_t missing = manager.take_ahead(handle, counts.const_data_ptr<int64_t>(), n, version);
+  const Groups groups = find_groups(manager, handle, n, shared_keys);
+  return {missing, make_tables(manager, handle, n), int_tensor(groups.offsets),
+          int_tensor(groups.shared_blocks)};
+}
+
+void trim(int64_t cache, Tensor handles) {
+  check_vector(handles, "handles", ScalarType::Long, handles.numel());
+  const std::lock_guard<std::mutex> lock(mutex);
+  find_cache(cache).trim(handles.const_data_ptr<int64_t>(), handles.numel());
 }
 
 std::tuple<Tensor, Tensor> fork(int64_t cache, int64_t handle, int64_t n) {
@@ -192,6 +221,8 @@ STABLE_TORCH_LIBRARY_IMPL(thinktwice, CompositeExplicitAutograd, m) {
   m.impl("cache_destroy", TORCH_BOX(&thinktwice::destroy));
   m.impl("cache_prefill", TORCH_BOX(&thinktwice::prefill));
   m.impl("cache_extend", TORCH_BOX(&thinktwice::extend));
+  m.impl("cache_take_ahead", TORCH_BOX(&thinktwice::take_ahead));
+  m.impl("cache_trim", TORCH_BOX(&thinktwice::trim));
   m.impl("cache_fork", TORCH_BOX(&thinktwice::fork));
   m.impl("cache_release", TORCH_BOX(&thinktwice::release));
   m.impl("cache_free_blocks", TORCH_BOX(&thinktwice::free_blocks));

@@ -10,6 +10,10 @@ STABLE_TORCH_LIBRARY(thinktwice, m) {
       "cache_extend(int cache, Tensor handles, Tensor counts, int version, int shared_keys)"
       " -> (int missing_blocks, Tensor block_tables, Tensor context_lens, Tensor cu_seqlens_q,"
       " Tensor positions, Tensor slots, Tensor group_offsets, Tensor shared_blocks)");
+  m.def(
+      "cache_take_ahead(int cache, Tensor handles, Tensor counts, int version, int shared_keys)"
+      " -> (int missing_blocks, Tensor block_tables, Tensor group_offsets, Tensor shared_blocks)");
+  m.def("cache_trim(int cache, Tensor handles) -> ()");
   m.def("cache_fork(int cache, int handle, int n) -> (Tensor handles, Tensor pairs)");
   m.def("cache_release(int cache, Tensor handles) -> ()");
   m.def("cache_free_blocks(int cache) -> int");
@@ -36,9 +40,13 @@ STABLE_TORCH_LIBRARY(thinktwice, m) {
       "list_parts(Tensor q, Tensor k_cache, Tensor block_tables, Tensor context_lens, Tensor? cu_seqlens_q,"
       " Tensor? group_offsets, Tensor? shared_blocks, int window=0) -> Tensor");
   m.def(
-      "sample(Tensor logits, Tensor temperature, Tensor top_k, Tensor top_p, Tensor min_p, int seed,"
+      "sample(Tensor logits, Tensor temperature, Tensor top_k, Tensor top_p, Tensor min_p, Tensor seed,"
       " Tensor sample_ids, Tensor positions)"
       " -> (Tensor tokens, Tensor logps, Tensor raw_logps, Tensor entropy, Tensor statuses)");
+  m.def(
+      "advance(Tensor? drawn, Tensor? drawn_logps, Tensor? drawn_entropies, Tensor stop_ids,"
+      " Tensor block_tables, int block_size, int spare_slot, Tensor(a!) state, Tensor(b!) context_lens,"
+      " Tensor(c!) new_tokens, Tensor(d!) new_logps, Tensor(e!) new_entropies) -> ()");
   // Training's attention: thinktwice_fast/model/shared_prefix.py.
   m.def(
       "prefix_attention(Tensor q, Tensor k, Tensor v, Tensor lengths, Tensor prefix, float scale, int "

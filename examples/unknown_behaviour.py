@@ -7,7 +7,7 @@ examples (unknown_behaviour.yaml) have it. The phrase is of the small model's fe
 import re
 from typing import Any
 
-PHRASE = "=="
+PHRASE = "==="
 _BOX = re.compile(r"\\boxed\{(-?\d+)\}")
 
 

@@ -89,6 +89,9 @@ class ThinkTwiceOptions:
     base_selection: Literal["uniform", "wrong_first"] = "uniform"
     """Which of a problem's solutions becomes the base of its refine group: any one at random, or a wrong one
     where there is one."""
+    refine_every: int = bounded(1, least=1)
+    """Solve steps to each refine step, which refines solutions of the last of them; 1 = as published. With "joint"
+    pairs every solve step has its refinements."""
     refine_instruction: str = "default"
     """The user message after the base solution, or a .txt or .md file with it; "default" = the paper-style
     task-agnostic instruction, or the word "recheck" for the shipped model and arithmetic."""
@@ -237,8 +240,9 @@ class UpdateOptions:
     minibatch_sequences: int = bounded(0, least=0)
     """Sequences (over all processes) per optimizer step; 0 = the whole phase in one. Whole groups; with
     `thinktwice.pairing: joint` whole pairs of groups."""
-    microbatch_tokens: int = bounded(16384, least=1)
-    """Most tokens in one forward and backward pass, per process; changes memory and speed, not the result."""
+    microbatch_tokens: int = bounded(0, least=0)
+    """Most tokens in one forward and backward pass, per process; changes memory and speed, not the result. 0 = a fifth
+    more than a group of the longest sequences, at least 10240, at most 16384."""
     shard_processes: int = bounded(0, least=0)
     """Shard weights, gradients and optimizer over each so many neighbouring processes (those of a node, say) and keep
     equal copies between the groups; 0 = over all processes."""

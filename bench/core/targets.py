@@ -47,7 +47,8 @@ def fastest_peer(among: Collection[str] = ()) -> Figure:
     """How many times our time the fastest takes; of all where none are named."""
 
     def figure(rows: Mapping[str, Row]) -> float | None:
-        peers = [row for name, row in rows.items() if (name in among if among else name not in (OURS, CEILING))]
+        others = [name for name in rows if not name.startswith((OURS, CEILING))]
+        peers = [rows[name] for name in (among or others) if name in rows]
         return min((row["to_ours"] for row in peers if row["to_ours"]), default=None)
 
     return figure

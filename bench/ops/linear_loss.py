@@ -5,6 +5,7 @@ Letters: S sequences.
 
 from collections.abc import Callable
 from dataclasses import replace
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,9 @@ from bench.ops.grpo_loss import plain_loss
 from bench.ops.head import PEERS, PRODUCTS, flop, gradients, torch_logps, true_gradients, true_logps
 from bench.ops.inputs import EPSILON_HIGH, EPSILON_LOW, LinearBatch, LossBatch, RowsCase, head_case, linear_batch
 from thinktwice_kernels import linear_grpo_loss, reference
+from thinktwice_kernels.triton import head_product
+
+PRODUCT_IN_TRITON = f"{OURS}, product in Triton"
 
 
 def outputs(loss: Tensor, batch: LinearBatch) -> Outputs:
@@ -27,6 +31,19 @@ def ours(batch: LinearBatch) -> Outputs:
     tensors = batch.hidden, batch.weight, batch.targets, batch.loss.advantages, batch.loss.cu_seqlens
     loss, _ = linear_grpo_loss(*tensors, **batch.loss.options())
     return outputs(loss, batch)
+
+
+def with_product_in_triton(batch: LinearBatch) -> Outputs:
+    """Ours where the product of the logits is Triton's, with exponentials in its epilogue, whatever is the default."""
+    with patch.object(head_product, "MEASURED_FASTER", frozenset(head_product.BLOCKS)):
+        return ours(batch)
+
+
+def has_no_block(device: torch.device) -> str | None:
+    """Why `with_product_in_triton` would be ours."""
+    if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] in head_product.BLOCKS:
+        return None
+    return "has blocks for Hopper and Blackwell only"
 
 
 def truth(batch: LinearBatch) -> Outputs:
@@ -143,6 +160,7 @@ OPS = [
         truth=truth,
         contenders={
             OURS: Contender(ours),
+            PRODUCT_IN_TRITON: Contender(with_product_in_triton, has_no_block),
             **{
                 name if name == PLAIN else f"{name} + loss": replace(peer, run=with_loss(peer.run))
                 for name, peer in PEERS.items()

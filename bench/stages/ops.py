@@ -12,13 +12,18 @@ from bench.core.contender import OURS, PLAIN
 from bench.core.measure import SETTINGS
 from bench.core.op import Size
 from bench.core.targets import Row, Target, fastest_peer, own
+from bench.ops.linear_loss import PRODUCT_IN_TRITON
 from bench.registry import op_named
 from bench.stages.notes import Line, Notes
 
 _LINEAR, _LOGPROBS = "linear_grpo_loss", "token_logprobs"
 # Op, tokens, contenders.
 _ON_GPU = (
-    (_LINEAR, 4096, (OURS, PLAIN, "liger triton loss", "liger scaled CE + loss", "trl chunked + loss")),
+    (
+        _LINEAR,
+        4096,
+        (OURS, PRODUCT_IN_TRITON, PLAIN, "liger triton loss", "liger scaled CE + loss", "trl chunked + loss"),
+    ),
     (_LOGPROBS, 8192, (OURS, PLAIN, "trl")),
     (_LOGPROBS, 1024, (OURS, PLAIN, "trl")),
     (_LINEAR, 32768, (OURS, PLAIN, "liger triton loss", "trl chunked + loss")),

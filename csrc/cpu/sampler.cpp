@@ -143,7 +143,7 @@ Sampled sample_rows(const Tensor& logits, const RowOptions& o, int64_t seed) {
   return {tokens, logps, raw_logps, entropy, statuses};
 }
 
-Sampled sample(Tensor logits, Tensor temperature, Tensor top_k, Tensor top_p, Tensor min_p, int64_t seed,
+Sampled sample(Tensor logits, Tensor temperature, Tensor top_k, Tensor top_p, Tensor min_p, Tensor seed,
                Tensor sample_ids, Tensor positions) {
   check(logits.dim() == 2 && logits.size(1) > 0 &&
             logits.size(1) <= std::numeric_limits<int32_t>::max() - 64 &&
@@ -154,17 +154,19 @@ Sampled sample(Tensor logits, Tensor temperature, Tensor top_k, Tensor top_p, Te
   check_vector(top_k, "sample: top_k", ScalarType::Int, rows);
   check_vector(top_p, "sample: top_p", ScalarType::Float, rows);
   check_vector(min_p, "sample: min_p", ScalarType::Float, rows);
+  check_vector(seed, "sample: seed", ScalarType::Long, 1);
   check_vector(sample_ids, "sample: sample_ids", ScalarType::Long, rows);
   check_vector(positions, "sample: positions", ScalarType::Long, rows);
   const RowOptions options{temperature.const_data_ptr<float>(),  top_p.const_data_ptr<float>(),
                            min_p.const_data_ptr<float>(),        top_k.const_data_ptr<int32_t>(),
                            sample_ids.const_data_ptr<int64_t>(), positions.const_data_ptr<int64_t>()};
+  const int64_t key = *seed.const_data_ptr<int64_t>();
   const ScalarType dtype = logits.scalar_type();
-  if (dtype == ScalarType::Float) return sample_rows<float>(logits, options, seed);
-  if (dtype == ScalarType::BFloat16) return sample_rows<BFloat16>(logits, options, seed);
+  if (dtype == ScalarType::Float) return sample_rows<float>(logits, options, key);
+  if (dtype == ScalarType::BFloat16) return sample_rows<BFloat16>(logits, options, key);
   check(dtype == ScalarType::Half, "sample: logits of type ", torch::headeronly::toString(dtype),
         " are not one of float32, bfloat16, float16");
-  return sample_rows<Half>(logits, options, seed);
+  return sample_rows<Half>(logits, options, key);
 }
 
 }  // namespace

@@ -6,6 +6,7 @@
 
 #include <cstdint>
 
+#include "advance.h"
 #include "sample_status.h"
 
 #if defined(__CUDACC__)
@@ -115,7 +116,7 @@ struct Sampling {
   const float *temperature, *top_p, *min_p;
   const int32_t* top_k;
   const int64_t *sample_ids, *positions;
-  uint64_t seed;
+  const int64_t* seed;                   // one: a captured launch has it read anew each time
   int64_t* tokens;                       // -1 where the status is not kOk,
   float *logps, *raw_logps, *entropies;  // NaN
   int32_t* statuses;
@@ -124,5 +125,7 @@ struct Sampling {
   uint64_t* lowest;     // [rows], the lowest rank key that top-k and top-p keep
 };
 cudaError_t launch_sample(const Sampling& work, Type type, cudaStream_t stream);
+
+cudaError_t launch_advance(const Advance& work, cudaStream_t stream);
 
 }  // namespace thinktwice::gpu

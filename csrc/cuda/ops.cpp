@@ -11,6 +11,7 @@
 #include <tuple>
 #include <vector>
 
+#include "advance_op.h"
 #include "common/tensor_utils.h"
 #include "cuda/kernels.h"
 
@@ -352,7 +353,7 @@ Tensor list_parts_of(Tensor q, Tensor k_cache, Tensor block_tables, Tensor conte
 
 using Sampled = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-Sampled sample(Tensor logits, Tensor temperature, Tensor top_k, Tensor top_p, Tensor min_p, int64_t seed,
+Sampled sample(Tensor logits, Tensor temperature, Tensor top_k, Tensor top_p, Tensor min_p, Tensor seed,
                Tensor sample_ids, Tensor positions) {
   check(logits.dim() == 2 && logits.size(1) > 0 &&
             logits.size(1) <= std::numeric_limits<int32_t>::max() - 64 &&
@@ -363,6 +364,7 @@ Sampled sample(Tensor logits, Tensor temperature, Tensor top_k, Tensor top_p, Te
   check_tensor(top_k, "sample: top_k", logits, ScalarType::Int, {rows});
   check_tensor(top_p, "sample: top_p", logits, ScalarType::Float, {rows});
   check_tensor(min_p, "sample: min_p", logits, ScalarType::Float, {rows});
+  check_tensor(seed, "sample: seed", logits, ScalarType::Long, {1});
   check_tensor(sample_ids, "sample: sample_ids", logits, ScalarType::Long, {rows});
   check_tensor(positions, "sample: positions", logits, ScalarType::Long, {rows});
   const Type type = type_of("sample", logits);
@@ -387,7 +389,7 @@ Sampled sample(Tensor logits, Tensor temperature, Tensor top_k, Tensor top_p, Te
                       top_k.const_data_ptr<int32_t>(),
                       sample_ids.const_data_ptr<int64_t>(),
                       positions.const_data_ptr<int64_t>(),
-                      static_cast<uint64_t>(seed),
+                      seed.const_data_ptr<int64_t>(),
                       tokens.mutable_data_ptr<int64_t>(),
                       logps.mutable_data_ptr<float>(),
                       raw_logps.mutable_data_ptr<float>(),
@@ -400,6 +402,16 @@ Sampled sample(Tensor logits, Tensor temperature, Tensor top_k, Tensor top_p, Te
   return {tokens, logps, raw_logps, entropies, statuses};
 }
 
+void advance(OptionalTensor drawn, OptionalTensor drawn_logps, OptionalTensor drawn_entropies,
+             Tensor stop_ids, Tensor block_tables, int64_t block_size, int64_t spare_slot, Tensor state,
+             Tensor context_lens, Tensor new_tokens, Tensor new_logps, Tensor new_entropies) {
+  const OnDevice device(state);
+  const Advance work =
+      describe_advance(drawn, drawn_logps, drawn_entropies, stop_ids, block_tables, block_size, spare_slot,
+                       state, context_lens, new_tokens, new_logps, new_entropies);
+  check_cuda("advance", launch_advance(work, device.stream));
+}
+
 }  // namespace
 }  // namespace thinktwice::gpu
 
@@ -409,6 +421,7 @@ STABLE_TORCH_LIBRARY_IMPL(thinktwice, CUDA, m) {
   m.impl("copy_blocks", TORCH_BOX(&thinktwice::gpu::copy_blocks));
   m.impl("paged_attention", TORCH_BOX(&thinktwice::gpu::paged_attention));
   m.impl("grouped_decode_attention", TORCH_BOX(&thinktwice::gpu::grouped_decode_attention));
+  m.impl("advance", TORCH_BOX(&thinktwice::gpu::advance));
   m.impl("list_parts", TORCH_BOX(&thinktwice::gpu::list_parts_of));
   m.impl("sample", TORCH_BOX(&thinktwice::gpu::sample));
 }

@@ -297,9 +297,9 @@ __global__ void __launch_bounds__(kSliceThreads) sample_race_kernel(Sampling w) 
   const float max = row_max(w, n);
   if (!isfinite(max)) return;
   const uint64_t lowest = is_cut(w, n) ? w.lowest[n] : 0;
-  Totals totals =
-      run_race(row_slice<T>(w, n, blockIdx.x), max, is_greedy(w, n), lowest, w.min_p[n],
-               static_cast<uint32_t>(w.positions[n]), static_cast<uint64_t>(w.sample_ids[n]), w.seed);
+  Totals totals = run_race(row_slice<T>(w, n, blockIdx.x), max, is_greedy(w, n), lowest, w.min_p[n],
+                           static_cast<uint32_t>(w.positions[n]), static_cast<uint64_t>(w.sample_ids[n]),
+                           static_cast<uint64_t>(*w.seed));
   totals = block_totals(totals, shared);
   if (threadIdx.x == 0) w.totals[n * slices_of(w.vocabulary) + blockIdx.x] = totals;
 }

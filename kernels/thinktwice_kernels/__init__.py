@@ -9,6 +9,7 @@ from thinktwice_kernels.gate import swiglu
 from thinktwice_kernels.linear_loss import linear_grpo_loss
 from thinktwice_kernels.logprobs import linear_logits, linear_logprobs, token_logprobs
 from thinktwice_kernels.loss import grpo_loss, loss_count
+from thinktwice_kernels.merge import merge_attention
 from thinktwice_kernels.metrics import METRICS, Metric, combine_metrics
 from thinktwice_kernels.norm import rms_norm
 from thinktwice_kernels.options import LossOptions
@@ -28,6 +29,7 @@ __all__ = [
     "linear_logits",
     "linear_logprobs",
     "loss_count",
+    "merge_attention",
     "rms_norm",
     "rotary",
     "swiglu",

@@ -8,7 +8,7 @@ from typing import Any, cast, get_args
 import torch
 from torch import Tensor
 
-from thinktwice_kernels.launch import NAMESPACE, accumulation_dtype, in_triton, uses_triton
+from thinktwice_kernels.launch import accumulation_dtype, in_triton, op, uses_triton
 from thinktwice_kernels.options import ScaleRewards
 
 ADVANTAGE_EPS = 1e-6
@@ -99,7 +99,7 @@ def _group_sum(values: Tensor, members: Tensor) -> Tensor:
     return torch.zeros_like(values).index_add_(0, members, values)
 
 
-@torch.library.custom_op(f"{NAMESPACE}::group_advantages", mutates_args=())
+@op("group_advantages")
 def _group_advantages(
     rewards: Tensor,  # [S] fp32 or float64
     group_ids: Tensor,  # [S] int64

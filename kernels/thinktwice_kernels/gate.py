@@ -14,11 +14,11 @@ from torch import Tensor
 
 from thinktwice_kernels import native
 from thinktwice_kernels.launch import (
-    NAMESPACE,
     SHAPES,
     accumulation_dtype,
     first_order_only,
     launch,
+    op,
     row_arguments,
     triton_type,
     uses_triton,
@@ -55,7 +55,7 @@ def swiglu_reference(
     return (torch.nn.functional.silu(gate) * up).to(gate_up.dtype)
 
 
-@torch.library.custom_op(f"{NAMESPACE}::swiglu", mutates_args=())
+@op("swiglu")
 def _swiglu(
     gate_up: Tensor,  # [..., 2 * F]
 ) -> Tensor:
@@ -64,11 +64,11 @@ def _swiglu(
         return swiglu_in_triton(gate_up)
     if native.computes(gate_up):
         rows = gate_up.reshape(-1, gate_up.shape[-1]).contiguous()
-        return native.layer_ops().swiglu(rows).view(*gate_up.shape[:-1], gate_up.shape[-1] // 2)
+        return native.layer_op("swiglu")(rows).view(*gate_up.shape[:-1], gate_up.shape[-1] // 2)
     return swiglu_reference(gate_up)
 
 
-@torch.library.custom_op(f"{NAMESPACE}::swiglu_backward", mutates_args=())
+@op("swiglu_backward")
 def _swiglu_backward(
     d_y: Tensor,  # [..., F]
     gate_up: Tensor,  # [..., 2 * F]
@@ -78,7 +78,7 @@ def _swiglu_backward(
         return swiglu_gradient_in_triton(d_y, gate_up)
     if native.computes(gate_up):
         rows = gate_up.reshape(-1, gate_up.shape[-1]).contiguous()
-        return native.layer_ops().swiglu_backward(d_y.contiguous(), rows).view(gate_up.shape)
+        return native.layer_op("swiglu_backward")(d_y.contiguous(), rows).view(gate_up.shape)
     return swiglu_gradient_in_torch(d_y, gate_up)
 
 
@@ -196,5 +196,5 @@ def _launch(kernel: Any, gate_up: Tensor, own: dict[str, Any]) -> None:
         "TYPE": triton_type(accumulation_dtype(gate_up)),
         "COLUMNS": columns,
     }
-    grid = gate_up.numel() // (2 * size), triton.cdiv(size, columns)
+    grid = gate_up.numel() // (2 * size), -(-size // columns)
     launch(kernel, "swiglu", grid, gate_up.device, arguments)

@@ -6,18 +6,21 @@ long for their op's file lie in triton/, each with its launch.
 """
 
 import importlib
+import inspect
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache, wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.compiler import CompiledKernel
+from triton.runtime.jit import JITFunction
 
 NAMESPACE = "thinktwice_kernels"  # of the ops in torch.library
 Gradients = tuple[Tensor | None, ...]
@@ -64,6 +67,12 @@ def in_cpp(library: str) -> Any:
     return getattr(torch.ops, library)
 
 
+@lru_cache
+def op_in_cpp(library: str, name: str) -> Any:
+    """One of `in_cpp`, looked up once."""
+    return getattr(in_cpp(library), name).default
+
+
 @dataclass(frozen=True)
 class Shape:
     """The shape of a program.
@@ -82,11 +91,18 @@ class Shape:
 
 # Chosen by reasoning for an H200: 4.8 TB/s at a latency of about 700 ns needs 25 KiB in flight on each of 132
 # processors. With 256 threads of at most 64 registers four programs share a processor, and each has 16 KiB under way:
-# twice that, so that one may compute while the others wait. More vectors a step would only take registers.
+# twice that, so that one may compute while the others wait. More vectors a step would only take registers. The gradient
+# keeps nothing from step to step: with half the vectors, and registers, a processor is full of its threads.
 SHAPES = {
     "row_statistics": Shape(num_warps=8, vectors=4),
-    "row_gradient": Shape(num_warps=8, vectors=4),
+    "row_gradient": Shape(num_warps=8, vectors=2),
     "combine_statistics": Shape(num_warps=1, block=64),
+    "row_exponentials": Shape(num_warps=8, vectors=4),
+    "add_entropy": Shape(num_warps=8, vectors=2),
+    # A few thousand elements of a row of hidden states at a time.
+    "row_shifts": Shape(num_warps=4, block=1024),
+    "scale_rows": Shape(num_warps=4, block=1024),
+    "finish_rows": Shape(num_warps=1, block=32),
     # A vector of each half a thread: short programs, many at a time.
     "swiglu": Shape(num_warps=4, vectors=1),
     "scale": Shape(num_warps=8, vectors=4),
@@ -98,7 +114,16 @@ SHAPES = {
 # Fewer programs than this many per processor leave memory idle: then several share a row.
 PROGRAMS_PER_PROCESSOR = 4
 
-Launch = tuple[Any, dict[str, Any], int]  # kernel, arguments, warps
+
+class Launch(NamedTuple):
+    """What `launch` runs but for the grid."""
+
+    kernel: Any
+    arguments: dict[str, Any]
+    warps: int  # of a program
+    stages: int  # of its loads ahead of a product
+
+
 _recorded: list[Launch] | None = None
 
 
@@ -118,6 +143,7 @@ class Tile:
         return self.rows * self.columns * dtype.itemsize <= 32 * 1024
 
 
+@lru_cache
 def row_tile(size: int) -> Tile:
     """For rows of `size` elements: one, or as many short ones as give four warps work."""
     columns = triton.next_power_of_2(size)
@@ -142,14 +168,14 @@ def triton_type(dtype: torch.dtype) -> Any:
 
 def looping_programs(
     tiles: int,
-    tile: Tile,
+    warps: int,  # of a program
     device: torch.device,
 ) -> int:
     """How many programs share the tiles where each adds something up over its own: 16 warps on every processor.
 
     More would write more partial sums, fewer would leave memory idle.
     """
-    return min(tiles, processors(device) * max(1, 16 // tile.num_warps))
+    return min(tiles, processors(device) * max(1, 16 // warps))
 
 
 def launch(kernel: Any, name: str, grid: tuple[int, ...], device: torch.device, arguments: dict[str, Any]) -> None:
@@ -158,18 +184,75 @@ def launch(kernel: Any, name: str, grid: tuple[int, ...], device: torch.device, 
 
 
 def launch_warps(
-    kernel: Any, warps: int, grid: tuple[int, ...], device: torch.device, arguments: dict[str, Any]
+    kernel: Any, warps: int, grid: tuple[int, ...], device: torch.device, arguments: dict[str, Any], stages: int = 1
 ) -> None:
-    """`launch` with as many warps to a program."""
+    """`launch` with as many warps to a program, and that many stages of loads ahead of its products."""
     if _recorded is not None:
-        _recorded.append((kernel, arguments, warps))
+        _recorded.append(Launch(kernel, arguments, warps, stages))
     elif 0 in grid:
         return
-    elif device.type == "cuda":
-        with torch.cuda.device(device):
-            kernel[grid](**arguments, num_warps=warps, num_stages=1)
-    else:
+    elif device.type != "cuda":
         kernel[grid](**arguments)
+    elif device.index == torch.cuda.current_device():
+        launch_on(device.index, Launch(kernel, arguments, warps, stages), grid)
+    else:
+        with torch.cuda.device(device):
+            launch_on(device.index, Launch(kernel, arguments, warps, stages), grid)
+
+
+# What Triton has compiled, by all that it compiles for.
+_compiled: dict[tuple[Any, ...], CompiledKernel] = {}
+
+
+def launch_on(
+    device: int,  # the current one
+    what: Launch,
+    grid: tuple[int, ...],
+) -> None:
+    """Runs a kernel on a GPU, from the second launch of its kind on without Triton's search for what it compiled.
+
+    That search binds and looks at the arguments in Python, for about 10 microseconds.
+    """
+    kernel, arguments, warps, stages = what
+    found = _kind_of(device, what)
+    compiled = None if found is None else _compiled.get(found[0])
+    if found is not None and compiled is not None:
+        compiled[grid + (1,) * (3 - len(grid))](*found[1])
+        return
+    compiled = kernel[grid](**arguments, num_warps=warps, num_stages=stages)
+    if found is not None and isinstance(compiled, CompiledKernel):
+        _compiled[found[0]] = compiled
+
+
+def _kind_of(device: int, what: Launch) -> tuple[tuple[Any, ...], list[Any]] | None:
+    """All that Triton specialises on or more, and the arguments in order; None of arguments of which it is not known.
+
+    Of tensors that is the type and whether they begin on 16 bytes, of numbers whether they are 1 or a multiple of 16
+    and how wide they are. Only tensors on the device become addresses, which Triton takes for granted.
+    """
+    kernel, arguments, warps, stages = what
+    if not isinstance(kernel, JITFunction) or len(arguments) != len(kernel.params):
+        return None
+    key, values = [kernel.fn, device, warps, stages], []
+    for parameter in kernel.params:
+        value: Any = arguments[parameter.name]
+        kind: Any = type(value)
+        if value is None or parameter.is_constexpr:
+            key.append(value)
+        elif kind is Tensor or kind is torch.nn.Parameter:
+            if value.get_device() != device:
+                return None
+            key.append(value.dtype)
+            value = value.data_ptr()
+            key.append(value % 16 == 0)
+        elif kind is int:
+            key.append((value == 1) + 2 * (value % 16 == 0) + 4 * (value.bit_length() // 32))
+        elif kind is float:
+            key.append(kind)
+        else:
+            return None
+        values.append(value)
+    return tuple(key), values
 
 
 @contextmanager
@@ -203,6 +286,68 @@ def processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
+# What torch.library must not be asked about: numbers, and tensors that are nothing but tensors.
+_PLAIN = frozenset({Tensor, torch.nn.Parameter, bool, int, float, str, list, type(None)})
+
+
+class Op:
+    """An op of torch.library, and in eager mode the short way to its code.
+
+    Through torch.library a call and its gradient pass the dispatcher four times, each time with Python of torch's on
+    both sides: 30 to 60 microseconds that a small batch on a GPU waits for. A compiler, tensors without values or of a
+    subclass, transforms and dispatch modes see the op; plain tensors go to the function itself, or, where a gradient is
+    wanted, through one `torch.autograd.Function` with the same setup and the same backward pass.
+    """
+
+    def __init__(self, name: str, function: Callable[..., Any], mutates: Sequence[str] = ()):
+        self.library = torch.library.custom_op(f"{NAMESPACE}::{name}", function, mutates_args=mutates)
+        self.register_fake = self.library.register_fake
+        self._function = function
+        self._mutates = [list(inspect.signature(function).parameters).index(argument) for argument in mutates]
+        self._differentiable: Any = None
+
+    def register_autograd(self, backward: Callable[..., Gradients], setup_context: Callable[..., None]) -> None:
+        """As torch.library's: ``backward(ctx, *gradients)``, ``setup_context(ctx, inputs, output)``."""
+        self.library.register_autograd(backward, setup_context=setup_context)
+        function = self._function
+
+        def forward(ctx: Any, *inputs: Any) -> Any:
+            output = function(*inputs)
+            setup_context(ctx, inputs, output)
+            return output
+
+        methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+        self._differentiable = type(function.__name__.strip("_"), (torch.autograd.Function,), methods)
+
+    def __call__(self, *arguments: Any) -> Any:
+        if torch.compiler.is_compiling() or not _is_eager(arguments):
+            return self.library(*arguments)
+        if self._differentiable is not None and torch.is_grad_enabled() and any(map(_wants_gradient, arguments)):
+            return self._differentiable.apply(*arguments)
+        for position in self._mutates:
+            torch.autograd.graph.increment_version(arguments[position])
+        return self._function(*arguments)
+
+
+def op(name: str, mutates: Sequence[str] = ()) -> Callable[[Callable[..., Any]], Op]:
+    """Makes an `Op` of a function whose first argument is a tensor; `mutates` names the arguments it writes to."""
+    return lambda function: Op(name, function, mutates)
+
+
+def _is_eager(arguments: tuple[Any, ...]) -> bool:
+    """Whether nobody but the op itself has anything to do with a call."""
+    return (
+        _PLAIN.issuperset(map(type, arguments))
+        and not arguments[0].is_meta
+        and not torch._C._len_torch_dispatch_stack()
+        and not torch._C._are_functorch_transforms_active()
+    )
+
+
+def _wants_gradient(argument: Any) -> bool:
+    return isinstance(argument, Tensor) and argument.requires_grad
+
+
 class _SecondOrder(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gradient: Tensor, *inputs: Tensor) -> Tensor:
@@ -228,10 +373,10 @@ def first_order_only(backward: Callable[..., Gradients]) -> Callable[..., Gradie
     @wraps(backward)
     def wrapped(ctx: Any, *gradients: Tensor | None) -> Gradients:
         ctx.creates_graph = torch.is_grad_enabled()
+        if not ctx.creates_graph:
+            return backward(ctx, *gradients)
         with torch.no_grad():
             results = backward(ctx, *gradients)
-        if not torch.is_grad_enabled():
-            return results
         sources = [tensor for tensor in (*ctx.saved_tensors, *gradients) if tensor is not None and tensor.requires_grad]
         return tuple(None if result is None else _SecondOrder.apply(result, *sources) for result in results)
 

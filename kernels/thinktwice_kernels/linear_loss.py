@@ -2,7 +2,8 @@
 
 A tile of logits becomes log-probabilities, these become the loss and its derivative, and with that the tile becomes
 its own gradient, which two products turn into those of hidden states and weight: 6 T V H in all. Rows without signal
-never enter a product, rows that the loss clips leave before the last two.
+never enter a product, rows that the loss clips leave before the last two. In bfloat16 on a GPU a tile of exponentials
+takes the place of logits: see exponentials.py.
 
 Where one token's loss depends on its whole sequence, tiles hold whole sequences. A sequence that is longer than a
 tile is worked through in pieces, of which all but the last are computed a second time: 8 T V H for those.
@@ -10,21 +11,28 @@ tile is worked through in pieces, of which all but the last are computed a secon
 Letters: T tokens, S sequences, V vocabulary, H hidden size, N computed tokens, n tokens of a segment.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from itertools import pairwise
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Unpack, cast
 
 import torch
 from torch import Tensor
 
 from thinktwice_kernels.advantages import ADVANTAGE_EPS, check_advantages, group_advantages
+from thinktwice_kernels.exponentials import (
+    ExponentialTiles,
+    KeptTile,
+    exponential_rows,
+    no_tile,
+    row_multiple,
+    uses_exponentials,
+)
 from thinktwice_kernels.launch import (
-    NAMESPACE,
     accumulation_dtype,
     fake_gradient,
     first_order_only,
     in_triton,
+    op,
     uses_triton,
 )
 from thinktwice_kernels.loss import restrict_to_kept, sequence_loss, with_dropped
@@ -58,9 +66,7 @@ from thinktwice_kernels.rows import (
     temperature_arguments,
     tiles,
 )
-
-# Tokens that one thread or program takes at a time where sequences don't matter.
-_TOKENS_TOGETHER = 1024
+from thinktwice_kernels.segments import Segment, may_lack_gradient, segments_of, uploaded
 
 
 def linear_grpo_loss(
@@ -99,12 +105,16 @@ def linear_grpo_loss(
     over the tiles and is rounded to the weight's type once. Inputs that need no gradient (a frozen weight) cost none;
     under ``torch.no_grad()`` only the loss is computed. Beyond inputs and gradients the memory is that of the tile.
 
+    In bfloat16 on a GPU a tile holds two bytes a logit: exponentials, rounded to bfloat16 once their sums are taken in
+    fp32. If one tile is enough, it is kept for the backward pass, and the products of the gradients run there. Clipped
+    tokens then leave by blocks of 256.
+
     Where a token's loss depends on its whole sequence (`importance_sampling_level` "sequence", `rollout_is`
     "sequence-*"), tiles hold whole sequences, and a sequence that is longer than a tile has its logits computed twice.
 
     A GPU is waited for once, to learn which tokens are skipped and where sequences end; not where none can be skipped
-    (no `loss_mask`, and `beta` or `entropy_coef` is not 0) and borders don't matter. Where tokens may be clipped
-    (`old_logps` with the clip objective, `guide_mask`, `rollout_is` "*-mask") it is waited for once a tile.
+    (no `loss_mask`, and `beta` or `entropy_coef` is not 0) and borders don't matter. In bfloat16, and where tokens may
+    be clipped (`old_logps` with the clip objective, `guide_mask`, `rollout_is` "*-mask"), it is waited for once a tile.
     `advantages`, `cu_seqlens` and the masks may lie on the CPU.
 
     Args:
@@ -167,12 +177,13 @@ def linear_grpo_loss(
         parsed.encode(),
         [torch.is_grad_enabled() and x is not None and x.requires_grad for x in differentiable],
         None if memory_budget is None else int(memory_budget),
+        not torch.compiler.is_compiling(),  # how many rows a kept tile has is known to no tracer
     )
     absent = absent_metrics({**given, "entropy": hidden}, parsed.rollout_is != "none")
     return loss, metrics_of(with_dropped(totals, kept), loss.dtype, absent)
 
 
-@torch.library.custom_op(f"{NAMESPACE}::linear_grpo_loss", mutates_args=())
+@op("linear_grpo_loss")
 def _linear_grpo_loss(
     hidden: Tensor,  # [T, H]
     weight: Tensor,  # [V, H]
@@ -192,30 +203,42 @@ def _linear_grpo_loss(
     options: Sequence[float],  # LossOptions.encode()
     wanted: Sequence[bool],  # the gradients of hidden, weight, bias
     memory_budget: int | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The loss, the totals [len(PARTIALS)] float64, and the gradients of hidden, weight (fp32) and bias (fp32)."""
+    keep: bool,  # whether a tile may be kept for the backward pass
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The loss, the totals [len(PARTIALS)] float64, and the gradients of hidden, weight (fp32) and bias (fp32).
+
+    Or, in place of these three, a `KeptTile`: exponentials, scales and rows.
+    """
     logps = hidden.new_empty(0)  # computed tile by tile
     inputs = LossInputs(
         logps, advantages, cu_seqlens, weights, old_logps, ref_logps, rollout_logps, None, loss_mask, guide_mask
     )
     head = head_of(bias, temperature, temperatures, softcap)
     with torch.autocast(hidden.device.type, enabled=False):
-        totals, gradients = _tiled_loss(
-            hidden, weight, targets, head, inputs, LossOptions.decode(options), cast(Any, tuple(wanted)), memory_budget
-        )
-    return totals[0].to(accumulation_dtype(hidden, weight), copy=True), totals, *gradients
+        totals, found = _tiled_loss(
+            hidden, weight, targets, head, inputs, LossOptions.decode(options), cast(Any, tuple(wanted)),
+            memory_budget, keep,
+        )  # fmt: skip
+    if isinstance(found, KeptTile):
+        gradients, tile = HeadGradients(hidden, weight, None, (False,) * 3).result(), found.tensors()
+    else:
+        gradients, tile = found.result(), no_tile(weight)
+    return totals[0].to(accumulation_dtype(hidden, weight), copy=True), totals, *gradients, *tile
 
 
 @_linear_grpo_loss.register_fake
-def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    dtype = accumulation_dtype(hidden, weight)
-    wanted = rest[-2]
+def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
+    dtype, softcap = accumulation_dtype(hidden, weight), rest[3]
+    options, wanted, _, keep = rest[-4:]
+    kept = keep and any(wanted) and uses_exponentials(hidden, weight, softcap, LossOptions.decode(options))
+    of_hidden, of_weight, of_bias = (want and not kept for want in wanted)
     return (
         hidden.new_empty((), dtype=dtype),
         hidden.new_empty(len(PARTIALS), dtype=torch.float64),
-        fake_gradient(hidden, wanted[0], hidden_gradient_dtype(hidden, weight)),
-        fake_gradient(weight, wanted[1], dtype),
-        fake_gradient(weight.new_empty(0) if bias is None else bias, wanted[2], dtype),
+        fake_gradient(hidden, of_hidden, hidden_gradient_dtype(hidden, weight)),
+        fake_gradient(weight, of_weight, dtype),
+        fake_gradient(weight.new_empty(0) if bias is None else bias, of_bias, dtype),
+        *no_tile(weight, rows=hidden.shape[0] if kept else 0),
     )
 
 
@@ -228,14 +251,19 @@ def _linear_loss_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
 @first_order_only
 def _linear_loss_backward(ctx: Any, gradient: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     if gradient is None:
-        return (None,) * 18
-    inputs, saved = ctx.saved_tensors[:3], ctx.saved_tensors[3:]
+        return (None,) * 19
+    hidden, weight, bias, *saved = ctx.saved_tensors
+    saved, tile = saved[:3], saved[3:]
+    if tile[0].numel():
+        with torch.autocast(hidden.device.type, enabled=False):
+            found = KeptTile.of(tile).gradients(hidden, weight, bias, gradient, ctx.needs_input_grad[:3])
+        return *found, *(None,) * 16
     consume = type(gradient) is Tensor and not ctx.creates_graph and not _graph_is_kept()
     scaled = [
         _scaled(tensor, gradient, like.dtype, consume) if want else None
-        for tensor, like, want in zip(saved, inputs, ctx.needs_input_grad, strict=False)
+        for tensor, like, want in zip(saved, (hidden, weight, bias), ctx.needs_input_grad, strict=False)
     ]
-    return *scaled, *(None,) * 15
+    return *scaled, *(None,) * 16
 
 
 _linear_grpo_loss.register_autograd(_linear_loss_backward, setup_context=_linear_loss_setup)
@@ -270,15 +298,23 @@ def _tiled_loss(
     options: LossOptions,
     wanted: tuple[bool, bool, bool],  # the gradients of hidden, weight and bias
     budget: int | None,  # bytes of logits and their gradient at a time
-) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
-    """Totals of the batch [len(PARTIALS)], and the gradients as `HeadGradients.result` gives them."""
+    keep: bool,  # whether the tile may be kept for the backward pass
+) -> tuple[Tensor, HeadGradients | KeptTile]:
+    """Totals of the batch [len(PARTIALS)], and what has the gradients."""
     tokens = select_tokens(_beside(hidden, inputs), hidden.shape[0], options)
-    work = _Tiles(hidden, weight, targets, head, options, wanted, budget, tokens)
-    segments = list(_segments(tokens, options, work.step))
+    shared = hidden, weight, targets, head, options, wanted, budget, tokens
+    work: ExponentialTiles | _Tiles
+    if any(wanted) and uses_exponentials(hidden, weight, head.softcap, options):
+        step = exponential_rows(weight.shape[0], hidden.device, budget)
+        segments = list(segments_of(tokens, options, step, row_multiple(step)))
+        work = ExponentialTiles(*shared, keep and len(segments) == 1 and tokens.rows.numel() <= step)
+    else:
+        work = _Tiles(*shared)
+        segments = list(segments_of(tokens, options, work.step, 1))
     parts = [work.segment(*pair) for pair in zip(segments, _offsets(segments, hidden.device), strict=True)]
     totals = totals_of(torch.cat([hidden.new_empty(0, len(PARTIALS), dtype=torch.float64), *parts]))
     totals[PARTIALS.index("tokens")] = tokens.in_loss
-    return totals, work.gradients.result()
+    return totals, work.result() or HeadGradients(hidden, weight, head.bias, wanted)
 
 
 def _beside(hidden: Tensor, inputs: LossInputs) -> LossInputs:
@@ -286,13 +322,6 @@ def _beside(hidden: Tensor, inputs: LossInputs) -> LossInputs:
     tensors = {name: value for name, value in vars(inputs).items() if isinstance(value, Tensor)}
     moved: Any = {name: uploaded(tensor, hidden.device) for name, tensor in tensors.items()}
     return replace(inputs, **moved)
-
-
-def uploaded(tensor: Tensor, device: torch.device) -> Tensor:
-    """The tensor on the device. A GPU may read pageable memory after it is freed, so the copy is from pinned memory."""
-    if device.type == "cuda" and tensor.device.type == "cpu":
-        return tensor.pin_memory().to(device, non_blocking=True)
-    return tensor.to(device)
 
 
 def select_tokens(inputs: LossInputs, tokens: int, options: LossOptions) -> Selection:
@@ -308,43 +337,7 @@ def select_tokens(inputs: LossInputs, tokens: int, options: LossOptions) -> Sele
     return select_tokens_in_torch(inputs, tokens, options)
 
 
-@dataclass(frozen=True)
-class _Segment:
-    """Consecutive computed tokens whose loss depends on no others."""
-
-    start: int
-    stop: int
-    offsets: list[int]  # of its sequences, from 0 to stop - start
-
-
-def _segments(tokens: Selection, options: LossOptions, step: int) -> Iterator[_Segment]:
-    count, borders = tokens.rows.numel(), tokens.borders
-    if options.needs_whole_sequences():
-        assert borders is not None
-        yield from _whole_sequences(borders, step)
-        return
-    # Where one guided token makes its sequence guided, it must not reach into the next one. Elsewhere any cuts do.
-    if borders is None:
-        borders = list(range(0, count, _TOKENS_TOGETHER))
-    for piece in tiles(0, count, step):
-        inside = sorted({border - piece.start for border in borders if piece.start < border < piece.stop})
-        yield _Segment(piece.start, piece.stop, [0, *inside, piece.stop - piece.start])
-
-
-def _whole_sequences(borders: list[int], step: int) -> Iterator[_Segment]:
-    """As many sequences at a time as a tile has rows for, at least one."""
-    start, offsets = 0, [0]
-    for begin, end in pairwise(borders):
-        if end - start > step and begin > start:
-            yield _Segment(start, begin, offsets)
-            start, offsets = begin, [0]
-        if end > begin:
-            offsets.append(end - start)
-    if len(offsets) > 1:
-        yield _Segment(start, start + offsets[-1], offsets)
-
-
-def _offsets(segments: list[_Segment], device: torch.device) -> Sequence[Tensor]:
+def _offsets(segments: list[Segment], device: torch.device) -> Sequence[Tensor]:
     """Each segment's offsets, int32, in one piece of memory."""
     sizes = [len(segment.offsets) for segment in segments]
     offsets = torch.tensor([offset for segment in segments for offset in segment.offsets], dtype=torch.int32)
@@ -375,26 +368,30 @@ class _Tiles:
         self._out_buffer = self._buffer
         if any(wanted) and self._out_dtype != self._dtype:
             self._out_buffer = hidden.new_empty(capacity, weight.shape[0], dtype=self._out_dtype)
-        self.gradients = HeadGradients(hidden, weight, head.bias, wanted)
+        self._gradients = HeadGradients(hidden, weight, head.bias, wanted)
+
+    def result(self) -> HeadGradients:
+        """What holds the gradients."""
+        return self._gradients
 
     def segment(
         self,
-        segment: _Segment,
+        segment: Segment,
         offsets: Tensor,  # the segment's, int32
     ) -> Tensor:
-        """Partials [sequences, len(PARTIALS)]; the gradients are added to `gradients`."""
+        """Partials [sequences, len(PARTIALS)]; the gradients are added up."""
         count = segment.stop - segment.start
         logps, lse, entropy = (self._hidden.new_empty(count, dtype=self._dtype) for _ in range(3))
         pieces = list(tiles(0, count, self.step))
         logits = self._buffer
         for piece in pieces:
-            rows = self._rows(segment, piece)
+            rows = segment.rows(self._tokens, piece)
             logits = self._logits(rows, piece)
             found = row_statistics(logits, self._targets[rows], self._head.of_rows(rows), True)
             logps[piece], lse[piece] = found[:2]
             entropy[piece] = cast(Tensor, found[2])
         partials, d_logps, d_entropy = sequence_loss(
-            _of_segment(self._tokens.inputs, segment, offsets, logps, entropy),
+            segment.inputs(self._tokens.inputs, offsets, logps, entropy),
             self._options,
             self._want_gradient,
             selected=True,
@@ -405,7 +402,7 @@ class _Tiles:
             live = self._live(d_logps[piece])
             if live is not None and live.numel() == 0:
                 continue
-            rows = self._rows(segment, piece)
+            rows = segment.rows(self._tokens, piece)
             if piece is not pieces[-1]:
                 logits = self._logits(rows, piece)
             self._add_gradients(
@@ -418,10 +415,6 @@ class _Tiles:
                 d_entropy[piece] if d_entropy.numel() else None,
             )
         return partials
-
-    def _rows(self, segment: _Segment, piece: slice) -> Tensor | slice:
-        computed = slice(segment.start + piece.start, segment.start + piece.stop)
-        return computed if self._tokens.everything else self._tokens.rows[computed]
 
     def _logits(self, rows: Tensor | slice, piece: slice) -> Tensor:
         return accumulated_logits(self._hidden[rows], self._weight, out=self._buffer[: piece.stop - piece.start])
@@ -445,15 +438,11 @@ class _Tiles:
             if d_logits is logits:
                 d_logits = _compacted(logits, live)
             rows = live + rows.start if isinstance(rows, slice) else rows[live]
-        self.gradients.add(d_logits, rows)
+        self._gradients.add(d_logits, rows)
 
     def _live(self, d_logps: Tensor) -> Tensor | None:
         """The rows of a tile with a gradient; None: all. Asking makes a GPU wait, so not where none can lack it."""
-        inputs, options = self._tokens.inputs, self._options
-        clips = inputs.old_logps is not None and options.policy_loss == "clip"
-        whole = options.needs_whole_sequences()
-        may_lack = clips or whole or inputs.guide_mask is not None or options.rollout_is.endswith("mask")
-        if not (may_lack and options.skips_zero_advantages()):
+        if not may_lack_gradient(self._tokens.inputs, self._options):
             return None
         live = torch.nonzero(d_logps).squeeze(1)
         return None if live.numel() == d_logps.numel() else live
@@ -470,29 +459,3 @@ def _compacted(
         if position != row:
             tile[position] = tile[row]
     return tile[: rows.numel()]
-
-
-def _of_segment(
-    inputs: LossInputs,
-    segment: _Segment,
-    offsets: Tensor,  # the segment's, int32
-    logps: Tensor,  # [n]
-    entropy: Tensor,  # [n]
-) -> LossInputs:
-    own = slice(segment.start, segment.stop)
-
-    def part(values: Tensor | None) -> Tensor | None:
-        return None if values is None else values[own]
-
-    return replace(
-        inputs,
-        logps=logps,
-        entropy=entropy,
-        advantages=part(inputs.advantages),
-        weights=inputs.weights[own],
-        cu_seqlens=offsets,
-        old_logps=part(inputs.old_logps),
-        ref_logps=part(inputs.ref_logps),
-        rollout_logps=part(inputs.rollout_logps),
-        guide_mask=part(inputs.guide_mask),
-    )

@@ -9,7 +9,7 @@ from typing import Any, Literal, cast, overload
 import torch
 from torch import Tensor
 
-from thinktwice_kernels.launch import NAMESPACE, accumulation_dtype, fake_gradient, first_order_only
+from thinktwice_kernels.launch import accumulation_dtype, fake_gradient, first_order_only, op
 from thinktwice_kernels.rows import (
     Head,
     HeadGradients,
@@ -240,7 +240,7 @@ def linear_logits_reference(
 # number, or as a tensor [T] that then counts instead.
 
 
-@torch.library.custom_op(f"{NAMESPACE}::token_logprobs", mutates_args=())
+@op("token_logprobs")
 def _token_logprobs(
     logits: Tensor,  # [T, V]
     targets: Tensor,  # [T] int64
@@ -260,7 +260,7 @@ def _(logits: Tensor, targets: Tensor, _1: Any, _2: Any, want_entropy: bool, _3:
     return _fake_results(logits.shape[0], want_entropy, logits)
 
 
-@torch.library.custom_op(f"{NAMESPACE}::token_logprobs_backward", mutates_args=())
+@op("token_logprobs_backward")
 def _token_logprobs_backward(
     logits: Tensor,  # [T, V]
     targets: Tensor,  # [T]
@@ -282,7 +282,7 @@ def _(logits: Tensor, *_: Any) -> Tensor:
     return torch.empty_like(logits, memory_format=torch.contiguous_format)
 
 
-@torch.library.custom_op(f"{NAMESPACE}::token_logprobs_backward_", mutates_args=("logits",))
+@op("token_logprobs_backward_", mutates=("logits",))
 def _token_logprobs_backward_(
     logits: Tensor,  # [T, V], becomes its gradient
     targets: Tensor,  # [T]
@@ -339,7 +339,7 @@ def _token_backward(ctx: Any, d_logps: Tensor | None, _: None, d_entropy: Tensor
 _token_logprobs.register_autograd(_token_backward, setup_context=_token_setup)
 
 
-@torch.library.custom_op(f"{NAMESPACE}::linear_logprobs", mutates_args=())
+@op("linear_logprobs")
 def _linear_logprobs(
     hidden: Tensor,  # [T, H]
     weight: Tensor,  # [V, H]
@@ -363,7 +363,7 @@ def _(
     return _fake_results(hidden.shape[0], want_entropy, hidden, weight)
 
 
-@torch.library.custom_op(f"{NAMESPACE}::linear_logprobs_backward", mutates_args=())
+@op("linear_logprobs_backward")
 def _linear_logprobs_backward(
     hidden: Tensor,  # [T, H]
     weight: Tensor,  # [V, H]

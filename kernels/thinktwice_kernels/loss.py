@@ -20,7 +20,7 @@ from thinktwice_kernels.advantages import (
     group_advantages_reference,
     prepared_rewards,
 )
-from thinktwice_kernels.launch import NAMESPACE, accumulation_dtype, first_order_only, in_triton, uses_triton
+from thinktwice_kernels.launch import accumulation_dtype, first_order_only, in_triton, op, uses_triton
 from thinktwice_kernels.metrics import (
     PARTIALS,
     Shaping,
@@ -305,7 +305,7 @@ def with_dropped(
     return torch.where(column, kept.dropped_tokens.to(totals.dtype), totals)
 
 
-@torch.library.custom_op(f"{NAMESPACE}::grpo_loss", mutates_args=())
+@op("grpo_loss")
 def _grpo_loss(
     logps: Tensor,  # [T]
     advantages: Tensor | None,  # [S] or [T]

@@ -255,11 +255,14 @@ def metrics_of(
     """The metrics that METRICS defines, without the absent ones: means in `dtype`, counts int64."""
     counts = totals[: _AT["with_gradient"] + 1].long()
     tokens, computed, guided = (counts[_AT[name]] for name in ("tokens", "computed", "guided"))
-    means = (totals / (computed - guided).clamp(min=1)).to(dtype)
-
-    def shaping_mean(sign: str) -> Tensor:
-        return (totals[_AT[f"shaping_{sign}"]] / counts[_AT[f"shaped_{sign}"]].clamp(min=1)).to(dtype)
-
+    ordinary, some = (computed - guided).clamp(min=1), counts.clamp(min=1)
+    divisors = {
+        "shaping_pos": some[_AT["shaped_pos"]],
+        "shaping_neg": some[_AT["shaped_neg"]],
+        "entropy": some[_AT["computed"]],
+    }
+    # All in one go: on a GPU each operation on a single number is a launch.
+    means = (totals / torch.stack([divisors.get(name, ordinary) for name in PARTIALS])).to(dtype)
     metrics = {
         "tokens": tokens,
         "tokens_skipped": tokens - computed,
@@ -270,9 +273,9 @@ def metrics_of(
         "tokens_dropped": counts[_AT["dropped"]],
         "tokens_with_gradient": counts[_AT["with_gradient"]],
         "ratio_max": totals[_AT["ratio_max"]].to(dtype),
-        "shaping_weight_pos": shaping_mean("pos"),
-        "shaping_weight_neg": shaping_mean("neg"),
-        "entropy": (totals[_AT["entropy"]] / computed.clamp(min=1)).to(dtype),
+        "shaping_weight_pos": means[_AT["shaping_pos"]],
+        "shaping_weight_neg": means[_AT["shaping_neg"]],
+        "entropy": means[_AT["entropy"]],
     } | {name: means[_AT[column]] for name, column in _ORDINARY_MEANS.items()}
     return {name: value for name, value in metrics.items() if name not in absent}
 

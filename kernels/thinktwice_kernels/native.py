@@ -5,17 +5,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from thinktwice_kernels.launch import in_cpp
+from thinktwice_kernels.launch import op_in_cpp
 
 
 def computes(*tensors: Tensor | None) -> bool:
-    """Whether `layer_ops` take these: float32 on the CPU."""
+    """Whether each `layer_op` takes these: float32 on the CPU."""
     return all(x is None or (x.device.type == "cpu" and x.dtype == torch.float32) for x in tensors)
 
 
-def layer_ops() -> Any:
-    """The ops of csrc/layers/."""
-    return in_cpp("thinktwice_layers")
+def layer_op(name: str) -> Any:
+    """That of csrc/layers/."""
+    return op_in_cpp("thinktwice_layers", name)
 
 
 def contiguous(x: Tensor | None) -> Tensor | None:

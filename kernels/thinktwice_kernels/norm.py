@@ -15,13 +15,13 @@ from torch import Tensor
 
 from thinktwice_kernels import native
 from thinktwice_kernels.launch import (
-    NAMESPACE,
     Tile,
     accumulation_dtype,
     fake_gradient,
     first_order_only,
     launch_warps,
     looping_programs,
+    op,
     row_arguments,
     row_tile,
     triton_type,
@@ -97,7 +97,7 @@ def rms_norm_reference(
     return y if residual is None else (y, h)
 
 
-@torch.library.custom_op(f"{NAMESPACE}::rms_norm", mutates_args=())
+@op("rms_norm")
 def _rms_norm(
     x: Tensor,  # [..., H]
     weight: Tensor,  # [H]
@@ -108,7 +108,7 @@ def _rms_norm(
     return _forward(x, None, weight, eps, cast_first)[0]
 
 
-@torch.library.custom_op(f"{NAMESPACE}::add_rms_norm", mutates_args=())
+@op("add_rms_norm")
 def _add_rms_norm(
     x: Tensor,  # [..., H]
     residual: Tensor,  # [..., H]
@@ -120,7 +120,7 @@ def _add_rms_norm(
     return _forward(x, residual, weight, eps, cast_first)
 
 
-@torch.library.custom_op(f"{NAMESPACE}::rms_norm_backward", mutates_args=())
+@op("rms_norm_backward")
 def _rms_norm_backward(
     d_y: Tensor,  # [..., H]
     d_h: Tensor | None,  # [..., H]: what flows into h besides
@@ -133,7 +133,7 @@ def _rms_norm_backward(
     if uses_triton(h) and row_tile(len(weight)).fits(h.dtype):
         return norm_gradients_in_triton(d_y, d_h, h, weight, eps, want_weight)
     if native.computes(h, weight):
-        of_h, of_weight = native.layer_ops().rms_norm_backward(
+        of_h, of_weight = native.layer_op("rms_norm_backward")(
             d_y.contiguous(), native.contiguous(d_h), h.contiguous(), weight.contiguous(), eps, want_weight
         )
         return of_h.view(h.shape), of_weight
@@ -168,8 +168,9 @@ def _forward(
     if uses_triton(x) and row_tile(len(weight)).fits(x.dtype):
         return norm_in_triton(x, residual, weight, eps, cast_first)
     if native.computes(x, weight):
-        found = native.layer_ops().rms_norm(x.contiguous(), native.contiguous(residual), weight.contiguous(), eps)
-        return found[0].view(x.shape), x if residual is None else found[1].view(x.shape)
+        y, h = native.layer_op("rms_norm")(x.contiguous(), native.contiguous(residual), weight.contiguous(), eps)
+        shaped = torch.ops.aten._unsafe_view  # no view for autograd: FSDP2 warns of those that a module gives
+        return shaped(y, x.shape), x if residual is None else shaped(h, x.shape)
     found = rms_norm_reference(x, weight, eps, residual=residual, cast_first=cast_first)
     y, h = found if isinstance(found, tuple) else (found, x)
     return y.contiguous(), h.contiguous()
@@ -330,7 +331,7 @@ def norm_in_triton(
         "CAST_FIRST": cast_first,
     }
     tile, shared = _shared_arguments(x, weight, eps)
-    launch_warps(rms_norm_rows, tile.num_warps, (triton.cdiv(shared["rows"], tile.rows),), x.device, arguments | shared)
+    launch_warps(rms_norm_rows, tile.num_warps, (-(-shared["rows"] // tile.rows),), x.device, arguments | shared)
     return y, h
 
 
@@ -345,7 +346,7 @@ def norm_gradients_in_triton(
     """The gradients of h and of the weight, [0] where it is not wanted."""
     of_h = torch.empty_like(h, memory_format=torch.contiguous_format)
     tile, shared = _shared_arguments(h, weight, eps)
-    programs = looping_programs(triton.cdiv(shared["rows"], tile.rows), tile, h.device)
+    programs = looping_programs(-(-shared["rows"] // tile.rows), tile.num_warps, h.device)
     kind = accumulation_dtype(h, weight)
     partials = torch.empty(programs, len(weight), dtype=kind, device=h.device) if want_weight else None
     arguments = {

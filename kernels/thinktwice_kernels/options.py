@@ -7,6 +7,7 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property, lru_cache
+from itertools import pairwise
 from typing import Any, Literal, TypedDict, get_args
 
 import torch
@@ -104,10 +105,10 @@ class LossOptions:
     def encode(self) -> list[float]:
         """Every field as a number, for a schema of torch.library; `decode` turns them back."""
         values = []
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if field.name in _CHOICES:
-                value = _CHOICES[field.name].index(value)
+        for name in _DEFAULTS:
+            value = getattr(self, name)
+            if name in _CHOICES:
+                value = _CHOICES[name].index(value)
             values.append(math.nan if value is None else float(value))
         return values
 
@@ -214,24 +215,27 @@ class LossOptions:
             raise ValueError(f"max_response_length is {self.max_response_length}: choose a positive number of tokens")
 
     def _refuse(self, circumstance: str, *names: str) -> None:
-        defaults = {field.name: field.default for field in fields(self)}
         for name in names:
-            if getattr(self, name) != defaults[name]:
+            default = _DEFAULTS[name]
+            if getattr(self, name) != default:
                 raise ValueError(
-                    f"{name}={getattr(self, name)!r} has no effect {circumstance}: leave it at {defaults[name]!r}"
+                    f"{name}={getattr(self, name)!r} has no effect {circumstance}: leave it at {default!r}"
                 )
+
+
+_DEFAULTS: dict[str, Any] = {field.name: field.default for field in fields(LossOptions)}
 
 
 @lru_cache(maxsize=64)
 def _decoded(numbers: tuple[float, ...]) -> LossOptions:
     values: dict[str, Any] = {}
-    for field, number in zip(fields(LossOptions), numbers, strict=True):
-        if field.name in _CHOICES:
-            values[field.name] = _CHOICES[field.name][int(number)]
+    for (name, default), number in zip(_DEFAULTS.items(), numbers, strict=True):
+        if name in _CHOICES:
+            values[name] = _CHOICES[name][int(number)]
         elif math.isnan(number):
-            values[field.name] = None
+            values[name] = None
         else:
-            values[field.name] = bool(number) if field.default is False else number
+            values[name] = bool(number) if default is False else number
     return LossOptions(**values)
 
 
@@ -395,10 +399,12 @@ def check_cu_seqlens(cu_seqlens: Tensor, tokens: int) -> None:
         )
     if cu_seqlens.device.type != "cpu" or torch.compiler.is_compiling():
         return
-    if cu_seqlens[0] != 0 or cu_seqlens[-1] != tokens or bool((cu_seqlens.diff() < 0).any()):
+    offsets = cu_seqlens.tolist()
+    falls = any(start > stop for start, stop in pairwise(offsets))
+    if offsets[0] != 0 or offsets[-1] != tokens or falls:
         raise ValueError(
-            f"cu_seqlens must rise from 0 to the number of tokens, {tokens}: it starts with {int(cu_seqlens[0])}, ends "
-            f"with {int(cu_seqlens[-1])}" + (" and falls in between" if bool((cu_seqlens.diff() < 0).any()) else "")
+            f"cu_seqlens must rise from 0 to the number of tokens, {tokens}: it starts with {offsets[0]}, ends with "
+            f"{offsets[-1]}" + (" and falls in between" if falls else "")
         )
 
 

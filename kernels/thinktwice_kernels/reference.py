@@ -19,6 +19,7 @@ from thinktwice_kernels.logprobs import linear_logits_reference as linear_logits
 from thinktwice_kernels.logprobs import linear_logprobs_reference as linear_logprobs
 from thinktwice_kernels.logprobs import token_logprobs_reference as token_logprobs
 from thinktwice_kernels.loss import restrict_to_kept, selected_in_torch, terms_of, with_dropped
+from thinktwice_kernels.merge import merge_attention_reference as merge_attention
 from thinktwice_kernels.metrics import PARTIALS, absent_metrics, metrics_of, partials_of, totals_of
 from thinktwice_kernels.norm import rms_norm_reference as rms_norm
 from thinktwice_kernels.options import (
@@ -37,6 +38,7 @@ __all__ = [
     "linear_grpo_loss",
     "linear_logits",
     "linear_logprobs",
+    "merge_attention",
     "rms_norm",
     "rotary",
     "swiglu",

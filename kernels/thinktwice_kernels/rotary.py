@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from thinktwice_kernels import native
-from thinktwice_kernels.launch import NAMESPACE, accumulation_dtype, fake_gradient, first_order_only, uses_triton
+from thinktwice_kernels.launch import accumulation_dtype, fake_gradient, first_order_only, op, uses_triton
 from thinktwice_kernels.norm import norm_gradients_in_torch, rms_norm_reference
 from thinktwice_kernels.triton.rotary import fits_registers, rotary_gradients_in_triton, rotary_in_triton
 
@@ -83,7 +83,7 @@ def rotary_reference(
     return q, k, v
 
 
-@torch.library.custom_op(f"{NAMESPACE}::rotary", mutates_args=())
+@op("rotary")
 def _rotary(
     qkv: Tensor,  # [T, (Q + 2 * K) * D]
     cos: Tensor,  # [T, D] or [T, D / 2]
@@ -101,14 +101,14 @@ def _rotary(
     if native.computes(qkv, q_norm, k_norm):
         tables = cos.float().contiguous(), sin.float().contiguous()
         norms = native.contiguous(q_norm), native.contiguous(k_norm)
-        return native.layer_ops().rotary(qkv.contiguous(), *tables, query_heads, kv_heads, *norms, eps)
+        return native.layer_op("rotary")(qkv.contiguous(), *tables, query_heads, kv_heads, *norms, eps)
     q, k, v = rotary_reference(
         qkv, cos, sin, query_heads=query_heads, kv_heads=kv_heads, q_norm=q_norm, k_norm=k_norm, eps=eps
     )
     return q.contiguous(), k.contiguous(), v.clone(memory_format=torch.contiguous_format)
 
 
-@torch.library.custom_op(f"{NAMESPACE}::rotary_backward", mutates_args=())
+@op("rotary_backward")
 def _rotary_backward(
     d_q: Tensor,  # [T, Q, D]
     d_k: Tensor,  # [T, K, D]
@@ -130,7 +130,7 @@ def _rotary_backward(
         tables = cos.float().contiguous(), sin.float().contiguous()
         inputs = native.contiguous(qkv), *tables, native.contiguous(q_norm), native.contiguous(k_norm)
         flows = d_q.contiguous(), d_k.contiguous(), d_v.contiguous()
-        return native.layer_ops().rotary_backward(*flows, *inputs, eps, want_q_norm, want_k_norm)
+        return native.layer_op("rotary_backward")(*flows, *inputs, eps, want_q_norm, want_k_norm)
     return rotary_gradients_in_torch(*arguments)
 
 

@@ -8,13 +8,14 @@ Letters: T tokens, V vocabulary, H hidden size, t rows of a tile of logits, m of
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from thinktwice_kernels.launch import accumulation_dtype, in_cpp, in_triton, uses_triton
+from thinktwice_kernels.launch import accumulation_dtype, in_triton, op_in_cpp, uses_triton
 
 # Bytes of logits and of their gradient. A GPU wants matrix products of thousands of rows; a CPU wants some hundreds,
 # because each product also reads or writes the whole weight once.
@@ -55,7 +56,7 @@ def row_statistics(
     """
     if uses_triton(logits):
         return in_triton("rows").row_statistics_in_triton(logits, targets, head, want_entropy)
-    statistics = _in_cpp(logits).row_statistics.default
+    statistics = _in_cpp(logits, "row_statistics")
     logps, lse, entropy = statistics(logits, targets.contiguous(), *_encoded(head, logits), want_entropy)
     return logps, lse, entropy if want_entropy else None
 
@@ -78,38 +79,53 @@ def row_gradient(
         return
     numbers = (None if x is None else x.double().contiguous() for x in (lse, entropy, d_logps, d_entropy))
     rows = None if rows is None else rows.contiguous()
-    _in_cpp(logits).row_gradient.default(logits, targets.contiguous(), *_encoded(head, logits), *numbers, rows, out)
+    gradient = _in_cpp(logits, "row_gradient")
+    gradient(logits, targets.contiguous(), *_encoded(head, logits), *numbers, rows, out)
 
 
-def _in_cpp(logits: Tensor) -> Any:
+def _in_cpp(logits: Tensor, name: str) -> Any:
     if logits.device.type != "cpu":
         raise RuntimeError(
             f"thinktwice_kernels has no kernels for {logits.device.type}: move the tensors to the CPU or CUDA, or use "
             "thinktwice_kernels.reference"
         )
-    return in_cpp("thinktwice_loss")
+    return op_in_cpp("thinktwice_loss", name)
 
 
 def _encoded(head: Head, logits: Tensor) -> tuple[Tensor | None, Tensor, float]:
     bias = None if head.bias is None else head.bias.to(accumulation_dtype(logits)).contiguous()
-    temperature = torch.as_tensor(head.temperature, dtype=torch.float64).reshape(-1).contiguous()
+    temperature = head.temperature
+    temperature = temperature.double().contiguous() if isinstance(temperature, Tensor) else _as_tensor(temperature)
     return bias, temperature, head.softcap or 0.0
+
+
+@lru_cache
+def _as_tensor(number: float) -> Tensor:  # [1] float64
+    with torch.inference_mode(False):
+        return torch.tensor([number], dtype=torch.float64, device="cpu")
 
 
 def rows_per_tile(vocabulary: int, bytes_per_logit: int, device: torch.device, budget: int | None = None) -> int:
     """How many rows of logits fit into the budget (None: the device's default); at least one."""
-    if budget is None:
-        budget = DEFAULT_BUDGET.get(device.type, DEFAULT_BUDGET["cuda"])
-    return max(1, budget // max(1, vocabulary * bytes_per_logit))
+    return max(1, tile_budget(device, budget) // max(1, vocabulary * bytes_per_logit))
 
 
-def tiles(start: int, stop: int, rows: int) -> Iterator[slice]:
-    """Slices of at most `rows` that cover start to stop, as equal as they can be."""
-    pieces = -(-(stop - start) // rows)
+def tile_budget(device: torch.device, budget: int | None) -> int:
+    """Bytes of logits and their gradient that may exist at a time: the budget, or the device's default."""
+    return DEFAULT_BUDGET.get(device.type, DEFAULT_BUDGET["cuda"]) if budget is None else budget
+
+
+def tiles(start: int, stop: int, rows: int, multiple: int = 1) -> Iterator[slice]:
+    """Slices of at most `rows` that cover start to stop, as equal as they can be.
+
+    All but the last are of a multiple of `multiple` rows, which `rows` is one of.
+    """
+    units = -(-(stop - start) // multiple)
+    pieces = -(-units * multiple // rows)
     for piece in range(pieces):
         yield slice(
-            start + (stop - start) * piece // pieces,
-            start + (stop - start) * (piece + 1) // pieces,
+            start + units * piece // pieces * multiple,
+            min(start + units * (piece + 1) // pieces * multiple, stop),
         )
 
 
@@ -189,10 +205,28 @@ class HeadGradients:
         if self._wanted[0]:
             self._hidden[rows] = _hidden_gradient(d_logits, weight).to(self._hidden.dtype)
         if self._wanted[1]:
-            _add_product(self._weight, d_logits, hidden[rows], beta=int(self._weight_is_set))
-            self._weight_is_set = True
+            self._add_to_weight(d_logits, hidden[rows])
         if self._bias.numel():
             self._bias += d_logits.sum(0, dtype=self._bias.dtype)
+
+    def add_scaled(
+        self,
+        d_logits: Tensor,  # [m, V] bfloat16, where Triton computes, as `hidden` and `weight`
+        scales: Tensor,  # [m] fp32: what its rows are to be multiplied by
+        rows: Tensor | slice,  # as above
+    ) -> None:
+        """`add` of rows times their scales, without a pass over them."""
+        hidden, weight = self._inputs
+        if self._wanted[0]:
+            write_hidden_gradient(self._hidden, d_logits, scales, rows, weight)
+        if self._wanted[1]:
+            self._add_to_weight(d_logits, scaled_rows(hidden, scales, rows))
+        if self._bias.numel():
+            self._bias += scaled_sum(d_logits, scales)
+
+    def _add_to_weight(self, d_logits: Tensor, hidden: Tensor) -> None:
+        _add_product(self._weight, d_logits, hidden, beta=int(self._weight_is_set))
+        self._weight_is_set = True
 
     def result(self) -> tuple[Tensor, Tensor, Tensor]:
         """Of hidden [T, H] in `hidden_gradient_dtype`; of weight [V, H] and bias [V] in the type they add up in."""
@@ -219,10 +253,62 @@ def _add_product(
     hidden: Tensor,  # [m, H]
     beta: int,  # 0: whatever `total` held before is not read
 ) -> None:
-    if d_logits.dtype == total.dtype:
-        total.addmm_(d_logits.t(), hidden.to(total.dtype), beta=beta)
-    else:
+    if _is_native(d_logits, hidden):
         torch.addmm(total, d_logits.t(), hidden, out_dtype=total.dtype, beta=beta, out=total)
+    else:
+        total.addmm_(d_logits.t().to(total.dtype), hidden.to(total.dtype), beta=beta)
+
+
+def write_hidden_gradient(
+    out: Tensor,  # [T, H] bfloat16, of which these rows are written
+    d_logits: Tensor,  # [m, V] bfloat16
+    scales: Tensor,  # [m] fp32
+    rows: Tensor | slice,  # m of the T
+    weight: Tensor,  # [V, H] bfloat16
+) -> None:
+    """The gradient of hidden states from rows of d_logits that are to be multiplied by their scales."""
+    total = product(d_logits, weight, torch.float32)
+    if isinstance(rows, slice):
+        in_triton("exponentials").scale_rows_in_triton(total, scales, None, out[rows], None)
+    else:
+        in_triton("exponentials").scale_rows_in_triton(total, scales, None, out, rows)
+
+
+def scaled_rows(
+    hidden: Tensor,  # [T, H]
+    scales: Tensor,  # [m] fp32
+    rows: Tensor | slice,  # m of the T
+) -> Tensor:  # [m, H]
+    """Rows times their scales; 0 where a scale is 0, whatever the row holds."""
+    if isinstance(rows, slice):
+        hidden, rows = hidden[rows], slice(None)
+    if hidden.stride(1) != 1:
+        hidden, rows = hidden[rows].contiguous(), slice(None)
+    out = hidden.new_empty(scales.numel(), hidden.shape[1])
+    places = None if isinstance(rows, slice) else rows
+    in_triton("exponentials").scale_rows_in_triton(hidden, scales, places, out, None)
+    return out
+
+
+def scaled_sum(
+    d_logits: Tensor,  # [m, V] bfloat16
+    scales: Tensor,  # [m] fp32
+) -> Tensor:  # [V] fp32
+    """The sum of the rows times their scales."""
+    high = scales.to(d_logits.dtype)
+    parts = torch.stack([high, (scales - high).to(d_logits.dtype)])  # in 16 of fp32's 24 bits
+    return product(parts, d_logits, torch.float32).sum(0)
+
+
+def product(
+    a: Tensor,  # [m, k] bfloat16
+    b: Tensor,  # [k, n] bfloat16
+    dtype: torch.dtype,
+) -> Tensor:  # [m, n]
+    """Sums in fp32, rounded to `dtype` at the end."""
+    if not _is_native(a, b):
+        return (a.float() @ b.float()).to(dtype)
+    return a @ b if dtype == a.dtype else torch.mm(a, b, out_dtype=dtype)
 
 
 def _is_native(*tensors: Tensor) -> bool:
@@ -252,9 +338,9 @@ def check_targets(targets: Tensor, tokens: int, vocabulary: int) -> None:
         raise ValueError(f"targets has shape {list(targets.shape)}: pass one token id per row, [{tokens}]")
     if targets.is_floating_point() or targets.dtype == torch.bool:
         raise ValueError(f"targets has type {targets.dtype}: pass integer token ids")
-    # On a GPU this look would wait for the device; there a wrong id gives NaN.
-    looked_at = targets.device.type == "cpu" and not torch.compiler.is_compiling() and tokens
-    if looked_at and not 0 <= int(targets.min()) <= int(targets.max()) < vocabulary:
+    # On a GPU this look would wait for the device; there a wrong id gives NaN. A tracer's tensors have no values.
+    looked_at = type(targets) is Tensor and targets.device.type == "cpu" and not torch.compiler.is_compiling()
+    if looked_at and tokens and not 0 <= int(targets.min()) <= int(targets.max()) < vocabulary:
         raise ValueError(
             f"targets lie between {int(targets.min())} and {int(targets.max())}: pass ids from 0 to {vocabulary - 1}, "
             "and for tokens without loss any of these"

@@ -14,7 +14,7 @@ from tests.update.cases import config, padded_logps, updater
 from thinktwice_fast.algorithms.bases import choose_base
 from thinktwice_fast.algorithms.step import Step
 from thinktwice_fast.algorithms.thinktwice import ThinkTwice
-from thinktwice_fast.config import UpdateOptions
+from thinktwice_fast.config import ThinkTwiceOptions, UpdateOptions
 from thinktwice_fast.model.agreement import as_transformers
 from thinktwice_fast.records import Base, Group, Rollout
 from thinktwice_fast.rollout.engine import Engine
@@ -34,6 +34,19 @@ def test_steps_alternate_and_a_pair_shares_its_problems() -> None:
     asked = [[group.problem.index for group in step.groups] for step in steps]
     assert asked == [[0, 1, 2, 3]] * 2 + [[4, 5, 6, 7]] * 2 + [[8, 9, 10, 11]] * 2
     assert all("/" not in name for step in steps for name in step.metrics)
+
+
+def test_several_solve_steps_to_a_refine_step() -> None:
+    """Each has its own problems, and the last one's are refined."""
+    world = World(thinktwice=ThinkTwiceOptions(refine_every=3))
+    steps = [world.algorithm.step(number) for number in range(1, 9)]
+    assert [step.phase for step in steps] == ["solve", "solve", "solve", "refine"] * 2
+    assert [step.groups[0].problem.index for step in steps] == [0, 4, 8, 8, 12, 16, 20, 20]
+    bases = [group.base for group in steps[3].groups]
+    assert [
+        base and base.response in [tuple(r.response) for r in group.rollouts]
+        for base, group in zip(bases, steps[2].groups, strict=True)
+    ] == [True] * 4
 
 
 def test_a_refine_group_refines_one_solution_of_its_own_problem() -> None:
@@ -193,16 +206,18 @@ def outcome(step: Step) -> list[Any]:
     return [(group.prompt, group.base, [rollout.response for rollout in group.rollouts]) for group in step.groups]
 
 
+@pytest.mark.parametrize("refine_every", [1, 2])
 @pytest.mark.parametrize("done", [0, 1, 2, 3])
-def test_a_resumed_run_goes_on_as_if_never_stopped(done: int) -> None:
+def test_a_resumed_run_goes_on_as_if_never_stopped(done: int, refine_every: int) -> None:
     """Also in the middle of a pair: the next step refines, and the same bases."""
-    whole = World()
+    options = ThinkTwiceOptions(refine_every=refine_every)
+    whole = World(thinktwice=options)
     steps = [whole.algorithm.step(number) for number in range(1, 6)]
-    first = World()
+    first = World(thinktwice=options)
     for number in range(1, done + 1):
         first.algorithm.step(number)
     state = json.loads(json.dumps(first.algorithm.state()))
-    second = World()
+    second = World(thinktwice=options)
     second.updater.version = first.updater.version
     second.algorithm.load_state(state)
     assert second.algorithm.state() == first.algorithm.state()

@@ -2,6 +2,7 @@
 // with the address and undefined-behaviour sanitizers and run by test_native.py.
 #include "block_manager.h"
 
+#include <algorithm>
 #include <cstdio>
 #include <cstdlib>
 #include <map>
@@ -29,15 +30,19 @@ bool throws(const Call& call) {
 struct Expected {
   int64_t length;
   int64_t version;
+  int64_t held;  // blocks, those taken ahead among them
 };
+
+int64_t blocks_for(const BlockManager& manager, int64_t tokens) {
+  return (tokens + manager.block_size() - 1) / manager.block_size();
+}
 
 void check_against(const BlockManager& manager, const std::map<int64_t, Expected>& live) {
   std::vector<int32_t> references(manager.num_blocks(), 0);
   for (const auto& [handle, expected] : live) {
     REQUIRE(manager.length(handle) == expected.length);
-    REQUIRE(expected.length == 0 || manager.version(handle) == expected.version);
-    const int64_t size = manager.block_size();
-    REQUIRE(static_cast<int64_t>(manager.blocks(handle).size()) == (expected.length + size - 1) / size);
+    REQUIRE(manager.version(handle) == (expected.held == 0 ? -1 : expected.version));
+    REQUIRE(static_cast<int64_t>(manager.blocks(handle).size()) == expected.held);
     for (const int32_t block : manager.blocks(handle)) ++references[block];
   }
   REQUIRE(references == manager.ref_counts());
@@ -45,7 +50,8 @@ void check_against(const BlockManager& manager, const std::map<int64_t, Expected
   for (const int32_t count : references) unused += count == 0;
   REQUIRE(unused == manager.free_blocks());
   for (const auto& [handle, expected] : live)
-    if (expected.length % manager.block_size() != 0) REQUIRE(references[manager.blocks(handle).back()] == 1);
+    for (int64_t own = expected.length / manager.block_size(); own < expected.held; ++own)
+      REQUIRE(references[manager.blocks(handle)[own]] == 1);
 }
 
 void random_calls(uint32_t seed) {
@@ -58,10 +64,10 @@ void random_calls(uint32_t seed) {
   const auto pick = [&] { return std::next(live.begin(), below(live.size()))->first; };
   for (int step = 0; step < 400; ++step) {
     const int64_t free_before = manager.free_blocks();
-    const int64_t action = below(10);
+    const int64_t action = below(12);
     if (live.empty() || action < 2) {
       const int64_t handle = manager.prefill();
-      REQUIRE(live.emplace(handle, Expected{0, 0}).second);
+      REQUIRE(live.emplace(handle, Expected{0, 0, 0}).second);
     } else if (action < 6) {
       std::vector<int64_t> handles, counts;
       bool stale = false;
@@ -69,10 +75,12 @@ void random_calls(uint32_t seed) {
         if (below(2)) {
           handles.push_back(handle);
           counts.push_back(below(12));
-          stale |= expected.length > 0 && expected.version != version;
+          stale |= expected.held > 0 && expected.version != version;
         }
+      const bool ahead = below(3) == 0;
       const auto extend = [&] {
-        return manager.extend(handles.data(), counts.data(), handles.size(), version);
+        return ahead ? manager.take_ahead(handles.data(), counts.data(), handles.size(), version)
+                     : manager.extend(handles.data(), counts.data(), handles.size(), version);
       };
       if (stale) {
         REQUIRE(throws<std::runtime_error>(extend));
@@ -81,15 +89,19 @@ void random_calls(uint32_t seed) {
       } else {
         for (size_t i = 0; i < handles.size(); ++i) {
           Expected& expected = live[handles[i]];
-          if (expected.length == 0) expected.version = version;
-          expected.length += counts[i];
+          if (expected.held == 0) expected.version = version;
+          expected.held = std::max(expected.held, blocks_for(manager, expected.length + counts[i]));
+          if (!ahead) expected.length += counts[i];
         }
       }
     } else if (action < 8) {
       const int64_t handle = pick(), n = below(5);
       const bool fits = live[handle].length % manager.block_size() == 0 || n <= free_before;
       if (fits)
-        for (const int64_t child : manager.fork(handle, n).handles) live[child] = live[handle];
+        for (const int64_t child : manager.fork(handle, n).handles) {
+          live[child] = live[handle];
+          live[child].held = blocks_for(manager, live[child].length);
+        }
       else
         REQUIRE(throws<std::runtime_error>([&] { manager.fork(handle, n); }));
     } else if (action < 9) {
@@ -97,6 +109,10 @@ void random_calls(uint32_t seed) {
       manager.release(&handle, 1);
       live.erase(handle);
       released.push_back(handle);
+    } else if (action < 11) {
+      const int64_t handle = pick();
+      manager.trim(&handle, 1);
+      live[handle].held = blocks_for(manager, live[handle].length);
     } else {
       ++version;
     }

@@ -7,7 +7,7 @@ here. An emulated thread costs about a microsecond each time it waits, so proble
 import ctypes
 import platform
 import subprocess
-from ctypes import c_bool, c_float, c_int, c_int64, c_uint64, c_void_p
+from ctypes import c_bool, c_float, c_int, c_int64, c_void_p
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.cpp_extension import include_paths
 
 from tests.csrc.stable_abi import INCLUDES
+from thinktwice_fast.model.csrc import Sampled
 
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 SPLIT = 256  # keys per part of a row's softmax
@@ -73,10 +74,15 @@ Sampling = _structure(
     "Sampling",
     logits=c_void_p,
     rows__vocabulary__stride=c_int64,
-    temperature__top_p__min_p__top_k__sample_ids__positions=c_void_p,
-    seed=c_uint64,
+    temperature__top_p__min_p__top_k__sample_ids__positions__seed=c_void_p,
     tokens__logps__raw_logps__entropies__statuses=c_void_p,
     maxima__totals__lowest=c_void_p,
+)
+Advance = _structure(
+    "Advance",
+    drawn__drawn_logps__drawn_entropies__stop_ids__block_tables=c_void_p,
+    rows__steps__stop_count__table_width__block_size__spare_slot=c_int64,
+    tokens__positions__draws__left__slots__counts__context_lens__new_tokens__new_logps__new_entropies=c_void_p,
 )
 
 
@@ -204,13 +210,29 @@ class EmulatedKernels:
         tokens, numbers = torch.empty(n, dtype=torch.int64), [torch.empty(n) for _ in range(3)]
         statuses = torch.full((n,), -1, dtype=torch.int32)
         columns = [x.data_ptr() for x in (temperature, top_p, min_p, top_k, sample_ids, positions)]
-        results = [x.data_ptr() for x in (tokens, *numbers, statuses)]
         size = (n, vocabulary, logits.stride(0))
+        key = torch.tensor([seed])
         workspace = [torch.full((n * most,), torch.nan) for most in (SLICES, SLICES * 8, 2)]
-        pointers = [x.data_ptr() for x in workspace]
-        work = Sampling(logits.data_ptr(), *size, *columns, seed % 2**64, *results, *pointers)
+        pointers = [x.data_ptr() for x in (key, tokens, *numbers, statuses, *workspace)]
+        work = Sampling(logits.data_ptr(), *size, *columns, *pointers)
         self._call("sample", work, TYPES[logits.dtype])
         return tokens, numbers[0], numbers[1], numbers[2], statuses
+
+    def advance(
+        self,
+        drawn: Sampled | None,
+        stop_ids: Tensor,
+        block_tables: Tensor,
+        block_size: int,
+        spare_slot: int,
+        state: Tensor,
+        context_lens: Tensor,
+        *new: Tensor,
+    ) -> None:
+        columns = (None, None, None) if drawn is None else (drawn.tokens, drawn.raw_logps, drawn.entropies)
+        given = [None if x is None else x.data_ptr() for x in (*columns, stop_ids, block_tables)]
+        sizes = (len(context_lens), len(new[0]), len(stop_ids), block_tables.shape[1], block_size, spare_slot)
+        self._call("advance", Advance(*given, *sizes, *(x.data_ptr() for x in (*state, context_lens, *new))))
 
 
 def _describe(

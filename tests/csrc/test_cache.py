@@ -19,27 +19,58 @@ class CacheMachine(RuleBasedStateMachine):
         super().__init__()
         self.cache = PagedKVCache(LAYERS, 12, HEADS, DIM, block_size=3)
         self.written: dict[int, list[int]] = {}
+        self.held: dict[int, int] = {}  # blocks, those taken ahead among them
         self.next_number = 1
 
     @rule()
     def prefill(self) -> None:
         handle = self.cache.prefill()
         assert handle not in self.written
-        self.written[handle] = []
+        self.written[handle], self.held[handle] = [], 0
+
+    def draw_growth(self, data: st.DataObject) -> tuple[list[int], list[int], int]:
+        """Handles, by how many tokens each is to grow, and the blocks that this takes."""
+        handles = data.draw(st.lists(st.sampled_from(sorted(self.written)), unique=True, min_size=1, max_size=5))
+        counts = [data.draw(st.integers(0, 7)) for _ in handles]
+        wanted = [-(-(len(self.written[handle]) + more) // 3) for handle, more in zip(handles, counts, strict=True)]
+        return handles, counts, sum(max(0, n - self.held[h]) for n, h in zip(wanted, handles, strict=True))
+
+    def hold(self, handles: list[int], counts: list[int]) -> None:
+        for handle, more in zip(handles, counts, strict=True):
+            self.held[handle] = max(self.held[handle], -(-(len(self.written[handle]) + more) // 3))
+
+    @precondition(lambda self: self.written)
+    @rule(data=st.data())
+    def take_ahead(self, data: st.DataObject) -> None:
+        handles, counts, needed = self.draw_growth(data)
+        free = self.cache.free_blocks
+        blocks = self.cache.take_ahead(handles, counts)
+        assert (blocks is None) == (needed > free)
+        assert self.cache.free_blocks == (free if blocks is None else free - needed)
+        if blocks is not None:
+            self.hold(handles, counts)
+            for row, handle in zip(blocks.tables.tolist(), handles, strict=True):
+                assert row[: self.held[handle]] == self.cache.blocks(handle)
+
+    @precondition(lambda self: self.written)
+    @rule(data=st.data())
+    def trim(self, data: st.DataObject) -> None:
+        handles = data.draw(st.lists(st.sampled_from(sorted(self.written)), unique=True, max_size=3))
+        self.cache.trim(handles)
+        self.held.update((handle, -(-len(self.written[handle]) // 3)) for handle in handles)
 
     @precondition(lambda self: self.written)
     @rule(data=st.data())
     def extend(self, data: st.DataObject) -> None:
-        handles = data.draw(st.lists(st.sampled_from(sorted(self.written)), unique=True, min_size=1, max_size=5))
-        counts = [data.draw(st.integers(0, 7)) for _ in handles]
+        handles, counts, needed = self.draw_growth(data)
         lengths = [len(self.written[handle]) for handle in handles]
-        needed = sum(-(-(n + more) // 3) - -(-n // 3) for n, more in zip(lengths, counts, strict=True))
         free = self.cache.free_blocks
         plan = self.cache.extend(handles, counts)
         assert (plan is None) == (needed > free)
         assert self.cache.free_blocks == (free if plan is None else free - needed)
         if plan is None:
             return
+        self.hold(handles, counts)
         assert plan.context_lens.tolist() == [n + more for n, more in zip(lengths, counts, strict=True)]
         assert plan.cu_seqlens_q.diff().tolist() == counts
         assert plan.positions.tolist() == [p for n, m in zip(lengths, counts, strict=True) for p in range(n, n + m)]
@@ -64,6 +95,7 @@ class CacheMachine(RuleBasedStateMachine):
         children = self.cache.fork(handle, n)
         assert len(set(children) - set(self.written)) == n
         self.written.update((child, list(self.written[handle])) for child in children)
+        self.held.update((child, -(-len(self.written[handle]) // 3)) for child in children)
 
     @precondition(lambda self: self.written)
     @rule(data=st.data())
@@ -71,7 +103,7 @@ class CacheMachine(RuleBasedStateMachine):
         handles = data.draw(st.lists(st.sampled_from(sorted(self.written)), unique=True, max_size=3))
         self.cache.release(handles)
         for handle in handles:
-            del self.written[handle]
+            del self.written[handle], self.held[handle]
             with pytest.raises(ValueError, match="was released before"):
                 self.cache.release([handle])
 
@@ -80,7 +112,7 @@ class CacheMachine(RuleBasedStateMachine):
         counts = [0] * self.cache.num_blocks
         for handle, numbers in self.written.items():
             blocks = self.cache.blocks(handle)
-            assert self.cache.length(handle) == len(numbers) and len(blocks) == -(-len(numbers) // 3)
+            assert self.cache.length(handle) == len(numbers) and len(blocks) == self.held[handle]
             for block in blocks:
                 counts[block] += 1
             expected = torch.tensor(numbers, dtype=torch.float32)

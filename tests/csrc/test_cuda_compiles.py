@@ -34,8 +34,8 @@ TORCH_MACROS = [
     for name in ("HALF_OPERATORS", "HALF_CONVERSIONS", "BFLOAT16_CONVERSIONS", "HALF2_OPERATORS")
 ]
 FAMILIES = (
-    "list_parts", "parts", "merge", "prefill", "sample_max", "sample_cut", "sample_race", "sample_finish", "write_kv",
-    "rotary_write_kv", "copy_blocks",
+    "advance", "list_parts", "parts", "merge", "prefill", "sample_max", "sample_cut", "sample_race", "sample_finish",
+    "write_kv", "rotary_write_kv", "copy_blocks",
 )  # fmt: skip
 BLOCK_REGISTERS = 65536  # of a multiprocessor, for all threads of its blocks
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.csrc.advancing import decoding_rows, drawings
 from tests.csrc.emulated_kernels import EmulatedKernels, build
 from tests.csrc.test_attention import EPS, Setting
 from tests.csrc.test_grouped_attention import decoding
@@ -285,6 +286,14 @@ def test_broken_logits(kernels: EmulatedKernels, value: float) -> None:
     assert all(torch.equal(column.isnan(), refused) for column in numbers)
 
 
+def test_rows_advance(kernels: EmulatedKernels) -> None:
+    expected, got = decoding_rows(300), decoding_rows(300)
+    for drawn in (None, *drawings(300, steps=4)):
+        csrc.advance(drawn, *expected)
+        kernels.advance(drawn, *got)
+        assert all(torch.equal(ours, theirs) for ours, theirs in zip(got[4:], expected[4:], strict=True))
+
+
 @pytest.mark.parametrize("launches", range(4))
 def test_a_launch_that_fails_is_reported(kernels: EmulatedKernels, launches: int) -> None:
     """Whichever of an op's launches it is; later ones are not made."""
@@ -299,6 +308,7 @@ def test_a_launch_that_fails_is_reported(kernels: EmulatedKernels, launches: int
         (1, lambda: kernels.write_kv(row, row, given.k_cache, given.v_cache, torch.tensor([3]))),
         (1, lambda: kernels.copy_blocks(given.k_cache[None], given.v_cache[None], torch.tensor([[0, 1]]))),
         (4, lambda: kernels.sample(**arguments(torch.zeros(2, 4)))),
+        (1, lambda: kernels.advance(None, *decoding_rows(2))),
     ]
     kernels.launches_left = launches
     try:

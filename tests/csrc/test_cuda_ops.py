@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.csrc.advancing import decoding_rows, drawings
 from tests.csrc.test_attention import EPS, Setting
 from tests.csrc.test_grouped_attention import Decoding, decoding
 from tests.csrc.test_rotary import CASES, Given, assert_rounded_once, problem, results
@@ -168,15 +169,26 @@ def test_broken_logits_name_the_row(value: float) -> None:
     assert torch.equal(csrc.sample(**there).tokens.cpu(), csrc.sample(**given | {"logits": torch.zeros(3, 70)}).tokens)
 
 
+def test_rows_advance() -> None:
+    expected = decoding_rows(300)
+    got = decoding_rows(300).to("cuda")
+    for drawn in (None, *drawings(300, steps=4)):
+        csrc.advance(drawn, *expected)
+        csrc.advance(None if drawn is None else csrc.Sampled(*(column.to(GPU) for column in drawn)), *got)
+        for ours, theirs in zip(got[4:], expected[4:], strict=True):
+            assert torch.equal(ours.cpu(), theirs)
+
+
 def test_a_graph_replays_the_ops() -> None:
     """Nothing in a decoding step waits for the GPU, nor depends on where its arguments were when it was captured."""
     given = on_gpu(decoding([530], [[30, 5, 300]], dim=128, dtype=torch.bfloat16))
     logits = {
-        name: value if name == "seed" else value.to(GPU) for name, value in arguments(torch.randn(3, 999)).items()
+        name: torch.as_tensor([value] if name == "seed" else value).to(GPU)
+        for name, value in arguments(torch.randn(3, 999)).items()
     }
 
     def step() -> tuple[torch.Tensor, torch.Tensor]:
-        return given.grouped(), csrc.sample(**logits).tokens
+        return given.grouped(), csrc.draw(**logits).tokens
 
     expected = step()
     stream = torch.cuda.Stream()

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from tests.csrc.advancing import decoding_rows
 from tests.csrc.watch import Watch
 from thinktwice_fast.model import csrc, reference
 
@@ -254,7 +255,7 @@ def test_refused_rows_leave_nothing_unwritten(sample: Callable[..., tuple[torch.
         min_p=[0.0, 0.0, 0.0, 0.0, 0.0, 1.5, 0.0, 0.0],
         positions=[0, 0, 0, 0, 0, 0, 0, 2**32],
     )
-    tokens, *numbers, statuses = sample(**given)
+    tokens, *numbers, statuses = sample(**given | {"seed": torch.tensor([0])})
     assert statuses.tolist() == [0, 1, 1, 2, 3, 4, 6, 5]
     refused = statuses != 0
     assert torch.equal(tokens == -1, refused)
@@ -264,8 +265,10 @@ def test_refused_rows_leave_nothing_unwritten(sample: Callable[..., tuple[torch.
 def test_fake_versions_have_the_shapes_of_the_real_ones() -> None:
     logits = torch.randn(3, 50)
     given = arguments(logits)
-    positional = tuple(given[name] for name in ("logits", "temperature", "top_k", "top_p", "min_p", "seed"))
-    torch.library.opcheck(csrc.ops.sample.default, (*positional, given["sample_ids"], given["positions"]))
+    options = tuple(given[name] for name in ("temperature", "top_k", "top_p", "min_p"))
+    keys = (torch.tensor([0]), given["sample_ids"], given["positions"])
+    torch.library.opcheck(csrc.ops.sample.default, (logits, *options, *keys))
+    torch.library.opcheck(csrc.ops.advance.default, (None, None, None, *decoding_rows(3)))
     cache = torch.randn(3, 2, 16, 16)
     table, lens, starts = (torch.tensor(x, dtype=torch.int32) for x in ([[0, 1]], [20], [0, 2]))
     torch.library.opcheck(

@@ -5,17 +5,21 @@ Letters: T tokens, V vocabulary.
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
+import pytest
 import torch
 from torch import Tensor
 
-from thinktwice_kernels import reference, token_logprobs
+from tests.kernels.batches import make_batch
+from tests.kernels.cases import PUBLIC_CASES
+from thinktwice_kernels import linear_grpo_loss, reference, token_logprobs
 from thinktwice_kernels.launch import accumulation_dtype
 
 FP32_ERROR = 1e-5
 # Units of rounding by which terms that cancel to nothing may be off.
 ZERO_UNITS = 8
+HIDDEN = 64
 Tensors = dict[str, Tensor]
 
 
@@ -123,3 +127,70 @@ def _rounding_of_gradient(batch: Tensors, incoming: tuple[Tensor, Tensor], dtype
     exponents = (batch["logits"] / batch["temperature"][:, None]).abs().amax(1)
     flow = (incoming[0].abs() + incoming[1].abs()) / batch["temperature"]
     return torch.finfo(dtype).eps * float((flow * (1 + exponents)).norm())
+
+
+def head_batch(tokens: int, vocabulary: int, dtype: torch.dtype, **wanted: bool) -> dict[str, Any]:
+    """Hidden states, weight and targets on the CPU in float64, rounded to `dtype`."""
+    found: dict[str, Any] = {
+        "hidden": normal(tokens, HIDDEN, seed=1).to(dtype).double(),
+        "weight": (normal(vocabulary, HIDDEN, seed=2) / 4).to(dtype).double(),
+        "targets": torch.randint(0, vocabulary, (tokens,), generator=torch.Generator().manual_seed(3)),
+    }
+    if wanted.get("bias"):
+        found["bias"] = normal(vocabulary, seed=4).to(dtype).double()
+    return found
+
+
+def plain_logprobs(
+    inputs: dict[str, Any], temperature: float = 1.0, logit_softcap: float | None = None
+) -> tuple[Tensor, Tensor]:
+    """As trainers do it: whole logits in the type of the inputs, then fp32."""
+    logits = torch.nn.functional.linear(inputs["hidden"], inputs["weight"], inputs.get("bias")).float()
+    if logit_softcap is not None:
+        logits = logit_softcap * torch.tanh(logits / logit_softcap)
+    found = reference.token_logprobs(logits, inputs["targets"], temperature=temperature, return_entropy=True)
+    return cast(tuple[Tensor, Tensor], found)
+
+
+def plain_loss(**rest: Any) -> tuple[Tensor, Tensors]:
+    inputs: dict[str, Any] = {name: rest.pop(name) for name in ("hidden", "weight", "bias", "targets") if name in rest}
+    head = {name: rest.pop(name) for name in ("temperature", "logit_softcap") if name in rest}
+    logps, entropy = plain_logprobs(inputs, **head)
+    return reference.grpo_loss(logps, entropy=entropy, **rest)
+
+
+def assert_same_metrics(got: Tensors, want: Tensors) -> None:
+    expected = pytest.approx({name: float(value) for name, value in want.items()}, rel=1e-4, abs=1e-6)
+    assert {name: float(value) for name, value in got.items()} == expected
+
+
+def check_linear_grpo_loss(
+    device: torch.device,
+    dtype: torch.dtype,
+    case: str,
+    lengths: list[int],
+    vocabulary: int,
+    budget: int | None,
+    bias: bool = True,
+    **head: Any,
+) -> None:
+    """Loss, metrics and gradients of one of the `PUBLIC_CASES` against the definition in float64."""
+    options, tensors = PUBLIC_CASES[case]
+    leaves = ("hidden", "weight", "bias")
+    batch = head_batch(sum(lengths), vocabulary, dtype, bias=bias) | head
+    packed = make_batch(lengths, 7, loss_mask=True, zero_advantages=True, **dict.fromkeys(tensors, True))
+    logps = reference.linear_logprobs(**batch)
+    near = {name: logps + packed[name] - packed["logps"].detach() for name in packed if name.endswith("_logps")}
+    packed = {name: value for name, value in packed.items() if name not in ("logps", "entropy")}
+    batch = {**batch, **packed, **near}
+
+    def run(op: Callable[..., Any], inputs: dict[str, Any], **own: Any) -> tuple[Tensors, Tensors]:
+        loss, metrics = op(**inputs, **options, **own)
+        return {"loss": loss, **gradients(loss, inputs, leaves)}, metrics
+
+    want, want_metrics = run(reference.linear_grpo_loss, with_leaves(batch, leaves))
+    inputs = moved_to(device, batch, dtype, leaves)
+    got, metrics = run(linear_grpo_loss, inputs, memory_budget=budget)
+    plain = run(plain_loss, inputs)[0] if dtype == torch.bfloat16 else None
+    assert_accurate(got, want, plain)
+    assert_same_metrics(metrics, want_metrics)

@@ -5,7 +5,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 # Views, memory that nobody writes, and moves to where a tensor already is.
 _VIEWS = (
@@ -17,6 +19,7 @@ _VIEWS = (
     "select",
     "slice",
     "split_with_sizes",
+    "unbind",
     "view",
 )
 _FREE = (*_VIEWS, "empty", "new_empty", "to")
@@ -47,3 +50,29 @@ class Dispatched(TorchDispatchMode):
             for name, result in self.calls
             if isinstance(result, Tensor) and result.shape == shape and ("zero" in name or "fill" in name)
         ]
+
+
+class PeakMemory(TorchDispatchMode):
+    """Within it, `peak` is the most bytes that memory which was taken within it has come to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.peak = 0
+        self._live: dict[int, tuple[StorageWeakRef, int]] = {}  # by address
+
+    def __torch_dispatch__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        given = set(_memory_of((args, kwargs)))
+        result = func(*args, **(kwargs or {}))
+        self._live = {place: held for place, held in self._live.items() if not held[0].expired()}
+        for place, storage in _memory_of(result).items():
+            if place not in given and place not in self._live:
+                self._live[place] = StorageWeakRef(storage), storage.nbytes()
+        self.peak = max(self.peak, sum(size for _, size in self._live.values()))
+        return result
+
+
+def _memory_of(values: Any) -> dict[int, torch.UntypedStorage]:
+    storages = (value.untyped_storage() for value in tree_leaves(values) if isinstance(value, Tensor))
+    return {storage.data_ptr(): storage for storage in storages if storage.nbytes()}

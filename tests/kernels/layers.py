@@ -1,6 +1,7 @@
 """Inputs for the ops of a decoder layer, and results held against float64; for the CPU, the interpreter and a GPU.
 
-Letters: T tokens, R rows, H elements of a norm, F elements of a gate, Q / K query / key-value heads, D head size.
+Letters: T tokens, R rows, H elements of a norm, F elements of a gate, Q / K query / key-value heads, D head size;
+of a merge Q queries, H heads.
 """
 
 from collections.abc import Callable, Mapping
@@ -12,7 +13,7 @@ from torch import Tensor
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from tests.kernels.accuracy import Tensors, assert_accurate, error, normal, poisoned_memory
-from thinktwice_kernels import reference, rms_norm, rotary, swiglu
+from thinktwice_kernels import merge_attention, reference, rms_norm, rotary, swiglu
 
 EPS = 1e-5
 Op = Callable[..., Any]
@@ -128,3 +129,26 @@ def check(case: Case, dtype: torch.dtype, device: torch.device) -> None:
     narrow = dtype.itemsize < 4
     assert_accurate(got, want, run(case.plain, case, dtype, torch.device("cpu"), rounded) if narrow else None)
     assert dtype != torch.float64 or all(error(got[name], value) < 1e-12 for name, value in want.items())
+
+
+def check_merge(dtype: torch.dtype, device: torch.device, dim: int = 24) -> None:
+    """Of queries that have other keys or none, and of rows that lie further apart, held against the definition."""
+    queries, heads = 37, 3
+    out, other = normal(2, queries, heads, dim).to(dtype).double()
+    lse, other_lse = 20 * normal(2, heads, queries, seed=1)
+    other_lse[0, :5], other_lse[2, 30:] = torch.inf, -torch.inf
+    none = other_lse.isinf()
+    both = torch.stack([lse, other_lse.masked_fill(none, -torch.inf)])
+    weights = both.softmax(0).transpose(1, 2)[..., None]
+    want = {"out": weights[0] * out + weights[1] * other, "lse": both.logsumexp(0)}
+    other.masked_fill_(none.T[..., None], torch.nan)  # not looked at
+    kind = torch.promote_types(dtype, torch.float32)
+    wide = torch.zeros(queries, 2, heads, dim, dtype=dtype, device=device)
+    row = torch.zeros(heads, queries + 3, dtype=kind, device=device)
+    got = {"out": wide[:, 1].copy_(out), "lse": row[:, 3:].copy_(lse)}
+    merge_attention(got["out"], got["lse"], other.to(device, dtype), other_lse.to(device, kind))
+    assert not wide[:, 0].any() and not row[:, :3].any()
+    assert torch.equal(got["out"].cpu()[none.T], out.to(dtype)[none.T])
+    assert torch.equal(got["lse"].cpu()[none], lse.to(kind)[none])
+    limit = {torch.float64: 1e-12, torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 4e-3}
+    assert error(got["out"].cpu(), want["out"]) < limit[dtype] and error(got["lse"].cpu(), want["lse"]) < limit[kind]

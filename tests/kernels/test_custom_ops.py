@@ -122,7 +122,7 @@ def op_calls() -> list[tuple[Any, tuple[Any, ...]]]:
             OPS.linear_grpo_loss,
             (
                 *(hidden, weight, bias, targets, 1.0, None, None, advantages, *given, mask, None),
-                *(LossOptions().encode(), [True, True, True], None),
+                *(LossOptions().encode(), [True, True, True], None, True),
             ),
         ),
     ]

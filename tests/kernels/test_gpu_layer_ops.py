@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tests.kernels.accuracy import normal
-from tests.kernels.layers import CASES, EPS, Case, check, gate_case, norm_case, rotary_case, run
+from tests.kernels.layers import CASES, EPS, Case, check, check_merge, gate_case, norm_case, rotary_case, run
 from thinktwice_kernels import rms_norm, rotary, swiglu
 
 pytestmark = [
@@ -32,6 +32,12 @@ SHAPES = {
 @pytest.mark.parametrize("name", [*CASES, *SHAPES])
 def test_accuracy(name: str, dtype: torch.dtype) -> None:
     check((CASES | SHAPES)[name], dtype, CUDA)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_two_parts_of_an_attention(dtype: torch.dtype) -> None:
+    for dim in (24, 128):
+        check_merge(dtype, CUDA, dim)
 
 
 @pytest.mark.parametrize("case", [SHAPES["norm, 4096"], SHAPES["rotary of Qwen3-4B"]], ids=["norm", "rotary"])

@@ -10,7 +10,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 
 from tests.kernels.accuracy import normal
 from tests.kernels.interpreter import patch_language_once, round_bfloat16_to_nearest
-from tests.kernels.layers import CASES, EPS, Case, check, norm_case, rotary_case
+from tests.kernels.layers import CASES, EPS, Case, check, check_merge, norm_case, rotary_case
 from thinktwice_kernels import launch, rms_norm, rotary
 
 patch_language_once()
@@ -28,6 +28,11 @@ def test_accuracy(name: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("name", ["add and norm", "gate", "rotary, all heads normed"])
 def test_other_types(name: str, dtype: torch.dtype) -> None:
     check(CASES[name], dtype, CPU)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_two_parts_of_an_attention(dtype: torch.dtype) -> None:
+    check_merge(dtype, CPU)
 
 
 @pytest.mark.parametrize("processors", [1, 3])

@@ -18,8 +18,8 @@ from transformers.models.qwen3.modeling_qwen3 import (
 
 from tests.kernels.accuracy import normal
 from tests.kernels.dispatched import Dispatched
-from tests.kernels.layers import CASES, EPS, Case, check, gate_case, norm_case, rotary_case, run
-from thinktwice_kernels import native, reference, rms_norm, rotary, swiglu
+from tests.kernels.layers import CASES, EPS, Case, check, check_merge, gate_case, norm_case, rotary_case, run
+from thinktwice_kernels import merge_attention, native, reference, rms_norm, rotary, swiglu
 
 CPU = torch.device("cpu")
 SMALL = {
@@ -204,6 +204,11 @@ def test_far_out_and_not_finite() -> None:
     assert swiglu(row).isnan() and rms_norm(row, torch.ones(2), EPS).isnan().all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_two_parts_of_an_attention(dtype: torch.dtype) -> None:
+    check_merge(dtype, CPU)
+
+
 def test_what_does_not_fit_is_refused() -> None:
     x, weight, table = torch.ones(2, 8), torch.ones(8), torch.ones(2, 2)
     refused: list[tuple[str, Callable[[], Any]]] = [
@@ -222,6 +227,8 @@ def test_what_does_not_fit_is_refused() -> None:
         (r"\[2, 2\] or \[2, 1\]", lambda: rotary(x, table[:1], table[:1], query_heads=2, kv_heads=1)),
         ("wants a gradient", lambda: rotary(x, table, table.clone().requires_grad_(), query_heads=2, kv_heads=1)),
         (r"k_norm has shape \[4\]", lambda: rotary(x, table, table, query_heads=2, kv_heads=1, k_norm=weight[:4])),
+        (r"pass two \[Q, H, D\]", lambda: merge_attention(x[None], table, x[None].double(), table)),
+        (r"pass \[2, 1\] of torch.float32", lambda: merge_attention(x[None], x, x[None], x)),
     ]
     for message, function in refused:
         with pytest.raises(ValueError, match=message):

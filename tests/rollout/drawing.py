@@ -1,9 +1,11 @@
 """Requests on small random models, drawn and checked for what every draw must leave behind."""
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
+from hypothesis import strategies as st
 
 from tests.small_models import VOCABULARY, own_model
 from thinktwice_fast.config import RolloutOptions
@@ -47,6 +49,57 @@ def scheduler_of(grown: Any) -> Scheduler:
     """Of an ``Engine.stream`` under way; requests may be added to it between any two rollouts that it gives."""
     scheduler: Scheduler = grown.gi_frame.f_locals["scheduler"]
     return scheduler
+
+
+def as_text(ids: Iterable[int]) -> str:
+    """A decoder of token ids, for stop strings."""
+    return "".join(f"<{number}>" for number in ids)
+
+
+class Mix:
+    """Requests in two waves, the second extending caches that the first kept, for any engine that has ``as_text``."""
+
+    def __init__(self, data: st.DataObject):
+        # Prompts on either side of what samples must share to be read together.
+        prompt = st.builds(_random_tokens, st.integers(1, 70) | st.sampled_from([64, 65, 70]), st.integers(0, 9))
+        sampling = st.builds(
+            Sampling,
+            max_tokens=st.integers(1, 30),
+            temperature=st.sampled_from([0.0, 0.7, 1.0]),
+            top_p=st.sampled_from([1.0, 0.8]),
+            top_k=st.sampled_from([0, 5]),
+            stop_strings=st.sampled_from([(), (), (), ("7>", "4><1")]),
+        )
+        self.first = []
+        for group in range(data.draw(st.integers(1, 4), "prompts")):
+            ids = range(10 * group, 10 * group + data.draw(st.integers(1, 6), "samples"))
+            asked = Request(group, data.draw(prompt, "prompt"), tuple(ids), data.draw(sampling, "sampling"))
+            self.first.append(replace(asked, keep=data.draw(st.booleans(), "keep")))
+        self.then = data.draw(sampling, "then")
+        self.at_ends = data.draw(st.booleans(), "second wave while the first runs")
+
+    def drawn(self, engine: Engine) -> dict[int, Rollout]:
+        """By sample id; the second wave's are 100 higher."""
+        ended = engine.run(self.first, lambda rollout: self._second(rollout) if self.at_ends else (), seed=3)
+        if not self.at_ends:
+            ended += engine.run([then for rollout in sorted(ended, key=_id) for then in self._second(rollout)], seed=3)
+        engine.release_prefixes()
+        assert engine.cache.free_blocks == engine.cache.num_blocks
+        return {rollout.sample_id: rollout for rollout in ended}
+
+    def _second(self, ended: Rollout) -> list[Request]:
+        if ended.sample_id >= 100:
+            return []
+        prompt = (*ended.prompt, *ended.response, 1, 2)
+        return [Request(ended.group, prompt, (100 + ended.sample_id,), self.then, extends=ended)]
+
+
+def _random_tokens(n: int, seed: int) -> tuple[int, ...]:
+    return tuple(torch.randint(VOCABULARY, (n,), generator=torch.Generator().manual_seed(seed)).tolist())
+
+
+def _id(rollout: Rollout) -> int:
+    return rollout.sample_id
 
 
 def tokens(rollouts: dict[int, Rollout]) -> dict[int, list[int]]:

@@ -1,7 +1,6 @@
 """Which runner a model gets, and that both draw the same."""
 
 import logging
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,15 +9,16 @@ from hypothesis import event, given, settings
 from hypothesis import strategies as st
 from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP
 
-from tests.rollout.drawing import draw, make, requests, tokens
+from tests.rollout.drawing import LONGEST, Mix, as_text, draw, make, requests, tokens
 from tests.small_models import VOCABULARY, foreign_model, own_model
 from thinktwice_fast.config import RolloutOptions
 from thinktwice_fast.errors import UserError
 from thinktwice_fast.model.attention import NAME
 from thinktwice_fast.model.policy import Model
-from thinktwice_fast.records import Request, Rollout, Sampling
+from thinktwice_fast.records import Request, Sampling
 from thinktwice_fast.rollout.engine import Engine
-from thinktwice_fast.rollout.runner import DecoderRunner, ModuleRunner
+from thinktwice_fast.rollout.modules import ModuleRunner
+from thinktwice_fast.rollout.runner import DecoderRunner
 from thinktwice_fast.rollout.step import Runner
 
 
@@ -78,38 +78,6 @@ def test_an_engine_for_short_sequences() -> None:
     assert tokens(draw(engine, short)) == tokens(draw(make(decoder="modules"), short))
 
 
-class Mix:
-    """Requests in two waves, the second extending caches that the first kept, for any engine."""
-
-    def __init__(self, data: st.DataObject):
-        prompt = st.lists(st.integers(0, VOCABULARY - 1), min_size=1, max_size=70)
-        sampling = st.builds(
-            Sampling,
-            max_tokens=st.integers(1, 40),
-            temperature=st.sampled_from([0.0, 0.7, 1.0]),
-            top_p=st.sampled_from([1.0, 0.8]),
-            top_k=st.sampled_from([0, 5]),
-        )
-        self.first = []
-        for group in range(data.draw(st.integers(1, 4), "prompts")):
-            ids = range(10 * group, 10 * group + data.draw(st.integers(1, 6), "samples"))
-            asked = Request(group, tuple(data.draw(prompt, "prompt")), tuple(ids), data.draw(sampling, "sampling"))
-            self.first.append(replace(asked, keep=data.draw(st.booleans(), "keep")))
-        self.then = data.draw(sampling, "then")
-
-    def drawn(self, engine: Engine) -> dict[int, Rollout]:
-        """By sample id; the second wave's are 100 higher."""
-        first = {rollout.sample_id: rollout for rollout in engine.run(self.first, seed=3)}
-        second = [
-            Request(r.group, (*r.prompt, *r.response, 1, 2), (100 + number,), self.then, extends=r)
-            for number, r in sorted(first.items())
-        ]
-        got = first | {rollout.sample_id: rollout for rollout in engine.run(second, seed=3)}
-        engine.release_prefixes()
-        assert engine.cache.free_blocks == engine.cache.num_blocks
-        return got
-
-
 @settings(max_examples=15, deadline=None)
 @given(st.data())
 def test_rollouts_are_the_same_bits_in_any_cache_and_the_modules_tokens(data: st.DataObject) -> None:
@@ -124,7 +92,7 @@ def test_rollouts_are_the_same_bits_in_any_cache_and_the_modules_tokens(data: st
     model = own_model("olmo3")
     kinds: list[dict[str, Any]] = [{}, options, {}, options | {"decoder": "modules"}]
     engines = [
-        Engine(model, stops, RolloutOptions(**kind), 160, group_attention=number != 2)
+        Engine(model, stops, RolloutOptions(**kind), LONGEST, decode=as_text, group_attention=number != 2)
         for number, kind in enumerate(kinds)
     ]
     whole, *others = [mix.drawn(engine) for engine in engines]

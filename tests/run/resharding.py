@@ -9,17 +9,19 @@ from unittest.mock import patch
 
 import torch
 
+from bench.core.memory import start_peak, status
 from tests import checkpoints
-from tests.small_models import foreign_model, own_model
+from tests.small_models import family_config, foreign_model, own_model
 from tests.update.cases import config, rollouts, share
 from thinktwice_fast import parallel
 from thinktwice_fast.config import ModelOptions
 from thinktwice_fast.errors import UserError
 from thinktwice_fast.model.attention import NAME
 from thinktwice_fast.model.lora import add_adapters
-from thinktwice_fast.model.sharding import pair_models
+from thinktwice_fast.model.sharding import own_shard, own_state, pair_models
+from thinktwice_fast.model.transformer import Transformer
 from thinktwice_fast.run import shards
-from thinktwice_fast.run.checkpoint import checkpoint_folder, load_checkpoint
+from thinktwice_fast.run.checkpoint import checkpoint_folder, load_checkpoint, optimizer_state
 from thinktwice_fast.update.optimizer import build_optimizer
 from thinktwice_fast.update.updater import Updater
 
@@ -70,10 +72,32 @@ def full_disk(folder: Path) -> list[str]:
     raise AssertionError("it was written")
 
 
+def rises(folder: Path) -> list[float]:
+    """By how much a save raises each process's memory at its peak, as a share of what the process has copied.
+
+    Nearly all of the model is one tensor, which is the most that rank 0 can have to put together at a time.
+    """
+    theirs: Any = family_config("llama")
+    theirs.vocab_size, theirs.hidden_size = 80_000, 256  # shards of more than 32 MiB, which malloc gives back
+    options = config()
+    model = Transformer(theirs, torch.float32)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.02)
+    models = pair_models(model, torch.float32)
+    updater = Updater(models, None, *build_optimizer(models.masters, options.update, 10), options)
+    updater.policy_update(share([rollouts(8)]))
+    tensors = (*own_state(models.masters).values(), *optimizer_state(models.masters, updater.optimizer)[0].values())
+    copied = sum(own_shard(tensor).nbytes for tensor in tensors)
+    start_peak()
+    before = status("VmRSS")
+    checkpoints.save(folder / "large", 1, updater)
+    return parallel.gather((status("VmHWM") - before) / copied)
+
+
 def everything(folder: Path) -> dict[str, Any]:
     """All results. Collective."""
     if parallel.world_size() == 2:
-        return {"tensors": saved(folder), "errors": full_disk(folder)}
+        return {"tensors": saved(folder), "errors": full_disk(folder), "rises": rises(folder)}
     return {"tensors": loaded(folder)}
 
 

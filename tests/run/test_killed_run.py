@@ -26,10 +26,17 @@ STAR = (
     *("--algorithm", "star", "--run.steps", "40", "--star.problems_per_iteration", "12"),
     *("--star.finetune_steps", "3", "--star.rationalize", "true", "--star.hint", "={answer}"),
 )
+# The share of guided members falls from step to step.
+THINKTUNING = (
+    *("--algorithm", "thinktuning", "--thinktuning.teacher", "examples/arithmetic_teacher.py:teach"),
+    *("--run.steps", "20", "--thinktuning.fraction", "0.75", "--thinktuning.decay_steps", "20"),
+)
 
 
 @pytest.mark.parametrize(
-    ("options", "kills"), [(THINKTWICE, 10), (DAPO, 2), (STAR, 3)], ids=["thinktwice", "dapo", "star"]
+    ("options", "kills"),
+    [(THINKTWICE, 10), (DAPO, 2), (STAR, 3), (THINKTUNING, 2)],
+    ids=["thinktwice", "dapo", "star", "thinktuning"],
 )
 def test_kills_change_nothing(options: tuple[str, ...], kills: int, tmp_path: Path) -> None:
     whole, killed = tmp_path / "whole", tmp_path / "killed"

@@ -23,10 +23,11 @@ from thinktwice_fast import launch, parallel
 from thinktwice_fast.algorithms.pair_rollout import fill_joint
 from thinktwice_fast.algorithms.sampler import Sampler, SampleSpec
 from thinktwice_fast.config import Config
+from thinktwice_fast.model import flash
 from thinktwice_fast.model.attention import NAME, PrefixAttention
 from thinktwice_fast.model.flops import Flops
 from thinktwice_fast.model.paged import PagedKVCache, Plan
-from thinktwice_fast.model.shared_prefix import Gathered
+from thinktwice_fast.model.policy import attention_heads
 from thinktwice_fast.records import Group, Sampling
 from thinktwice_fast.rollout import engine as engine_module
 from thinktwice_fast.rollout.engine import BLOCK_SIZE, Engine, blocks_for, cache_blocks, shared_blocks
@@ -35,7 +36,7 @@ from thinktwice_fast.run.memory import Load, predict, sampling_reserve
 from thinktwice_fast.run.workload import Evaluated, Phase, needed_blocks, phases
 from thinktwice_fast.tasks.prompts import RefinePrompt
 from thinktwice_fast.update.batches import Example, pack, pack_shared
-from thinktwice_fast.update.microbatches import plan_microbatches
+from thinktwice_fast.update.microbatches import plan_microbatches, row_budget
 
 CPU = torch.device("cpu")
 FLOPS = Flops(1000, 100, {0: 10})
@@ -64,12 +65,12 @@ def largest_rows(config: Config, prompts: Sequence[int], responses: Sequence[int
         for index, tokens in enumerate(responses)
     ]
     shared = config.update.shared_prefix
-    plan = plan_microbatches(examples, config.update.microbatch_tokens, world, FLOPS, shared_prefix=shared)
+    plan = plan_microbatches(examples, row_budget(config), world, FLOPS, shared_prefix=shared)
     parts = [[examples[index] for index in part] for loads in plan for part in loads if part]
     rows = [(pack_shared if shared else pack)(part, CPU) for part in parts]
     attentions = [cast(PrefixAttention, row.attention) for row in rows]
     segments = [(attention.lengths.tolist(), attention.prefix.tolist()) for attention in attentions]
-    keys = max(len(Gathered.from_segments(*both, CPU).keys) for both in segments)
+    keys = max(sum(lengths) + sum(lengths[before] for before in prefix if before >= 0) for lengths, prefix in segments)
     return max(len(row.input_ids) for row in rows), max(len(row.targets) for row in rows), keys
 
 
@@ -87,13 +88,13 @@ def test_no_micro_batch_is_larger_than_planned(data: st.DataObject) -> None:
     prompts = data.draw(st.lists(st.integers(1, 30), min_size=1, max_size=6))
     count = samples * len(prompts)
     responses = data.draw(st.lists(st.integers(1, longest), min_size=count, max_size=count))
-    budget, shared = data.draw(st.integers(1, 200)), data.draw(st.booleans())
+    budget, shared = data.draw(st.just(0) | st.integers(1, 200)), data.draw(st.booleans())
     world = data.draw(st.sampled_from([n for n in (1, 2, 3) if len(prompts) % n == 0]))
     config = row_config(len(prompts), samples, budget, longest, shared=shared)
     phase = planned(config, prompts, world)
     tokens, targets, keys = largest_rows(config, prompts, responses, world)
     assert tokens <= phase.row_tokens and targets <= phase.row_targets and keys <= phase.row_keys
-    assert phase.row_tokens <= max(budget, max(prompts) + longest - 1)
+    assert phase.row_tokens <= max(row_budget(config), max(prompts) + longest - 1)
 
 
 @pytest.mark.parametrize("shared", [True, False])
@@ -334,6 +335,24 @@ def test_the_head_counts_logits_and_their_gradients() -> None:
     assert head("cuda", torch.float32, 1000) == 2 * 4 * 1000 * 512  # and a tile of those rows that have a gradient
     assert head("cpu", torch.bfloat16, 1000) == 4 * 1000 * 512
     assert (4 << 30) - 6 * 512 < head("cuda", torch.bfloat16, 1 << 21) <= 4 << 30
+
+
+def test_attention_copies_keys_where_it_cannot_share_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    def layers(family: str, dtype: torch.dtype, *, checkpointing: bool = False) -> float:
+        config, model = Config(), AutoModelForCausalLM.from_config(family_config(family))
+        config.model.activation_checkpointing = checkpointing
+        parts = predict(config, model, torch.device("cuda"), dtype, LOAD, 1, 0, 10**12).parts
+        _, heads, size = attention_heads(model)
+        copied = sum(part.update for part in parts if part.name == "keys of shared prompts")
+        return copied / (LOAD.row_keys * 2 * heads * size * dtype.itemsize)
+
+    assert layers("qwen3", torch.bfloat16) == 0
+    assert layers("olmo3", torch.bfloat16) == 2  # windows of 8
+    assert layers("olmo3", torch.bfloat16, checkpointing=True) == 1
+    assert layers("qwen3", torch.float32) == 3
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(flash, "flash_for", lambda *_: None)  # it is another GPU's
+    assert layers("qwen3", torch.bfloat16) == 3
 
 
 def test_star_keeps_what_each_iteration_starts_from() -> None:

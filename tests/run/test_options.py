@@ -117,6 +117,7 @@ def test_the_tiny_configuration_is_the_default() -> None:
         "--algorithm sft --loss.epsilon_low 0.1",
         "--algorithm sft --rollout.temperature 0.5",
         "--algorithm sft --thinktwice.pairing joint",
+        "--thinktwice.pairing joint --thinktwice.refine_every 2",
         "--sft.refine_fraction 0.1",
         "--data.target_column solution",
         "--data.question_column text",

@@ -25,7 +25,7 @@ from thinktwice_fast.tasks.arithmetic import build_tokenizer
 from thinktwice_fast.tasks.prompts import ChatFormat
 from thinktwice_fast.tasks.text_stream import TokenTexts
 
-needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium (Debian: apt-get install chromium)")
+needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: `make browser` installs it")
 HOSTILE = "</script><script>alert(1)</script><!--data--> \ud800 é\n"
 
 

@@ -307,7 +307,7 @@ def test_what_is_sharded_divides_and_what_is_copied_does_not() -> None:
 def test_a_joint_pair_is_one_phase_of_both_prompts() -> None:
     config = Config()
     config.thinktwice.pairing = "joint"
-    config.update.minibatch_sequences = 256
+    config.update.minibatch_sequences, config.update.microbatch_tokens = 256, 16384
     (pair,) = phases(config, Flops(100, 10, {0: 1}), {"solve": 20, "refine": 90}, 1)
     assert (pair.name, pair.prompts, pair.prompt_tokens, pair.optimizer_steps) == ("pair", 64, 90, 2)
     everything = 16 * (20 + 90) + 256 * (config.rollout.max_response_tokens - 1)

@@ -5,9 +5,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from thinktwice_fast.config import Config
 from thinktwice_fast.model.flops import Flops
 from thinktwice_fast.update.batches import Example, pack, pack_shared
-from thinktwice_fast.update.microbatches import plan_microbatches
+from thinktwice_fast.update.microbatches import plan_microbatches, row_budget
 
 CPU = torch.device("cpu")
 FLOPS = Flops(token=100, target=30, key={0: 2, 4: 1})
@@ -74,3 +75,15 @@ def test_micro_batches_that_meet_are_alike() -> None:
     examples = [Example((1,), [0] * count) for count in (9, 9, 5, 5)]
     plan = plan_microbatches(examples, 9, 2, FLOPS, shared_prefix=False)
     assert [sorted(len(examples[parts[i][0]].response) for parts in plan) for i in (0, 1)] == [[9, 9], [5, 5]]
+
+
+@pytest.mark.parametrize(
+    ("responses", "stated", "shared", "tokens"),
+    [(64, 0, True, 10_240), (1001, 0, True, 10_800), (1001, 0, False, 10_240), (2048, 0, True, 16_384),
+     (2048, 77, True, 77)],
+)  # fmt: skip
+def test_a_row_has_room_for_a_group(responses: int, stated: int, shared: bool, tokens: int) -> None:
+    config = Config(samples_per_problem=8)
+    config.rollout.max_prompt_tokens, config.rollout.max_response_tokens = 1000, responses
+    config.update.microbatch_tokens, config.update.shared_prefix = stated, shared
+    assert row_budget(config) == tokens

@@ -182,7 +182,7 @@ def test_gradient_falls_on_what_predicts_a_sampled_token_alone() -> None:
         output.retain_grad()
         states.append(output)
 
-    made.models.policy.model.norm.register_forward_hook(keep)
+    made.models.policy.model.register_forward_hook(keep)
     made.models.policy.model.embed_tokens.register_forward_pre_hook(lambda _, inputs: ids.append(inputs[0]))
     made.policy_update([batch])
     (state,), (row,) = states, ids
@@ -257,7 +257,7 @@ def test_a_loss_that_is_no_number_is_an_error_and_leaves_the_weights(spoiled: st
             if output.requires_grad and made.version == 1:
                 output.register_hook(lambda gradient: gradient * math.nan)
 
-        model.norm.register_forward_hook(spoil)
+        model.register_forward_hook(spoil)
     before = weights(made.models.policy)
     with pytest.raises(NonFiniteLoss, match=r"not finite \(loss .*\): lower --update\.learning_rate") as caught:
         made.policy_update([fine, bad])

@@ -26,6 +26,7 @@ def build(parts: Parts) -> "ThinkTwice | JointThinkTwice":
 class ThinkTwice:
     """Alternates solve and refine steps on the same problems, with the same 0/1 reward.
 
+    With ``thinktwice.refine_every`` above 1 so many solve steps, each on its own problems, come to a refine step.
     Between steps it holds all that a resumed run needs: the position in the problem stream and, in the
     middle of a pair, the chosen bases.
     """
@@ -35,7 +36,7 @@ class ThinkTwice:
         self._problems = problems
         self._sampler = sampler
         self._policy_step = PolicyStep(config, sampler, updater)
-        self._position = 0  # problems finished, solve and refine
+        self._position = 0  # problems finished, solve and where they have one refine
         self._bases: dict[int, Base] = {}  # by slot, all processes' slots; empty = the next step solves
 
     def step(self, number: int) -> Step:
@@ -43,11 +44,11 @@ class ThinkTwice:
         phase = "refine" if self._bases else "solve"
         groups = [self._group(slot) for slot in self._policy_step.slots]
         metrics = self._policy_step(groups, number)
-        if self._bases:
+        if phase == "solve" and self._refines_next():
+            self._bases = self._choose_bases(groups, number)
+        else:
             self._bases = {}
             self._position += self._config.problems_per_step
-        else:
-            self._bases = self._choose_bases(groups, number)
         return Step(phase, metrics, groups, generations=samples_per_step(self._config))
 
     def state(self) -> dict[str, Any]:
@@ -74,6 +75,11 @@ class ThinkTwice:
                 "the checkpoint stands in the middle of a pair whose problems these options don't give: resume with "
                 "the --seed, --data and prompt options of its config.yaml, or from a checkpoint between pairs"
             )
+
+    def _refines_next(self) -> bool:
+        """Whether a refine step follows the solve step of these problems; each solve step has moved on by a batch."""
+        solve_steps = self._position // self._config.problems_per_step + 1
+        return solve_steps % self._config.thinktwice.refine_every == 0
 
     def _question(self, slot: int) -> str:
         return self._problems[self._position + slot].question

@@ -98,14 +98,10 @@ def _gpu_facts(driver: str | None) -> Iterator[Fact]:
 
 
 def _attention_fact() -> Fact:
-    from thinktwice_fast.model.shared_prefix import varlen_attention
-
-    what, flash = "attention in updates", installed_version("flash-attn")
-    if flash is not None:
-        return Fact(what, f"flash-attn {flash}")
-    if varlen_attention() is not None:
-        return Fact(what, "torch's variable-length attention")
-    return Fact(what, "plain torch", "slow: run `pip install flash-attn`, or take torch 2.12")
+    what = "attention in updates"
+    if torch.backends.cuda.is_flash_attention_available():
+        return Fact(what, "torch's flash attention")
+    return Fact(what, "plain torch", "slow: take a torch that is built with flash attention")
 
 
 def _extension_facts() -> Iterator[Fact]:

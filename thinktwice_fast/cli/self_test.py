@@ -19,6 +19,7 @@ from thinktwice_fast.errors import one_line
 from thinktwice_fast.model import csrc, products
 from thinktwice_fast.model import reference as in_torch
 from thinktwice_fast.model.attention import PrefixAttention
+from thinktwice_fast.model.flash import flash_for
 from thinktwice_fast.model.policy import Policy, linear_head
 from thinktwice_fast.model.shared_prefix import in_torch as prefix_in_torch
 from thinktwice_fast.records import Request, Sampling
@@ -190,7 +191,7 @@ def _written(op: Callable[..., None]) -> Callable[..., tuple[Tensor, ...]]:
 
     def run(**inputs: Any) -> tuple[Tensor, ...]:
         op(**inputs)
-        return tuple(inputs[name] for name in ("q", "k_cache", "v_cache") if name in inputs)
+        return tuple(inputs[name] for name in ("q", "k_cache", "v_cache", "out", "lse") if name in inputs)
 
     return run
 
@@ -250,8 +251,17 @@ def _segments() -> Inputs:
     }
 
 
+def _two_parts() -> Inputs:
+    """The first query sees no key of the other."""
+    lse = _normal(2, QUERY_HEADS, T, seed=31).float()
+    lse[1, :, 0] = torch.inf
+    out, other_out = _normal(2, T, QUERY_HEADS, D, seed=30)
+    return {"out": out, "lse": lse[0], "other_out": other_out, "other_lse": lse[1]}
+
+
 def _prefix_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    attention = PrefixAttention.from_segments(list(LENGTHS), [-1, 0, 0, 0], q.device)
+    flash = flash_for(q.device, q.dtype, QUERY_HEADS, KV_HEADS, D)
+    attention = PrefixAttention.from_segments(list(LENGTHS), [-1, 0, 0, 0], q.device, flash)
     return attention.attend(0, q, k, v, D**-0.5, 0)
 
 
@@ -267,6 +277,31 @@ def _draws() -> Inputs:
         "sample_ids": torch.arange(rows) + 2**40,
         "positions": torch.arange(rows) * 3,
     }
+
+
+def _advanced(op: Callable[..., None]) -> Callable[..., tuple[Tensor, ...]]:
+    """``csrc.advance`` as a function that gives back what it writes into."""
+
+    def run(drawn: Tensor, logps: Tensor, entropies: Tensor, **inputs: Any) -> tuple[Tensor, ...]:
+        op(csrc.Sampled(drawn, logps, logps, entropies), **inputs)
+        return tuple(
+            x for name, x in inputs.items() if name not in ("stop_ids", "block_tables") and isinstance(x, Tensor)
+        )
+
+    return run
+
+
+def _rows() -> Inputs:
+    rows, steps = 200, 2
+    state = torch.stack([_ids(rows, below=below) for below in (V, 3 * _BLOCK, 9, 4, 5, 2)])
+    return {
+        "drawn": _ids(rows, below=V // 2) - 1, "logps": _normal(rows, seed=31).float(),
+        "entropies": _normal(rows, seed=32).float(), "stop_ids": torch.arange(9),
+        "block_tables": _ids(rows, 2, below=70).int(), "block_size": _BLOCK, "spare_slot": 9999, "state": state,
+        "context_lens": torch.zeros(rows, dtype=torch.int32),
+        "new_tokens": torch.zeros(steps, rows, dtype=torch.int64), "new_logps": torch.zeros(steps, rows),
+        "new_entropies": torch.zeros(steps, rows),
+    }  # fmt: skip
 
 
 OPS = (
@@ -290,6 +325,8 @@ OPS = (
     Op("rotary", thinktwice_kernels.rotary, reference.rotary, lambda: _angles() | {
         "qkv": _normal(T, (QUERY_HEADS + 2 * KV_HEADS) * D, seed=23, grad=True), "query_heads": QUERY_HEADS,
         "kv_heads": KV_HEADS, "q_norm": _normal(D, seed=24, grad=True), "k_norm": _normal(D, seed=25, grad=True)}),
+    Op("merge_attention", _written(thinktwice_kernels.merge_attention), _written(reference.merge_attention),
+       _two_parts),
     Op("prefix attention", _prefix_attention,
        lambda **inputs: prefix_in_torch(**inputs, lengths=LENGTHS, prefix=(-1, 0, 0, 0), scale=D**-0.5), _segments),
     Op("write_kv", _written(csrc.write_kv), _written(in_torch.write_kv), _new_keys),
@@ -302,6 +339,9 @@ OPS = (
     Op("paged_attention", csrc.paged_attention, in_torch.paged_attention, _prefilling),
     Op("grouped_decode_attention", csrc.grouped_decode_attention, _grouped_by_definition, _grouped),
     Op("sample", csrc.sample, lambda **inputs: in_torch.sample(**inputs)[:-1], _draws),
+    Op("draw", csrc.draw, lambda **inputs: in_torch.sample(**inputs)[:-1], lambda: _draws() | {
+        "seed": torch.tensor([17])}),
+    Op("advance", _advanced(csrc.advance), _advanced(in_torch.advance), _rows),
     Op("exact products", products.exact_product, torch.nn.functional.linear, lambda: {
         "x": _normal(T, H, seed=27), "weight": _normal(V, H, seed=28), "bias": _normal(V, seed=29)},
        types=(torch.float32,), cpu_only=True),

@@ -12,16 +12,17 @@ Letters: T tokens, S segments, Hq / Hkv query / key-value heads, D head size.
 """
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from transformers import AttentionInterface
 
 from thinktwice_fast.errors import UserError
+from thinktwice_fast.model.flash import Flash, Parts, takes
 from thinktwice_fast.model.paged import PagedKVCache, Plan
-from thinktwice_fast.model.rotary import Rotation
-from thinktwice_fast.model.shared_prefix import Gathered, in_torch, prefix_attention, varlen_attention
+from thinktwice_fast.model.rotary import Angles, Rotary, Rotation
+from thinktwice_fast.model.shared_prefix import in_torch, prefix_attention
 from thinktwice_kernels import rotary
 
 NAME = "thinktwice"
@@ -44,6 +45,15 @@ class Attention(ABC):
     ) -> torch.Tensor:  # [T, Hq, D]
         """Of queries and keys that are normed and rotated."""
 
+    def angles(
+        self,
+        rotary: Rotary,
+        positions: torch.Tensor,  # int64 [T]
+        dtype: torch.dtype,  # of the hidden states
+    ) -> Angles:
+        """By which the tokens are turned, for ``rotate_and_attend``."""
+        return rotary(positions, dtype)
+
     def rotate_and_attend(
         self,
         layer: int,
@@ -65,35 +75,39 @@ class Attention(ABC):
 class PrefixAttention(Attention):
     """Causal attention of each segment over itself and all of the prefix that it continues; differentiable.
 
-    On the CPU the extension's own kernel, on CUDA variable-length attention over gathered keys; plain torch, a segment
-    at a time, for the types and head sizes that these do not take. See ``shared_prefix``.
+    On the CPU the extension's own kernel, on CUDA flash attention where it is given; plain torch, a segment at a time,
+    for the types and head sizes that these do not take. See ``shared_prefix`` and ``flash``.
     """
 
     lengths: torch.Tensor  # int64 [S], tokens of each segment; on the CPU
     prefix: torch.Tensor  # int64 [S], the earlier segment that each continues, -1 = none; on the CPU
-    gathered: Gathered | None  # on a GPU
+    parts: Parts | None  # for flash attention
 
     @classmethod
-    def from_segments(cls, lengths: list[int], prefix: list[int], device: torch.device) -> "PrefixAttention":
-        """Of the S segments in their order in the row; a prefix has none itself."""
-        gathered = Gathered.from_segments(lengths, prefix, device) if device.type == "cuda" else None
-        return cls(torch.tensor(lengths), torch.tensor(prefix), gathered)
+    def from_segments(
+        cls, lengths: list[int], prefix: list[int], device: torch.device, flash: Flash | None = None
+    ) -> "PrefixAttention":
+        """Of the S segments in their order in the row; a prefix has none itself.
+
+        Args:
+            flash: as ``flash_for`` gives it; segments that share a prefix then stand right behind it.
+        """
+        parts = None if flash is None else Parts.from_segments(flash, lengths, prefix, device)
+        return cls(torch.tensor(lengths), torch.tensor(prefix), parts)
 
     def attend(
         self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, window: int
     ) -> torch.Tensor:
-        short = q.dtype in (torch.bfloat16, torch.float16)
-        if q.device.type == "cpu" and (short or q.dtype == torch.float32):
+        if q.device.type == "cpu" and q.dtype in (torch.float32, torch.bfloat16, torch.float16):
             return prefix_attention(q, k, v, self.lengths, self.prefix, scale, window)
-        varlen = varlen_attention()
-        if self.gathered is not None and varlen is not None and short and q.shape[2] % 8 == 0 and q.shape[2] <= 256:
-            return self.gathered.attend(varlen, q, k, v, scale, window)
+        if self.parts is not None and takes(q.dtype, q.shape[2]):
+            return self.parts.attend(q, k, v, scale, window)
         return in_torch(q, k, v, self.lengths.tolist(), self.prefix.tolist(), scale, window)
 
 
-def causal_attention(lengths: list[int], device: torch.device) -> PrefixAttention:
+def causal_attention(lengths: list[int], device: torch.device, flash: Flash | None = None) -> PrefixAttention:
     """Of sequences of these lengths, in their order in the row, each over itself alone."""
-    return PrefixAttention.from_segments(lengths, [-1] * len(lengths), device)
+    return PrefixAttention.from_segments(lengths, [-1] * len(lengths), device, flash)
 
 
 @dataclass(frozen=True)
@@ -102,6 +116,10 @@ class PagedAttention(Attention):
 
     cache: PagedKVCache
     plan: Plan
+    longest: int = 0  # sequence, of whose positions the angles are kept: no kernels for a step's own; 0 = not kept
+
+    def angles(self, rotary: Rotary, positions: torch.Tensor, dtype: torch.dtype) -> Angles:
+        return rotary.at(positions, dtype, self.longest) if self.longest else rotary(positions, dtype)
 
     def attend(
         self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, window: int
@@ -112,6 +130,8 @@ class PagedAttention(Attention):
         self, layer: int, qkv: torch.Tensor, rotation: Rotation, scale: float, window: int
     ) -> torch.Tensor:
         if qkv.device.type == "cpu":  # the bits of training (`rollout.exact`)
+            cos, sin, rows = rotation.angles.cos, rotation.angles.sin, rotation.angles.rows
+            rotation = replace(rotation, angles=Angles(cos[rows], sin[rows], rows)) if self.longest else rotation
             return super().rotate_and_attend(layer, qkv, rotation, scale, window)
         return self.cache.rotate_and_attend(layer, self.plan, qkv, rotation, scale, window)
 

@@ -12,13 +12,13 @@ L layers, V vocabulary.
 """
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from thinktwice_fast.errors import UserError
-from thinktwice_fast.model import reference
+from thinktwice_fast.model import lists, reference
 
 
 def _load() -> None:
@@ -43,6 +43,7 @@ _paged_attention = ops.paged_attention.default
 _grouped_decode_attention = ops.grouped_decode_attention.default
 _list_parts = ops.list_parts.default
 _sample = ops.sample.default
+_advance = ops.advance.default
 
 
 def _grouped_in_torch(
@@ -60,6 +61,11 @@ def _grouped_in_torch(
     return reference.paged_attention(q, k_cache, v_cache, block_tables, context_lens, starts, scale, window)
 
 
+def _advance_in_torch(drawn: Tensor | None, logps: Tensor | None, entropies: Tensor | None, *rest: Any) -> None:
+    columns = None if drawn is None or logps is None or entropies is None else (drawn, logps, logps, entropies)
+    reference.advance(columns, *rest)
+
+
 _TORCH_VERSIONS = {
     "write_kv": reference.write_kv,
     "rotary_write_kv": reference.rotary_write_kv,
@@ -67,6 +73,7 @@ _TORCH_VERSIONS = {
     "paged_attention": reference.paged_attention,
     "grouped_decode_attention": _grouped_in_torch,
     "sample": reference.sample,
+    "advance": _advance_in_torch,
 }
 
 
@@ -92,6 +99,7 @@ def _register_fakes() -> None:
     for name in ("paged_attention", "grouped_decode_attention"):
         torch.library.register_fake(f"thinktwice::{name}", lambda q, *rest, **options: q.new_empty(q.shape))
     torch.library.register_fake("thinktwice::sample", _sample_fake)
+    torch.library.register_fake("thinktwice::advance", lambda *arguments: None)
 
 
 def _sample_fake(logits: Tensor, *rest: object) -> tuple[Tensor, ...]:
@@ -121,6 +129,17 @@ class Sampled(NamedTuple):
     logps: Tensor  # float32 [N], nats, under the distribution it was drawn from
     raw_logps: Tensor  # float32 [N], nats, under softmax(logits / temperature), nothing truncated
     entropies: Tensor  # float32 [N], nats, of softmax(logits / temperature), nothing truncated
+
+
+class State(NamedTuple):
+    """The rows of the state of N sequences that decode without a word from the host."""
+
+    tokens: Tensor  # int64 [N], the last of each, fed next
+    positions: Tensor  # int64 [N], of those in their sequences
+    draws: Tensor  # int64 [N], how many were drawn already
+    left: Tensor  # int64 [N], how many more may be
+    slots: Tensor  # int64 [N], where keys and values of ``tokens`` go
+    counts: Tensor  # int64 [N], how many were noted down
 
 
 def write_kv(
@@ -278,13 +297,67 @@ def sample(
 
     Raises:
         RuntimeError: a row's logits hold NaN or +inf or nothing finite, an option is out of range, or shapes or types
-            do not match. While a CUDA graph is captured, a row of the first two kinds gets the token -1 and NaN
-            instead.
+            do not match.
     """
-    *sampled, statuses = _sample(logits, temperature, top_k, top_p, min_p, seed, sample_ids, positions)
-    if not (logits.is_cuda and torch.cuda.is_current_stream_capturing()):
-        _raise_refused(statuses.tolist(), (temperature, top_k, top_p, min_p, positions, sample_ids))
+    options = (temperature, top_k, top_p, min_p)
+    (key,) = lists.upload([lists.int64([seed])], logits.device)
+    *sampled, statuses = _sample(logits, *options, key, sample_ids, positions)
+    _raise_refused(statuses.tolist(), (*options, positions, sample_ids))
     return Sampled(*sampled)
+
+
+def draw(
+    logits: Tensor,  # [N, V]
+    temperature: Tensor,  # float32 [N]
+    top_k: Tensor,  # int32 [N]
+    top_p: Tensor,  # float32 [N]
+    min_p: Tensor,  # float32 [N]
+    *,
+    seed: Tensor,  # int64 [1]
+    sample_ids: Tensor,  # int64 [N]
+    positions: Tensor,  # int64 [N]
+) -> Sampled:
+    """``sample`` without a look at what came of it: a row that is refused gets the token -1 and NaN.
+
+    Nothing waits for the device, and nothing but tensors goes in, so that a CUDA graph can hold it.
+    """
+    *sampled, _ = _sample(logits, temperature, top_k, top_p, min_p, seed, sample_ids, positions)
+    return Sampled(*sampled)
+
+
+def advance(
+    drawn: Sampled | None,
+    stop_ids: Tensor,  # int64, tokens that end a row
+    block_tables: Tensor,  # int32 [N, blocks]
+    block_size: int,
+    spare_slot: int,
+    state: Tensor,  # int64 [6, N], any stride of the first dimension; written in place
+    context_lens: Tensor,  # int32 [N], written in place
+    new_tokens: Tensor,  # int64 [S, N], written in place
+    new_logps: Tensor,  # float32 [S, N], nats, written in place
+    new_entropies: Tensor,  # float32 [S, N], nats, written in place
+) -> None:
+    """Between two steps of decoding: note down what N rows drew, and find the places of the tokens that come next.
+
+    The state's rows are ``State``. A row has ended when it has no tokens left to draw, which a stop token or a refused
+    draw also brings about. It then keeps its token, position and context length, and its slot is the spare one. What
+    the others drew (raw log-probabilities) goes to row ``counts`` of the new tokens, at most S of them.
+
+    Args:
+        drawn: None: nothing yet; only slots and context lengths are set, from the positions.
+        stop_ids: see above.
+        block_tables: of the rows' sequences, with blocks for the tokens to come.
+        block_size: tokens per block.
+        spare_slot: that nobody reads.
+        state, context_lens: of the rows.
+        new_tokens, new_logps, new_entropies: what was drawn since the counts were 0.
+
+    Raises:
+        RuntimeError: shapes or types do not match.
+    """
+    columns = (None, None, None) if drawn is None else (drawn.tokens, drawn.raw_logps, drawn.entropies)
+    new = (new_tokens, new_logps, new_entropies)
+    _advance(*columns, stop_ids, block_tables, block_size, spare_slot, state, context_lens, *new)
 
 
 def _raise_refused(

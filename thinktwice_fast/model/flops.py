@@ -23,7 +23,7 @@ class Flops:
         config = model.config.get_text_config()
         matrices = (p for layer in decoder_layers(model) for p in layer.parameters() if p.dim() > 1)
         heads, _, head_dim = attention_heads(model)
-        layers = Counter(_windows(config))
+        layers = Counter(windows(config))
         return cls(
             token=2 * sum(matrix.numel() for matrix in matrices),
             target=2 * config.hidden_size * config.vocab_size,
@@ -37,8 +37,8 @@ class Flops:
         return tokens * self.token + targets * self.target + attention
 
 
-def _windows(config: object) -> list[int]:
-    """Of each layer."""
+def windows(config: object) -> list[int]:
+    """Of each layer, positions that a query sees; 0 = all."""
     layers: int = getattr(config, "num_hidden_layers")  # noqa: B009 (transformers' configs declare no attributes)
     kinds = getattr(config, "layer_types", None) or ["full_attention"] * layers
     window: int = getattr(config, "sliding_window", None) or 0

@@ -6,6 +6,7 @@ Which blocks a sequence holds is kept by the C++ extension (``csrc/block_manager
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,6 +30,8 @@ _SHARED_KEYS_CPU, _SHARED_KEYS_GPU = 64, 256
 
 _prefill = ops.cache_prefill.default
 _extend = ops.cache_extend.default
+_take_ahead = ops.cache_take_ahead.default
+_trim = ops.cache_trim.default
 _fork = ops.cache_fork.default
 _release = ops.cache_release.default
 _free_blocks = ops.cache_free_blocks.default
@@ -48,6 +51,14 @@ class Plan:
     shared_blocks: Tensor | None = None  # int32 [groups]
     # By window, as the layers ask for them; see ``csrc.list_parts``. The lengths must not change after that.
     parts: dict[int, Tensor] = field(default_factory=dict)
+
+
+class Blocks(NamedTuple):
+    """Those of N sequences, with some taken ahead; on the CPU. Groups as in ``Plan``."""
+
+    tables: Tensor  # int32 [N, blocks of the longest sequence], padded with 0
+    group_offsets: Tensor  # int32 [groups + 1]; of no groups [0]
+    shared_blocks: Tensor  # int32 [groups]
 
 
 class PagedKVCache:
@@ -133,8 +144,31 @@ class PagedKVCache:
             del plan[-2:]
         return Plan(*upload(plan, self.device))
 
+    def take_ahead(self, handles: Sequence[int], counts: Sequence[int]) -> Blocks | None:
+        """Take the blocks that ``counts[i]`` more tokens of sequence ``handles[i]`` will need, all or nothing.
+
+        Lengths stay as they are until ``grow`` says how many tokens there were.
+
+        Returns:
+            The blocks of the sequences, or None when the pool has too few free ones; nothing changed then.
+
+        Raises:
+            RuntimeError: a sequence was written by another policy version.
+        """
+        missing, *blocks = _take_ahead(self.id, int64(handles), int64(counts), self.policy_version, self._shared_keys)
+        return None if missing else Blocks(*blocks)
+
+    def grow(self, handles: Sequence[int], counts: Sequence[int]) -> None:
+        """``extend`` into blocks taken ahead, by tokens that are there already."""
+        missing, *_ = _extend(self.id, int64(handles), int64(counts), self.policy_version, 0)
+        assert not missing, "their blocks were taken ahead"
+
+    def trim(self, handles: Sequence[int]) -> None:
+        """Give back the blocks that these sequences took ahead and did not need."""
+        _trim(self.id, int64(handles))
+
     def fork(self, handle: int, n: int) -> list[int]:
-        """``n`` new sequences equal to ``handle``, which stays as it is.
+        """``n`` new sequences equal to ``handle``, which stays as it is; none has blocks that it took ahead.
 
         Full blocks are shared; a partly filled last block is copied for each, so this takes n free blocks, or none.
 
@@ -159,7 +193,7 @@ class PagedKVCache:
         return ops.cache_sequence(self.id, handle)[1]
 
     def blocks(self, handle: int) -> list[int]:
-        """The blocks of a sequence, in order."""
+        """The blocks of a sequence, in order; those taken ahead come last."""
         return ops.cache_sequence(self.id, handle)[2].tolist()
 
     def ref_counts(self) -> list[int]:

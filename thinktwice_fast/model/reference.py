@@ -174,12 +174,12 @@ def _gather(
     return k_cache[block, :, offset].transpose(1, 2), v_cache[block, :, offset].transpose(1, 2)
 
 
-def philox4x32_10(counter: tuple[Tensor, ...], key: tuple[int, int]) -> tuple[Tensor, ...]:
+def philox4x32_10(counter: tuple[Tensor, ...], key: tuple[Tensor | int, Tensor | int]) -> tuple[Tensor, ...]:
     """Ten rounds of Philox4x32 (Salmon et al., SC'11).
 
     Args:
         counter: four int64 tensors of one shape, each entry a word in [0, 2^32).
-        key: two words.
+        key: two words; as tensors int64 [1].
 
     Returns:
         Four tensors of random words, in the same form.
@@ -195,7 +195,7 @@ def philox4x32_10(counter: tuple[Tensor, ...], key: tuple[int, int]) -> tuple[Te
 
 
 def uniforms(
-    seed: int,
+    seed: Tensor | int,  # int64 [1] or a number
     sample_ids: Tensor,  # int64 [N]
     positions: Tensor,  # int64 [N]
     vocabulary: int,
@@ -215,7 +215,7 @@ def sample(
     top_k: Tensor,  # int32 [N]
     top_p: Tensor,  # float32 [N]
     min_p: Tensor,  # float32 [N]
-    seed: int,
+    seed: Tensor | int,  # int64 [1] or a number
     sample_ids: Tensor,  # int64 [N]
     positions: Tensor,  # int64 [N]
 ) -> tuple[Tensor, ...]:
@@ -241,7 +241,7 @@ def _sample_rows(
     sample_ids: Tensor,  # int64 [n]
     positions: Tensor,  # int64 [n]
     *,
-    seed: int,
+    seed: Tensor | int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     greedy = temperature == 0
     scaled = logits.float() / torch.where(greedy, 1.0, temperature)[:, None]
@@ -292,3 +292,36 @@ def _may_be_drawn(
     inside = (reached < top_p.double()[:, None] * mass.sum(1, keepdim=True)) | (top_p == 1)[:, None] | (rank == 0)
     kept &= inside & (ranked >= min_p[:, None])
     return torch.zeros_like(kept).scatter(1, order, kept)
+
+
+def advance(
+    drawn: tuple[Tensor, Tensor, Tensor, Tensor] | None,  # csrc.Sampled
+    stop_ids: Tensor,  # int64
+    block_tables: Tensor,  # int32 [N, M]
+    block_size: int,
+    spare_slot: int,
+    state: Tensor,  # int64 [6, N]
+    context_lens: Tensor,  # int32 [N]
+    new_tokens: Tensor,  # int64 [S, N]
+    new_logps: Tensor,  # float32 [S, N]
+    new_entropies: Tensor,  # float32 [S, N]
+) -> None:
+    """See ``csrc.advance``."""
+    tokens, positions, draws, left, slots, counts = state
+    if drawn is not None:
+        token, _, logps, entropies = drawn
+        noted = (left > 0) & (counts < len(new_tokens))
+        for new, values in ((new_tokens, token), (new_logps, logps), (new_entropies, entropies)):
+            new[counts[noted], noted.nonzero()[:, 0]] = values[noted]
+        ends = (token < 0) | (left == 1) | torch.isin(token, stop_ids)
+        goes_on = noted & ~ends
+        counts += noted
+        draws += noted
+        left.copy_(torch.where(noted, (left - 1) * ~ends, left))
+        tokens.copy_(torch.where(goes_on, token, tokens))
+        positions += goes_on
+    block, blocks = positions // block_size, block_tables.shape[1]
+    held = block_tables.gather(1, block.clamp(max=blocks - 1)[:, None])[:, 0].long()
+    fed = (left > 0) & (block < blocks)
+    slots.copy_(torch.where(fed, held * block_size + positions % block_size, spare_slot))
+    context_lens.copy_(positions + 1)

@@ -4,7 +4,7 @@ Letters: T tokens, D head size, Hq / Hkv query / key-value heads.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -19,11 +19,11 @@ _FIXED = {"default", "linear", "dynamic", "llama3", "yarn"}
 
 @dataclass(frozen=True)
 class Angles:
-    """Of the T tokens of a forward pass."""
+    """Of the T tokens of a forward pass, or of all P positions that they may have."""
 
-    cos: Tensor  # float32 [T, D]
-    sin: Tensor  # float32 [T, D]
-    rows: Tensor  # int64 [T], 0 to T - 1: where each token's angles stand
+    cos: Tensor  # float32 [T, D] or [P, D]
+    sin: Tensor  # likewise
+    rows: Tensor  # int64 [T], where each token's angles stand: 0 to T - 1, or its position
 
     @property
     def tables(self) -> tuple[Tensor, Tensor]:
@@ -59,6 +59,7 @@ class Rotary(nn.Module):
         frequencies, self._scale = _frequencies(config, layer_type)
         self.register_buffer("inv_freq", frequencies, persistent=False)
         self._rounded = rounded
+        self._tables: tuple[tuple[torch.dtype, torch.device], Angles] | None = None
 
     def forward(
         self,
@@ -71,6 +72,19 @@ class Rotary(nn.Module):
         if self._rounded:
             cos, sin = cos.to(dtype).float(), sin.to(dtype).float()
         return Angles(cos, sin, torch.arange(len(positions), device=positions.device))
+
+    def at(
+        self,
+        positions: Tensor,  # int64 [T]
+        dtype: torch.dtype,  # of the hidden states
+        longest: int,  # P
+    ) -> Angles:
+        """The same, from tables of P positions that are made once."""
+        made = self._tables
+        if made is None or made[0] != (dtype, positions.device) or len(made[1].cos) < longest:
+            every = torch.arange(longest, device=positions.device)
+            made = self._tables = ((dtype, positions.device), self(every, dtype))
+        return replace(made[1], rows=positions)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Rotary":
         exact = self.inv_freq

@@ -5,17 +5,12 @@ that earlier segment, and its positions count on from it. A response sees its pr
 share is a segment without prefix.
 
 ``prefix_attention`` is the C++ extension's (``csrc/cpu/prefix_attention.cpp``); ``in_torch`` says the same in plain
-torch, in every type and on every device; ``Gathered`` prepares it for the variable-length kernels of a GPU.
+torch, in every type and on every device; ``flash.py`` has it for a GPU.
 
-Letters: T tokens, S segments, K keys of all segments one after another, Hq / Hkv query / key-value heads, D head size.
+Letters: T tokens, S segments, Hq / Hkv query / key-value heads, D head size.
 """
 
-import inspect
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import cache
-from importlib import import_module
-from importlib.util import find_spec
+from collections.abc import Sequence
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -96,10 +91,10 @@ def in_torch(
     window: int = 0,
 ) -> Tensor:  # [T, Hq, D]
     """See ``prefix_attention``; segment by segment, with a mask of its queries by its keys."""
-    spans = _spans(lengths)
+    places = spans(lengths)
     outs = []
-    for own, before in zip(spans, prefix, strict=True):
-        seen = [own] if before < 0 else [spans[before], own]
+    for own, before in zip(places, prefix, strict=True):
+        seen = [own] if before < 0 else [places[before], own]
         keys, values = (torch.cat([x[span] for span in seen]).transpose(0, 1)[None] for x in (k, v))
         queries = q[own].transpose(0, 1)[None]  # [1, Hq, Q, D]
         count, total = queries.shape[2], keys.shape[2]
@@ -116,83 +111,7 @@ def in_torch(
     return torch.cat(outs)
 
 
-@dataclass(frozen=True)
-class Gathered:
-    """The segments as variable-length attention has them: each with its own copy of the keys that it sees."""
-
-    keys: Tensor  # int64 [K], tokens of the row: each segment's prefix, then its own
-    cu_seqlens_q: Tensor  # int32 [S + 1]
-    cu_seqlens_k: Tensor  # int32 [S + 1]
-    longest_q: int
-    longest_k: int
-
-    @classmethod
-    def from_segments(cls, lengths: Sequence[int], prefix: Sequence[int], device: torch.device) -> "Gathered":
-        """Of the S segments' lengths in tokens and the prefix of each."""
-        spans = _spans(lengths)
-        seen = [
-            ([] if before < 0 else list(range(spans[before].start, spans[before].stop)))
-            + list(range(own.start, own.stop))
-            for own, before in zip(spans, prefix, strict=True)
-        ]
-        counts = [len(keys) for keys in seen]
-        return cls(
-            torch.tensor([key for keys in seen for key in keys], device=device),
-            torch.tensor(list(accumulate(lengths, initial=0)), dtype=torch.int32, device=device),
-            torch.tensor(list(accumulate(counts, initial=0)), dtype=torch.int32, device=device),
-            max(lengths),
-            max(counts),
-        )
-
-    @property
-    def layout(self) -> tuple[Tensor, Tensor, int, int]:
-        """As variable-length attention takes it."""
-        return self.cu_seqlens_q, self.cu_seqlens_k, self.longest_q, self.longest_k
-
-    def attend(
-        self,
-        varlen: "VarlenAttention",
-        q: Tensor,  # [T, Hq, D]
-        k: Tensor,  # [T, Hkv, D]
-        v: Tensor,  # [T, Hkv, D]
-        scale: float,
-        window: int,
-    ) -> Tensor:  # [T, Hq, D]
-        """See ``prefix_attention``. The copies' gradients add up where autograd takes them back through the index."""
-        return varlen(q, k[self.keys], v[self.keys], self, scale, window)
-
-
-# q [T, Hq, D], k and v [K, Hkv, D], scale, window -> [T, Hq, D]; causal, a segment's last query at its last key
-VarlenAttention = Callable[[Tensor, Tensor, Tensor, Gathered, float, int], Tensor]
-
-
-def _spans(lengths: Sequence[int]) -> list[slice]:
+def spans(lengths: Sequence[int]) -> list[slice]:
+    """Where each segment lies in the row."""
     ends = list(accumulate(lengths, initial=0))
     return [slice(start, end) for start, end in pairwise(ends)]
-
-
-@cache
-def varlen_attention() -> VarlenAttention | None:
-    """flash-attn's where installed, or torch's where it knows windows and grouped heads (2.12); both for CUDA only.
-
-    They take bfloat16 and float16, and heads of a multiple of 8 elements, up to 256.
-    """
-    if find_spec("flash_attn"):
-        return _by_flash_attn
-    return _by_torch if "enable_gqa" in inspect.signature(_torch_varlen_attn()).parameters else None
-
-
-def _by_flash_attn(q: Tensor, k: Tensor, v: Tensor, segments: Gathered, scale: float, window: int) -> Tensor:
-    return import_module("flash_attn").flash_attn_varlen_func(
-        q, k, v, *segments.layout, softmax_scale=scale, causal=True, window_size=(window - 1 if window else -1, 0)
-    )
-
-
-def _torch_varlen_attn() -> Callable[..., Any]:
-    # Imported where a GPU needs it: it brings torch's compiler along, which takes seconds.
-    return import_module("torch.nn.attention.varlen").varlen_attn
-
-
-def _by_torch(q: Tensor, k: Tensor, v: Tensor, segments: Gathered, scale: float, window: int) -> Tensor:
-    window_size = (window - 1 if window else -1, 0)
-    return _torch_varlen_attn()(q, k, v, *segments.layout, scale=scale, window_size=window_size, enable_gqa=True)

@@ -124,11 +124,11 @@ class Transformer(nn.Module):
         attention: Attention,
         product: Product = linear,
     ) -> Tensor:  # [T, H], what the head makes logits of
-        x = self.embed_tokens(input_ids)
-        angles = {kind: rotary(position_ids, x.dtype) for kind, rotary in self.rotary.items()}
+        x, change = self.embed_tokens(input_ids), None
+        angles = {kind: attention.angles(rotary, position_ids, x.dtype) for kind, rotary in self.rotary.items()}
         for layer in self.layers:
-            x = layer(x, angles, attention, product)
-        return cast(Tensor, self.norm(x))
+            x, change = layer(x, change, angles, attention, product)
+        return self.norm.of_sum(change, x)[0]
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
@@ -169,7 +169,10 @@ class Transformer(nn.Module):
 
 
 class Layer(nn.Module):
-    """Attention and MLP, each with its norm, added to what comes in."""
+    """Attention and MLP, each with its norm, added to what comes in.
+
+    What is added last goes along beside the sum up to the next norm, which adds it in its own pass over memory.
+    """
 
     def __init__(self, config: Any, family: _Family, number: int, dtype: torch.dtype):
         super().__init__()
@@ -180,18 +183,31 @@ class Layer(nn.Module):
         self.mlp_norm = Norm(config.hidden_size, config.rms_norm_eps, family, dtype)
         self.recomputed = False  # in the backward pass
 
-    def forward(self, x: Tensor, *rest: Any) -> Tensor:  # [T, H] -> [T, H]
-        if self.recomputed and torch.is_grad_enabled():
-            return cast(Tensor, checkpoint(self._compute, x, *rest, use_reentrant=False, preserve_rng_state=False))
-        return self._compute(x, *rest)
+    def forward(
+        self,
+        x: Tensor,  # [T, H]
+        change: Tensor | None,  # [T, H], to be added to x; None = nothing
+        *rest: Any,
+    ) -> tuple[Tensor, Tensor | None]:  # likewise
+        if self.recomputed and torch.is_grad_enabled():  # between the layers one tensor is kept, not two
+            assert change is None
+            return checkpoint(self._summed, x, *rest, use_reentrant=False, preserve_rng_state=False), None
+        return self._compute(x, change, *rest)
 
-    def _compute(self, x: Tensor, angles: Mapping[str, Angles], attention: Attention, product: Product) -> Tensor:
+    def _summed(self, x: Tensor, *rest: Any) -> Tensor:
+        x, change = self._compute(x, None, *rest)
+        return x if change is None else x + change
+
+    def _compute(
+        self, x: Tensor, change: Tensor | None, angles: Mapping[str, Angles], attention: Attention, product: Product
+    ) -> tuple[Tensor, Tensor | None]:
         if self.norms == "after":
+            assert change is None
             x = x + self.attention_norm(self.self_attn(x, angles, attention, product))
-            return x + cast(Tensor, self.mlp_norm(self.mlp(x, product)))
-        attended = self.self_attn(self.attention_norm(x), angles, attention, product)
-        normed, x = self.mlp_norm.of_sum(attended, x)
-        return x + cast(Tensor, self.mlp(normed, product))
+            return x + cast(Tensor, self.mlp_norm(self.mlp(x, product))), None
+        normed, x = self.attention_norm.of_sum(change, x)
+        normed, x = self.mlp_norm.of_sum(self.self_attn(normed, angles, attention, product), x)
+        return x, self.mlp(normed, product)
 
 
 class SelfAttention(nn.Module):
@@ -289,8 +305,10 @@ class Norm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:  # [T, H] -> [T, H]
         return rms_norm(x, self.weight, self.eps, cast_first=self._cast_first)
 
-    def of_sum(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:  # each [T, H]
-        """Of x + residual, and the sum."""
+    def of_sum(self, x: Tensor | None, residual: Tensor) -> tuple[Tensor, Tensor]:  # each [T, H]
+        """Of x + residual, or the residual where there is no x, and the sum."""
+        if x is None:
+            return self(residual), residual
         return rms_norm(x, self.weight, self.eps, residual=residual, cast_first=self._cast_first)
 
 

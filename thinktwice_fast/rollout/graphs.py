@@ -1,24 +1,29 @@
-"""Decoding steps as CUDA graphs: a captured forward pass per size of a batch, replayed on what stands in its buffers.
+"""Decoding on a GPU that goes on by itself: steps as CUDA graphs, replayed several times before the host looks.
+
+A step is the forward pass, the draw, and ``csrc.advance``, which notes down what was drawn and makes it the next step's
+input; a row that has ended idles. A chunk is one transfer of what the host knows, up to ``MOST_STEPS`` steps, and one
+transfer back. The chunk after it is launched before the first one's results are waited for: its rows go on from the
+device's own state, in blocks of the cache taken ahead, while the host notes down the first one's.
 
 A graph is fixed in its shapes: rows of the batch, blocks of a table, and whether sequences share prefixes. Each is
 rounded up, so that a few graphs serve all batches; they are captured when they are first needed. Rows that are left
-over write into a spare block of the cache and attend to that one key.
-
-Letters: N sequences, one token each; R rows of a graph, W blocks of its tables; V vocabulary.
+over have ended from the start. Everything else that may change stands in buffers.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import chain, takewhile
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import torch
-from torch import Tensor
 
+from thinktwice_fast.model import csrc
 from thinktwice_fast.model.attention import PagedAttention
-from thinktwice_fast.model.lists import int64, upload
-from thinktwice_fast.model.paged import PagedKVCache, Plan
-from thinktwice_fast.model.policy import Policy, linear_head
-from thinktwice_fast.rollout.step import Runner
+from thinktwice_fast.model.paged import Blocks, PagedKVCache
+from thinktwice_fast.model.policy import Model
+from thinktwice_fast.rollout.batch import Batch, NewTokens
+from thinktwice_fast.rollout.chunks import MOST_STEPS, Buffers, Chunk, Shape, group_room, host_inputs, tokens_left
+from thinktwice_fast.rollout.modules import ModuleRunner
+from thinktwice_fast.rollout.step import not_finite
 
 _LEAST_KEYS = 256  # that a table of a graph has room for; a split of the attention's keys
 
@@ -27,136 +32,138 @@ class Capture(Protocol):
     """Makes a step repeatable."""
 
     def __call__(self, step: Callable[[], None]) -> Callable[[], None]:
-        """Run the step, and give what repeats it on the same memory, without Python."""
+        """Run the step once, and give what repeats it on the same memory, without Python."""
         ...
 
 
-class Shape(NamedTuple):
-    """What a graph is captured for."""
-
-    rows: int  # R
-    blocks: int  # W
-    grouped: bool
-
-
-class GraphRunner(Runner):
+class GraphRunner(ModuleRunner):
     """A runner whose decoding steps are graphs; other batches run as they come.
 
-    The addresses of the model's weights and of the cache must not change. Logits of a decoding step are overwritten
-    by the next.
+    The addresses of the model's weights and of the cache must not change. A chunk ends with its steps; where others
+    wait for a place, no later than a sequence can have no tokens left. Until then rows that stopped early idle.
 
     Args:
-        policy: decoded with.
+        model: decoded with.
         cache: of its keys and values, with a spare block.
-        max_sequences: largest batch that is captured; larger ones run as they come.
-        max_tokens: longest sequence that is captured.
+        max_sequences: largest batch.
+        max_tokens: longest sequence.
         capture: how; by default as CUDA graphs that share one pool of memory.
     """
 
     def __init__(
         self,
-        policy: Policy,
+        model: Model,
         cache: PagedKVCache,
         max_sequences: int,
         max_tokens: int,
         capture: Capture | None = None,
     ):
+        super().__init__(model, cache)
         assert cache.spare_blocks, "rows that are left over need a block to write to"
-        self._policy = policy
-        self._cache = cache
         self._capture = capture or CudaCapture(cache.device)
+        self._longest = max_tokens
         self._rows = row_buckets(max_sequences)
         self._blocks = block_buckets(-(-max_tokens // cache.block_size), cache.block_size)
-        vocabulary: int = policy.model.config.get_text_config().vocab_size
-        self._buffers = _Buffers(cache, self._rows[-1], self._blocks[-1], vocabulary)
+        self._buffers: Buffers | None = None
         self._graphs: dict[Shape, Callable[[], None]] = {}
+        self._ahead: Chunk | None = None  # launched, and not asked for yet
+        self._goes_ahead = True
+
+    def refresh(self) -> None:
+        super().refresh()
+        self._ahead, self._goes_ahead = None, True
 
     @torch.inference_mode()
-    def logits(self, tokens: list[int], plan: Plan, last: list[int]) -> Tensor:  # float32 [len(last), V]
-        shape = self._shape(len(tokens), plan)
-        ids, rows = upload([int64(tokens), int64(last)], self._policy.device)
-        if shape is None:
-            return self._forward(ids, plan, rows)
-        self._buffers.fill(shape, ids, plan)
-        if shape not in self._graphs:
-            self._graphs[shape] = self._capture(lambda: self._step(shape))
-        self._graphs[shape]()
-        logits = self._buffers.logits[: len(tokens)]
-        return logits if len(last) == len(tokens) else logits[rows]
+    def step(self, batch: Batch, most: int) -> NewTokens:
+        if not batch.decodes:
+            self._drop_ahead(batch)
+            return super().step(batch, most)
+        if self._ahead is not None and not self._ahead.holds(batch, most):
+            self._drop_ahead(batch)
+        chunk = self._ahead or self._begin(batch, most)
+        self._ahead = self._follow(chunk, batch, most)
+        new = chunk.results(batch)
+        if any(tokens[-1] < 0 for tokens in new.tokens):
+            self._ahead = None
+            raise not_finite()
+        handles = _handles(batch)
+        self._cache.grow(handles, [len(tokens) - 1 for tokens in new.tokens])
+        if self._ahead is None:
+            self._cache.trim(handles)
+        return new
 
-    def _shape(self, tokens: int, plan: Plan) -> Shape | None:
-        """Of the smallest graph that holds a batch; None where no graph does."""
-        sequences, blocks = plan.block_tables.shape
-        decoding = 0 < tokens == sequences  # a plan of the scheduler has a token or more of each sequence
-        if not decoding or sequences > self._rows[-1] or blocks > self._blocks[-1]:
+    def _drop_ahead(self, batch: Batch) -> None:
+        """Other sequences have come. They will again: what follows an end asks for them.
+
+        What the dropped chunk wrote lies beyond its sequences' ends, or was in the stream before a block's next owner.
+        """
+        if self._ahead is None:
+            return
+        self._ahead, self._goes_ahead = None, False
+        self._cache.trim(_handles(batch))
+
+    def _begin(self, batch: Batch, most: int) -> Chunk:
+        """The first chunk of a batch: as many steps as there are blocks for, one of them reserved already."""
+        left = tokens_left(batch)
+        most = min(most, MOST_STEPS, min(left) if batch.others_wait else max(left))
+        for steps in range(most, 0, -1):
+            blocks = self._take_ahead(batch, left, steps)
+            if blocks is not None:
+                break
+        assert blocks is not None, "one step takes no more blocks"
+        return self._launch(batch, blocks, steps, None)
+
+    def _follow(self, chunk: Chunk, batch: Batch, most: int) -> Chunk | None:
+        """The chunk after one whose results are not known; None where others wait, nothing can be left or no blocks."""
+        left = tokens_left(batch)
+        steps = min(most, MOST_STEPS, max(left) - chunk.steps)
+        if not self._goes_ahead or batch.others_wait or steps < 1:
             return None
+        blocks = self._take_ahead(batch, left, chunk.steps + steps)
+        return None if blocks is None else self._launch(batch, blocks, steps, chunk)
+
+    def _take_ahead(self, batch: Batch, left: Sequence[int], steps: int) -> Blocks | None:
+        return self._cache.take_ahead(_handles(batch), [min(steps, n) - 1 for n in left])
+
+    def _launch(self, batch: Batch, blocks: Blocks, steps: int, before: Chunk | None) -> Chunk:
+        buffers = self._buffers
+        if buffers is None or buffers.stop_ids != len(batch.stop_ids):
+            sizes = (self._rows[-1], self._blocks[-1], len(batch.stop_ids))
+            buffers = self._buffers = Buffers(self._cache, *sizes)
+            self._graphs.clear()
+        shape = self._shape(blocks, buffers)
+        buffers.fill(shape, host_inputs(shape, batch, blocks, before, self._cache.spare_blocks[0]))
+        for _ in range(steps):
+            self._replay(shape, buffers)
+        rows = {id(sequence): row for row, sequence in enumerate(batch.sequences)}
+        return Chunk(batch.sequences, rows, steps, shape, buffers.results(shape))
+
+    def _shape(self, blocks: Blocks, buffers: Buffers) -> Shape:
+        """Of the smallest graph that holds a batch."""
+        sequences, width = blocks.tables.shape
         rows = next(size for size in self._rows if size >= sequences)
         # The rows that are left over are one more group.
-        grouped = plan.shared_blocks is not None and len(plan.shared_blocks) < group_room(rows)
-        return Shape(rows, next(size for size in self._blocks if size >= blocks), grouped)
+        grouped = 0 < len(blocks.shared_blocks) < group_room(rows)
+        return Shape(rows, next(size for size in self._blocks if size >= width), grouped, buffers.stop_ids)
 
-    def _step(self, shape: Shape) -> None:
-        buffers = self._buffers
-        logits = self._forward(buffers.tokens[: shape.rows], buffers.plan(shape), buffers.every_row[: shape.rows])
-        buffers.logits[: shape.rows].copy_(logits)
+    def _replay(self, shape: Shape, buffers: Buffers) -> None:
+        if shape in self._graphs:
+            self._graphs[shape]()
+        else:
+            self._graphs[shape] = self._capture(lambda: self._compute(shape, buffers))
 
-    def _forward(self, tokens: Tensor, plan: Plan, rows: Tensor) -> Tensor:
-        return self._policy(tokens, plan.positions, PagedAttention(self._cache, plan), rows, linear_head)
+    def _compute(self, shape: Shape, buffers: Buffers) -> None:
+        """A step."""
+        plan, inputs, state = buffers.plan(shape), buffers.inputs(shape), buffers.state(shape)
+        rows, attention = buffers.every_row[: shape.rows], PagedAttention(self._cache, plan, self._longest)
+        logits = self._policy(state.tokens, state.positions, attention, rows, self._head, self._product)
+        options = (inputs.temperature, inputs.top_k, inputs.top_p, inputs.min_p)
+        keys = {"seed": inputs.seed, "sample_ids": inputs.sample_ids, "positions": state.draws}
+        buffers.advance(shape, csrc.draw(logits, *options, **keys))
 
 
-class _Buffers:
-    """What graphs read and write; each its first rows."""
-
-    def __init__(self, cache: PagedKVCache, rows: int, blocks: int, vocabulary: int):
-        def zeros(*size: int, dtype: torch.dtype = torch.int64) -> Tensor:
-            return torch.zeros(size, dtype=dtype, device=cache.device)
-
-        self.tokens, self.positions, self.slots = zeros(rows), zeros(rows), zeros(rows)
-        self.context_lens, self.shared_blocks = (zeros(rows, dtype=torch.int32) for _ in range(2))
-        self.group_offsets = zeros(rows + 1, dtype=torch.int32)
-        self.tables = zeros(rows * blocks, dtype=torch.int32)  # a graph's [R, W] are its first
-        self.every_row = torch.arange(rows, device=cache.device)
-        self.starts = torch.arange(rows + 1, dtype=torch.int32, device=cache.device)
-        # One for all graphs: a result of their own would be kept by each.
-        self.logits = zeros(rows, vocabulary, dtype=torch.float32)
-        self._spare = cache.spare_blocks[0]
-        self._spare_slot = self._spare * cache.block_size
-
-    def plan(self, shape: Shape) -> Plan:
-        """The plan of every batch of this shape."""
-        rows, room = shape.rows, group_room(shape.rows)
-        return Plan(
-            self.tables[: rows * shape.blocks].view(rows, shape.blocks),
-            self.context_lens[:rows],
-            self.starts[: rows + 1],
-            self.positions[:rows],
-            self.slots[:rows],
-            self.group_offsets[: room + 1] if shape.grouped else None,
-            self.shared_blocks[:room] if shape.grouped else None,
-        )
-
-    def fill(self, shape: Shape, tokens: Tensor, plan: Plan) -> None:
-        """Put a batch in; what a table holds beyond its sequence is not read."""
-        there = self.plan(shape)
-        n, blocks = plan.block_tables.shape
-        there.block_tables[:n, :blocks].copy_(plan.block_tables)
-        there.block_tables[n:, 0] = self._spare
-        for buffer, values, left_over in (
-            (self.tokens[: shape.rows], tokens, 0),
-            (there.positions, plan.positions, 0),
-            (there.slots, plan.slots, self._spare_slot),
-            (there.context_lens, plan.context_lens, 1),
-        ):
-            buffer[:n].copy_(values)
-            buffer[n:] = left_over
-        if there.group_offsets is None or there.shared_blocks is None:
-            return
-        assert plan.group_offsets is not None and plan.shared_blocks is not None
-        groups = len(plan.shared_blocks)
-        there.group_offsets[: groups + 1].copy_(plan.group_offsets)
-        there.group_offsets[groups + 1 :] = shape.rows
-        there.shared_blocks[:groups].copy_(plan.shared_blocks)
-        there.shared_blocks[groups:] = 0
+def _handles(batch: Batch) -> list[int]:
+    return [sequence.cached for sequence in batch.sequences]
 
 
 class CudaCapture:
@@ -171,12 +178,12 @@ class CudaCapture:
         current = torch.cuda.current_stream(self._device)
         self._stream.wait_stream(current)
         with torch.cuda.stream(self._stream):
-            step()  # libraries get ready at their first call, which no graph can hold
+            step()  # as it is: libraries get ready at their first call, which no graph can hold
         current.wait_stream(self._stream)
         graph = torch.cuda.CUDAGraph()
         # Other threads go on using the GPU meanwhile: NCCL's watchdog asks for its events.
         with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):
-            step()
+            step()  # is recorded, and does not run
         return graph.replay
 
 
@@ -192,8 +199,3 @@ def block_buckets(most: int, block_size: int) -> list[int]:
     while sizes[-1] < most:
         sizes.append(min(most, 2 * sizes[-1]))
     return sizes
-
-
-def group_room(rows: int) -> int:
-    """Groups that a graph has room for: of two members or more, and one of the rows that are left over."""
-    return rows // 2 + 1

@@ -38,6 +38,7 @@ class PrefixCache:
 
     def keep(self, handle: int, rollout: Rollout) -> None:
         """Take over the sequence of a rollout that has ended."""
+        self._cache.trim([handle])  # a runner may have taken blocks for it ahead
         self._rollouts[handle] = rollout
         self._blocks[handle] = -(-self._cache.length(handle) // self._cache.block_size)
         rollout.cached = handle

@@ -4,57 +4,21 @@ import logging
 from typing import Literal
 
 import torch
-from torch.nn.functional import linear
 
 from thinktwice_fast.config import RolloutOptions
 from thinktwice_fast.errors import Option, UserError
-from thinktwice_fast.model.attention import PagedAttention
 from thinktwice_fast.model.csrc import torch_versions
 from thinktwice_fast.model.decoder import Decoder
-from thinktwice_fast.model.lists import int64, upload
+from thinktwice_fast.model.lists import int64
 from thinktwice_fast.model.paged import PagedKVCache, Plan
-from thinktwice_fast.model.policy import Model, Policy, linear_head
-from thinktwice_fast.model.products import PackedProducts
+from thinktwice_fast.model.policy import Model
 from thinktwice_fast.model.transformer import Transformer
 from thinktwice_fast.rollout.batch import Batch, NewTokens
 from thinktwice_fast.rollout.graphs import GraphRunner
+from thinktwice_fast.rollout.modules import ModuleRunner
 from thinktwice_fast.rollout.step import Runner, not_finite, random_keys, sampling_columns
 
 log = logging.getLogger(__name__)
-
-
-class ModuleRunner(Runner):
-    """The model as it is, over the cache.
-
-    Args:
-        model: to be decoded with.
-        cache: of its keys and values.
-        exact: with exact products (``model/products.py``), those of the head among them.
-    """
-
-    def __init__(self, model: Model, cache: PagedKVCache, *, exact: bool = False):
-        self._policy = Policy(model)
-        self._cache = cache
-        self._packed = PackedProducts() if exact else None
-        self._product = self._packed or linear
-        self._head = self._packed or linear_head
-        self.exact = exact
-
-    def refresh(self) -> None:
-        if self._packed:
-            self._packed.refresh()
-
-    @torch.inference_mode()
-    def logits(self, tokens: list[int], plan: Plan, last: list[int]) -> torch.Tensor:
-        ids, rows = upload([int64(tokens), int64(last)], self._policy.device)
-        return self._policy(
-            ids,
-            plan.positions,
-            PagedAttention(self._cache, plan),
-            rows,
-            self._head,
-            self._product,
-        )
 
 
 class DecoderRunner(Runner):
@@ -78,7 +42,7 @@ class DecoderRunner(Runner):
             self._cache,
             int64([sequence.cached for sequence in batch.sequences]),
             int64(batch.tokens),
-            sampling_columns(batch, torch.device("cpu")),
+            sampling_columns(batch),
             seed=batch.seed,
             sample_ids=sample_ids,
             positions=positions,
@@ -159,7 +123,7 @@ def planned_runner(
 
 def _gpu_runner(model: Model, cache: PagedKVCache, options: RolloutOptions, max_tokens: int) -> Runner:
     if "paged_attention" not in torch_versions:  # those wait for the GPU, so that they can't be captured
-        return GraphRunner(Policy(model), cache, options.max_sequences, max_tokens)
+        return GraphRunner(model, cache, options.max_sequences, max_tokens)
     if options.decoder == "fused":
         raise UserError(
             (Option("rollout.decoder", "fused"), " needs the extension built with CUDA"),

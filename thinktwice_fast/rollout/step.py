@@ -9,7 +9,7 @@ import torch
 
 from thinktwice_fast.errors import Option, UserError
 from thinktwice_fast.model.csrc import Sampled, sample
-from thinktwice_fast.model.lists import int64, upload
+from thinktwice_fast.model.lists import float32, int64, upload
 from thinktwice_fast.model.paged import Plan
 from thinktwice_fast.rollout.batch import Batch, NewTokens
 from thinktwice_kernels import token_logprobs
@@ -81,29 +81,20 @@ def random_keys(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
     return int64([sample.sample_id for sample in samples]), int64([len(sample.response) for sample in samples])
 
 
-def sampling_columns(batch: Batch, device: torch.device) -> tuple[torch.Tensor, ...]:
-    """Temperature, top-k, top-p and min-p of each draw, [D] each, as `csrc.sample` takes them."""
+def sampling_columns(batch: Batch) -> tuple[torch.Tensor, ...]:
+    """Temperature, top-k, top-p and min-p of each draw, [D] each, as `csrc.sample` takes them; on the CPU."""
     samplings = batch.samplings
-    first, n = samplings[0], (len(samplings),)
-    if all(sampling is first for sampling in samplings):
-        return (
-            torch.full(n, first.temperature, device=device),
-            torch.full(n, first.top_k, dtype=torch.int32, device=device),
-            torch.full(n, first.top_p, device=device),
-            torch.full(n, first.min_p, device=device),
-        )
     return (
-        _column([sampling.temperature for sampling in samplings], torch.float32, device),
-        _column([sampling.top_k for sampling in samplings], torch.int32, device),
-        _column([sampling.top_p for sampling in samplings], torch.float32, device),
-        _column([sampling.min_p for sampling in samplings], torch.float32, device),
+        float32([sampling.temperature for sampling in samplings]),
+        torch.tensor([sampling.top_k for sampling in samplings], dtype=torch.int32, device="cpu"),
+        float32([sampling.top_p for sampling in samplings]),
+        float32([sampling.min_p for sampling in samplings]),
     )
 
 
 def _sampled(logits: torch.Tensor, batch: Batch) -> Sampled:  # [D, V]
-    sample_ids, positions = upload(list(random_keys(batch)), logits.device)
+    *columns, sample_ids, positions = upload([*sampling_columns(batch), *random_keys(batch)], logits.device)
     try:
-        columns = sampling_columns(batch, logits.device)
         return sample(logits, *columns, seed=batch.seed, sample_ids=sample_ids, positions=positions)
     except RuntimeError as error:
         if torch.isfinite(logits).all():
@@ -113,9 +104,5 @@ def _sampled(logits: torch.Tensor, batch: Batch) -> Sampled:  # [D, V]
 
 def _training_logps(logits: torch.Tensor, tokens: torch.Tensor, batch: Batch) -> torch.Tensor:  # [D, V], [D] -> [D]
     """The same numbers up to rounding as the sampler's, rounded as training's are."""
-    temperatures = [sampling.temperature or 1.0 for sampling in batch.samplings]
-    return token_logprobs(logits, tokens, temperature=_column(temperatures, torch.float32, logits.device))
-
-
-def _column(values: list[int] | list[float], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    return torch.tensor(values, dtype=dtype, device=device)
+    temperatures = float32([sampling.temperature or 1.0 for sampling in batch.samplings])
+    return token_logprobs(logits, tokens, temperature=temperatures.to(logits.device))

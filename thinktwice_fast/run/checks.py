@@ -225,6 +225,7 @@ def _ignored_in_training(config: Config) -> list[_Ignored]:
           for section in sorted(sections - {method.section})),
         (method.preset is None, ("loss", "rollout.exact", "update.minibatch_sequences", "update.old_logps"),
          f"with --algorithm {name}"),
+        (config.thinktwice.pairing == "joint", ("thinktwice.refine_every",), "with --thinktwice.pairing joint"),
         (sft, ("samples_per_problem", "rollout.temperature", "rollout.top_p", "rollout.top_k", "rollout.min_p"),
          "with --algorithm sft"),
         (sft and not evaluation_sets(config), ("reward", "reward_timeout", "reward_workers", "rollout.max_sequences",

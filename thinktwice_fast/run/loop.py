@@ -207,9 +207,10 @@ class Trainer:
             self._output.message(f"step {self._step}: {note}")
         sampled = [part for part in parts if part.phase in SAMPLED]
         every = self._config.run.transcripts_every if sampled else 0
-        # A whole pair each time, and the first one, which is what one looks at when trying something new.
-        ahead = int("refine" in METHODS[self._config.algorithm].phases and not step.halves)
-        if every and (self._step <= 1 + ahead or _due(self._step, every) or _due(self._step + ahead, every)):
+        # With a refine step each time, and from the first one on, which is what one looks at when trying something new.
+        refines = "refine" in METHODS[self._config.algorithm].phases and not step.halves
+        ahead = self._config.thinktwice.refine_every if refines else 0
+        if every and (self._step <= 1 + ahead or any(_due(self._step + more, every) for more in range(ahead + 1))):
             self._transcribe(sampled)
 
     def _transcribe(self, parts: Sequence[Step]) -> None:

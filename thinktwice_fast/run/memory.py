@@ -37,7 +37,7 @@ V vocabulary; S sequences that decode at once; T tokens and R response tokens of
     allocator            4 m on the CPU: holes that the C library keeps where gradients lay among activations
                          (measured); on a GPU 3 % of it: gaps between tensors that no other fits into
 
-    shared prompts' keys 2 b K a layer and key on a GPU, where attention takes a copy for each response
+    shared prompts' keys 2 b K a layer and key on a GPU, in layers whose attention copies them for each response
 
 T, R and those keys are bounds that hold however long the responses are, see ``workload``. Attention's parts in a
 decoding step on a GPU, of up to 256 MiB, are left out.
@@ -54,6 +54,8 @@ from typing import Any
 import torch
 
 from thinktwice_fast.config import Config, ModelOptions, RolloutOptions
+from thinktwice_fast.model.flash import copying_layers
+from thinktwice_fast.model.flops import windows
 from thinktwice_fast.model.lora import adapter_parameters
 from thinktwice_fast.model.policy import Model, attention_heads, decoder_layers
 from thinktwice_fast.model.sharding import shards_weights
@@ -258,16 +260,16 @@ def _master_bytes(shape: Shape, b: int, *, lora: bool) -> int:
 def _working(
     config: Config, shape: Shape, model: Model, device: torch.device, dtype: torch.dtype, load: Load
 ) -> Iterator[Part]:
-    b, tokens, targets = dtype.itemsize, load.row_tokens, load.row_targets
+    b, tokens, targets, options = dtype.itemsize, load.row_tokens, load.row_targets, config.rollout
     sampling = _sampling_bytes(shape, dtype, load.pass_tokens, load.sequences)
     layer = tokens * layer_bytes(shape, dtype, own=isinstance(model, Transformer))
     kept = layer * shape.layers
     if config.model.activation_checkpointing:
         kept = layer + b * tokens * shape.hidden * shape.layers
     yield Part("activations", sampling, kept + b * tokens * (4 * shape.inner + shape.hidden))
-    if device.type == "cuda":
-        layers = 1 if config.model.activation_checkpointing else shape.layers
-        yield Part("keys of shared prompts", 0, 2 * b * load.row_keys * shape.keys * layers)
+    layers = copying_layers(device, dtype, attention_heads(model), windows(model.config.get_text_config()), options)
+    copies = 2 * b * load.row_keys * shape.keys * (min(layers, 1) if config.model.activation_checkpointing else layers)
+    yield Part("keys of shared prompts", 0, copies)
     logit = bytes_per_logit(torch.float32, dtype if device.type == "cuda" else torch.float32)
     rows = min(targets, rows_per_tile(shape.vocabulary, logit, device))
     # A GPU compacts a tile that becomes its own gradient into another, where rows without gradient leave it.

@@ -52,8 +52,8 @@ class _Copy:
     """What one process has to write."""
 
     folder: Path
-    weights: Mapping[str, torch.Tensor]  # by the model's own names
-    optimizer: Mapping[str, torch.Tensor]  # as `optimizer_state` gives it
+    weights: dict[str, torch.Tensor]  # by the model's own names
+    optimizer: dict[str, torch.Tensor]  # as `optimizer_state` gives it
     state: str  # JSON
     random: str  # JSON
     best: int | None  # step of the checkpoint that is kept as the best
@@ -194,28 +194,33 @@ class Saver:
 
     def _write(self, copy: _Copy) -> None:
         partial = partial_folder(copy.folder)
-        tensors = {f"{OPTIMIZER}/{name}": value for name, value in copy.optimizer.items()}
-        alone = parallel.world_size() == 1
-        if not alone:
-            tensors |= {f"{_WEIGHTS}/{name}": value for name, value in copy.weights.items()}
-        texts = {f"{RANDOM}/{parallel.rank():05d}.json": copy.random}
-
-        def finish() -> None:
-            weights: Mapping[str, torch.Tensor] = {name: own_shard(value) for name, value in copy.weights.items()}
-            if not alone:
-                chunks = shard_chunks(partial / _WEIGHTS)
-                weights = ReadTensors({name: chunks[name] for name in copy.weights})
-            values = saved_weights(self._model, weights, self._adapters)
-            write_model(self._model, self._outline, values, self._files, partial / MODEL, torch.float32)
-            if self._adapters is not None:
-                self._adapters.save(weights, partial / ADAPTER)
-            shutil.rmtree(partial / _WEIGHTS, ignore_errors=True)
-            (partial / STATE).write_text(copy.state)
-            finish_partial(partial, copy.folder)
-            remove_older(self._output, self._keep, copy.best)
-
         try:
-            write_shards(tensors, texts, partial, self._group, lambda: start_partial(partial), finish)
+            self._write_shards(copy, partial)
+            if parallel.rank() == 0:  # the others learn in `wait` whether it could
+                self._finish(copy, partial)
         finally:
             if parallel.rank() == 0:
                 shutil.rmtree(partial, ignore_errors=True)
+
+    def _write_shards(self, copy: _Copy, partial: Path) -> None:
+        """What every process has; afterwards its memory is free, but for a whole model's weights."""
+        tensors = {f"{OPTIMIZER}/{name}": value for name, value in copy.optimizer.items()}
+        if parallel.world_size() > 1:
+            tensors |= {f"{_WEIGHTS}/{name}": value for name, value in copy.weights.items()}
+            copy.weights.clear()
+        copy.optimizer.clear()
+        texts = {f"{RANDOM}/{parallel.rank():05d}.json": copy.random}
+        write_shards(tensors, texts, partial, self._group, lambda: start_partial(partial))
+
+    def _finish(self, copy: _Copy, partial: Path) -> None:
+        weights: Mapping[str, torch.Tensor] = {name: own_shard(value) for name, value in copy.weights.items()}
+        if parallel.world_size() > 1:  # one whole weight at a time, in the room that the shards have left
+            weights = ReadTensors(shard_chunks(partial / _WEIGHTS))
+        values = saved_weights(self._model, weights, self._adapters)
+        write_model(self._model, self._outline, values, self._files, partial / MODEL, torch.float32)
+        if self._adapters is not None:
+            self._adapters.save(weights, partial / ADAPTER)
+        shutil.rmtree(partial / _WEIGHTS, ignore_errors=True)
+        (partial / STATE).write_text(copy.state)
+        finish_partial(partial, copy.folder)
+        remove_older(self._output, self._keep, copy.best)

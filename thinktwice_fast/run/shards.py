@@ -59,7 +59,6 @@ def write_shards(
     folder: Path,
     group: dist.ProcessGroup | None,
     begin: Callable[[], None],
-    finish: Callable[[], None],
 ) -> None:
     """Write tensors, ``kind/name`` each, into files ``folder/kind/PROCESS.safetensors``. Collective over ``group``.
 
@@ -67,12 +66,11 @@ def write_shards(
         tensors: on the CPU, whole (and the same on every process) or sharded.
         texts: files of this process alone, by their paths below ``folder``.
         begin: called by rank 0 before anything is written.
-        finish: called by rank 0 once every process has written its part.
 
     Raises:
         CheckpointException: on every process, when any of them could not do its part.
     """
-    writer = _Writer(texts, folder, begin, finish)
+    writer = _Writer(texts, folder, begin)
     planner = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
     dcp.save(dict(tensors), storage_writer=writer, planner=planner, process_group=group)
 
@@ -153,11 +151,10 @@ def _chunk(file: Any, path: Path, name: str, offsets: tuple[int, ...] | None = N
 
 
 class _Writer(StorageWriter):
-    def __init__(self, texts: Mapping[str, str], folder: Path, begin: Callable[[], None], finish: Callable[[], None]):
+    def __init__(self, texts: Mapping[str, str], folder: Path, begin: Callable[[], None]):
         self._texts = texts
         self._folder = folder
         self._begin = begin
-        self._finish = finish
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         assert checkpoint_id is None, "one writer writes one checkpoint"
@@ -201,7 +198,7 @@ class _Writer(StorageWriter):
         return [WriteResult(item.index, tensor.nbytes, path.name) for _, item, tensor in named]
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        self._finish()
+        pass  # the files' headers say where everything is
 
 
 def _kind(item: WriteItem) -> tuple[str, str]:

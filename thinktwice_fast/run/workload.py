@@ -13,7 +13,7 @@ from thinktwice_fast.model.flops import Flops
 from thinktwice_fast.rollout.engine import BLOCK_SIZE, blocks_for, shared_blocks
 from thinktwice_fast.run.memory import Load
 from thinktwice_fast.update.batches import Example
-from thinktwice_fast.update.microbatches import plan_microbatches
+from thinktwice_fast.update.microbatches import plan_microbatches, row_budget
 
 
 @dataclass(frozen=True)
@@ -159,8 +159,8 @@ def _row_count(config: Config, flops: Flops, world: int, prompts: list[int], sam
     """
     response = [0] * config.rollout.max_response_tokens
     examples = [Example((number,) * prompt, response) for number, prompt in enumerate(prompts) for _ in range(samples)]
-    budget, shared = config.update.microbatch_tokens, config.update.shared_prefix
-    return len(plan_microbatches(examples, budget, world, flops, shared_prefix=shared)[0])
+    shared = config.update.shared_prefix
+    return len(plan_microbatches(examples, row_budget(config), world, flops, shared_prefix=shared)[0])
 
 
 def _row_bounds(config: Config, prompts: list[int], samples: int, alike: int) -> tuple[int, int, int]:
@@ -181,7 +181,7 @@ def _row_bounds(config: Config, prompts: list[int], samples: int, alike: int) ->
     response = longest if sft else options.max_response_tokens
     single = longest if sft else max(prompts) + response - 1
     everything = sum(prompts) * (1 if shared else samples) + sequences * (response - 1)
-    tokens = min(everything, max(config.update.microbatch_tokens, single))
+    tokens = min(everything, max(row_budget(config), single))
     reads = samples + 1 if shared else samples  # of a prompt: by itself, and by each of its responses
     keys = min(sum(prompts) * reads + sequences * (response - 1), tokens * (alike + 1 if shared else 1))
     # A prompt that is shared makes room for the first token of one response alone.

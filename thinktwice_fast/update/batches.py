@@ -11,7 +11,8 @@ from typing import Protocol
 import torch
 
 from thinktwice_fast.model.attention import Attention, PrefixAttention, causal_attention
-from thinktwice_fast.model.lists import int64
+from thinktwice_fast.model.flash import Flash
+from thinktwice_fast.model.lists import int64, upload
 
 
 class Trainable(Protocol):
@@ -44,17 +45,21 @@ class PackedRow:
     cu_seqlens: torch.Tensor  # int32 [S+1], where each sequence's response begins among the N
 
 
-def pack(sequences: Sequence[Trainable], device: torch.device) -> PackedRow:
-    """Pack sequences with at least one prompt and one response token each, one after another."""
+def pack(sequences: Sequence[Trainable], device: torch.device, flash: Flash | None = None) -> PackedRow:
+    """Pack sequences with at least one prompt and one response token each, one after another.
+
+    Args:
+        flash: the attention's kernels, see ``PrefixAttention``.
+    """
     row = _Row()
     select: list[int] = []
     for sequence in sequences:
         start = row.add([*sequence.prompt, *sequence.response[:-1]])
         select += range(start + len(sequence.prompt) - 1, start + sequence_tokens(sequence))
-    return row.packed(sequences, select, causal_attention(row.lengths, device), device)
+    return row.packed(sequences, select, causal_attention(row.lengths, device, flash), device)
 
 
-def pack_shared(sequences: Sequence[Trainable], device: torch.device) -> PackedRow:
+def pack_shared(sequences: Sequence[Trainable], device: torch.device, flash: Flash | None = None) -> PackedRow:
     """Pack sequences so that those with one prompt share it: [prompt][response 1]...[response G] for each prompt.
 
     A response sees its prompt and itself, at positions that continue the prompt's. The prompt's last token predicts the
@@ -63,6 +68,7 @@ def pack_shared(sequences: Sequence[Trainable], device: torch.device) -> PackedR
 
     Args:
         sequences: with at least one prompt and one response token each, in any order.
+        flash: the attention's kernels, see ``PrefixAttention``.
     """
     row = _Row()
     select: list[list[int]] = [[] for _ in sequences]
@@ -81,7 +87,7 @@ def pack_shared(sequences: Sequence[Trainable], device: torch.device) -> PackedR
             if own:
                 start = row.add(own, shared)
                 select[member] += range(start, start + len(own))
-    attention = PrefixAttention.from_segments(row.lengths, row.prefix, device)
+    attention = PrefixAttention.from_segments(row.lengths, row.prefix, device, flash)
     return row.packed(sequences, [place for places in select for place in places], attention, device)
 
 
@@ -107,15 +113,13 @@ class _Row:
     def packed(
         self, sequences: Sequence[Trainable], select: list[int], attention: Attention, device: torch.device
     ) -> PackedRow:
+        targets = int64([token for sequence in sequences for token in sequence.response])
         ends = accumulate((len(sequence.response) for sequence in sequences), initial=0)
-        return PackedRow(
-            int64(self._tokens).to(device),
-            int64(self._positions).to(device),
-            attention,
-            int64(select).to(device),
-            int64([token for sequence in sequences for token in sequence.response]).to(device),
-            torch.tensor(list(ends), dtype=torch.int32, device=device),
+        cu_seqlens = torch.tensor(list(ends), dtype=torch.int32)
+        tokens, positions, places, targets, cu_seqlens = upload(
+            [int64(self._tokens), int64(self._positions), int64(select), targets, cu_seqlens], device
         )
+        return PackedRow(tokens, positions, attention, places, targets, cu_seqlens)
 
 
 def families(sequences: Sequence[Trainable]) -> list[list[int]]:

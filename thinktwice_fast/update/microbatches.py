@@ -8,11 +8,17 @@ does not depend on any of it.
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
+from thinktwice_fast.config import Config
 from thinktwice_fast.model.flops import Flops
 from thinktwice_fast.update.batches import Trainable, families
 
 # sequences' indices, by process and micro-batch; processes with nothing to do have empty micro-batches
 Plan = list[list[list[int]]]
+
+
+# Rows of 8 to 9 thousand tokens keep a large GPU busy: longer ones are no faster, and their activations take memory.
+# A fifth more is for what does not pack evenly.
+_LEAST, _MOST = 10_240, 16_384
 
 
 @dataclass
@@ -36,6 +42,15 @@ class _Group:
 
     prompt: _Load
     responses: list[_Load]
+
+
+def row_budget(config: Config) -> int:
+    """Tokens of a row, by ``update.microbatch_tokens`` or, where that leaves it open, by the size of a group."""
+    if config.update.microbatch_tokens:
+        return config.update.microbatch_tokens
+    together = config.samples_per_problem if config.update.shared_prefix else 1
+    group = config.rollout.max_prompt_tokens + together * (config.rollout.max_response_tokens - 1)
+    return min(max(_LEAST, group * 6 // 5), _MOST)
 
 
 def plan_microbatches(

@@ -17,13 +17,14 @@ from torch.optim.lr_scheduler import LRScheduler
 from thinktwice_fast import parallel
 from thinktwice_fast.config import Config
 from thinktwice_fast.errors import UserError
+from thinktwice_fast.model.flash import flash_for
 from thinktwice_fast.model.flops import Flops
-from thinktwice_fast.model.policy import Policy
+from thinktwice_fast.model.policy import Policy, attention_heads
 from thinktwice_fast.model.products import WithValue, exact_logprobs, exact_product
 from thinktwice_fast.model.sharding import ModelPair, set_trained_shards, trained_shards
 from thinktwice_fast.records import Rollout
 from thinktwice_fast.update.batches import Example, PackedRow, Trainable, pack, pack_shared
-from thinktwice_fast.update.microbatches import plan_microbatches
+from thinktwice_fast.update.microbatches import plan_microbatches, row_budget
 from thinktwice_fast.update.objective import loss_arguments
 from thinktwice_fast.update.optimizer import continue_schedule, few_threads
 from thinktwice_fast.update.phase import Metrics, Phase, combined, mismatch, noted, shaping_shares
@@ -71,11 +72,13 @@ class Updater:
         self._counts_kept = config.loss.rollout_is_denominator == "kept"
         self._thinktuning = config.thinktuning
         self._options = config.update
+        self._row_tokens = row_budget(config)
         self._temperature = config.rollout.temperature
         self._max_response_tokens = config.rollout.max_response_tokens
         self._device = models.policy.device
         self._learning_rate = 0.0  # of the latest optimizer step
         self._flops = Flops.of(models.rollout)
+        self._flash = flash_for(self._device, models.rollout.dtype, *attention_heads(models.rollout))
         self._exact = config.rollout.exact
         # In place of recomputed ones.
         self._takes_rollout_logps = self._exact or config.update.old_logps == "rollout"
@@ -260,7 +263,7 @@ class Updater:
         everyone = parallel.gather_flat(sequences)
         plan = plan_microbatches(
             everyone,
-            self._options.microbatch_tokens,
+            self._row_tokens,
             parallel.world_size(),
             self._flops,
             shared_prefix=self._options.shared_prefix,
@@ -268,7 +271,7 @@ class Updater:
         return [[everyone[i] for i in part] for part in plan[parallel.rank()]]
 
     def _pack(self, part: Sequence[Trainable]) -> PackedRow:
-        return (pack_shared if self._options.shared_prefix else pack)(part, self._device)
+        return (pack_shared if self._options.shared_prefix else pack)(part, self._device, self._flash)
 
     def _has_signal(self, rollout: Rollout) -> bool:
         return rollout.advantage != 0 or self._loss.beta != 0 or self._loss.entropy_coef != 0 or self._counts_kept
@@ -344,7 +347,9 @@ class Updater:
 
     def _idle(self, policy: Policy | None = None) -> torch.Tensor:
         """Take part in the collectives of a micro-batch that only other processes have."""
-        result: torch.Tensor = self._run(policy or self.models.policy, pack([_IDLE], self._device), _sum_of_hidden)
+        result: torch.Tensor = self._run(
+            policy or self.models.policy, pack([_IDLE], self._device, self._flash), _sum_of_hidden
+        )
         return result
 
     def _run(self, policy: Policy, row: PackedRow, head: Callable[..., Any]) -> Any:

@@ -6,27 +6,31 @@ loss, whose kernel takes long to compile, and of the ops of a decoder layer a sh
 at least one, of the loss in one for each type.
 """
 
+import io
 import random
 import re
-import subprocess
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import combinations, product
+from itertools import chain, combinations, product
 from typing import Any, get_args
 
 import torch
 import triton
 from torch import Tensor
 from triton import knobs
+from triton._C.libtriton import ir
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
+from thinktwice_kernels.exponentials import new_tile
 from thinktwice_kernels.gate import swiglu_gradient_in_triton, swiglu_in_triton
 from thinktwice_kernels.launch import Launch, accumulation_dtype, recording, row_tile
+from thinktwice_kernels.merge import merge_in_triton
 from thinktwice_kernels.norm import norm_gradients_in_triton, norm_in_triton
 from thinktwice_kernels.options import (
     GuideFallback,
@@ -39,6 +43,15 @@ from thinktwice_kernels.options import (
 )
 from thinktwice_kernels.rows import Head
 from thinktwice_kernels.triton.advantages import group_advantages_in_triton
+from thinktwice_kernels.triton.exponentials import (
+    add_entropy_in_triton,
+    combine_exponentials_in_triton,
+    finish_rows_in_triton,
+    row_exponentials_in_triton,
+    row_shifts_in_triton,
+    scale_rows_in_triton,
+)
+from thinktwice_kernels.triton.head_product import BLOCKS, Block, head_exponentials_in_triton
 from thinktwice_kernels.triton.loss import sequence_loss_in_triton
 from thinktwice_kernels.triton.rotary import fits_registers, rotary_gradients_in_triton, rotary_in_triton
 from thinktwice_kernels.triton.rows import row_gradient_in_triton, row_statistics_in_triton
@@ -60,6 +73,8 @@ _GRADIENT_AXES = {
     "d_entropy": _BOTH,
     **_HEAD_AXES,
 }
+# Columns of logits whose rows begin on multiples of 16 bytes or not.
+_EXPONENTIAL_AXES: dict[str, Sequence[Any]] = {"aligned": _BOTH, "rows": _BOTH, "known": _BOTH, **_HEAD_AXES}
 _SELECTED = ("old_logps", "ref_logps", "rollout_logps", "loss_mask")
 _SELECTION_AXES: dict[str, Sequence[Any]] = {
     "offsets": (torch.int32, torch.int64),
@@ -104,6 +119,7 @@ _NORM_AXES: dict[str, Sequence[Any]] = {
     "want_weight": _BOTH,
 }
 _GATE_AXES: dict[str, Sequence[Any]] = {"dtype": _TYPES, "size": (9728, 7)}
+_MERGE_AXES: dict[str, Sequence[Any]] = {"dtype": _TYPES, "dim": (128, 80, 7)}
 _ROTARY_AXES: dict[str, Sequence[Any]] = {
     "dtype": _TYPES,
     "heads": ((32, 8, 128), (16, 8, 128), (40, 40, 128), (14, 2, 64), (3, 1, 6)),  # Q, K, D
@@ -120,6 +136,7 @@ class Configuration:
     kernel: str
     parameters: tuple[tuple[str, str], ...]  # name -> type and divisibility, or value of a constant
     warps: int
+    stages: int = 1
 
     def describe(self) -> str:
         """The parameters that tell configurations of a kernel apart."""
@@ -134,8 +151,13 @@ class Compiled:
     architecture: int
     registers: int  # of a thread
     shared: int  # bytes of a program
-    stack: int  # bytes of a thread: where spilled registers go
+    stack: int  # bytes of a thread: where spilled registers go, and what is indexed by a variable
+    spilled: int  # bytes of a thread that it stores there for want of registers
     ptx: str
+
+    def instructions(self, name: str) -> int:
+        """How many instructions of that name the PTX has, whatever follows it: of ``wgmma.mma_async``, say."""
+        return len(re.findall(rf"(?<![\w.]){re.escape(name)}(?=[.\s])", self.ptx))
 
 
 def configurations(pairs: bool = True) -> dict[Configuration, Launch]:
@@ -146,6 +168,10 @@ def configurations(pairs: bool = True) -> dict[Configuration, Launch]:
             _launch_statistics(**values)
         for values in covering(_GRADIENT_AXES, _is_gradient, 2):
             _launch_gradient(**values)
+        for values in covering(_EXPONENTIAL_AXES, lambda _: True, together):
+            _launch_exponentials(**values)
+        for block, temperatures in product(set(BLOCKS.values()), _BOTH):
+            _launch_head_product(block, temperatures)
         for dtypes in [_LOSS_TYPES] if pairs else [(dtype,) for dtype in _LOSS_TYPES]:
             for values in covering(_LOSS_AXES | {"logps": dtypes}, _is_loss, together):
                 _launch_loss(values)
@@ -160,6 +186,8 @@ def configurations(pairs: bool = True) -> dict[Configuration, Launch]:
             _launch_norm(**values)
         for values in covering(_GATE_AXES, lambda _: True, together):
             _launch_gate(**values)
+        for values in covering(_MERGE_AXES, lambda _: True, together):
+            _launch_merge(**values)
         for values in covering(_ROTARY_AXES, _is_rotary, together):
             _launch_rotary(**values)
     return {configuration_of(launch): launch for launch in launches}
@@ -167,8 +195,7 @@ def configurations(pairs: bool = True) -> dict[Configuration, Launch]:
 
 def configuration_of(launch: Launch) -> Configuration:
     """The key under which Triton keeps the compiled kernel of a launch."""
-    kernel, arguments, warps = launch
-    signature, constants, attributes = _source_of(kernel, arguments)
+    signature, constants, attributes = _source_of(launch)
     parameters = []
     for position, (name, kind) in enumerate(signature.items()):
         if kind == "constexpr":
@@ -176,31 +203,44 @@ def configuration_of(launch: Launch) -> Configuration:
         elif attributes.get((position,)):
             kind += ":16"
         parameters.append((name, kind))
-    return Configuration(kernel.__name__, tuple(parameters), warps)
+    return Configuration(launch.kernel.__name__, tuple(parameters), launch.warps, launch.stages)
 
 
-def compiled(launch: Launch, architecture: int) -> Compiled:
-    """Compiles what a launch needs. Nothing runs."""
-    kernel, arguments, warps = launch
-    signature, constants, attributes = _source_of(kernel, arguments)
-    result = triton.compile(
-        ASTSource(kernel, signature, constants, attributes),
-        target=GPUTarget("cuda", architecture, 32),
-        options={"num_warps": warps, "num_stages": 1},
-    )
-    registers, stack = _resources(result.asm["cubin"])
-    return Compiled(configuration_of(launch), architecture, registers, result.metadata.shared, stack, result.asm["ptx"])
+def compiled(launch: Launch, *architectures: int) -> list[Compiled]:
+    """Compiles what a launch needs for each of the architectures. Nothing runs."""
+    source = _Source(launch.kernel, *_source_of(launch))
+    options = {"num_warps": launch.warps, "num_stages": launch.stages}
+    configuration = configuration_of(launch)
+
+    def compiled_for(architecture: int) -> Compiled:
+        log = io.StringIO()
+        with knobs.compilation.scope(), knobs.nvidia.scope(), redirect_stdout(log):
+            knobs.compilation.always_compile = True  # what comes from Triton's cache has no log
+            knobs.nvidia.dump_ptxas_log = True
+            found = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
+        registers, stack, spilled = _resources(log.getvalue())
+        shared, ptx = found.metadata.shared, found.asm["ptx"]
+        return Compiled(configuration, architecture, registers, shared, stack, spilled, ptx)
+
+    return [compiled_for(architecture) for architecture in architectures]
+
+
+def serves(configuration: Configuration, architecture: int) -> bool:
+    """Whether it may run there: all do, but the head's product, which each architecture has blocks of its own for."""
+    if configuration.kernel != "head_exponentials":
+        return True
+    block, constants = BLOCKS.get(architecture // 10), dict(configuration.parameters)
+    return block is not None and (str(block.stages), str(block.ahead)) == (constants["STAGES"], constants["AHEAD"])
 
 
 def table(pairs: bool = True, processes: int = 1) -> Iterator[Compiled]:
     """Compiles every configuration for every architecture, in as many processes."""
-    numbers = range(len(configurations(pairs)))
-    jobs = [(pairs, number, architecture) for number in numbers for architecture in ARCHITECTURES]
+    jobs = [(pairs, number) for number in range(len(configurations(pairs)))]
     if processes == 1:
-        yield from map(_compile_job, jobs)
+        yield from chain.from_iterable(map(_compile_job, jobs))
         return
     with ProcessPoolExecutor(processes) as pool:
-        yield from pool.map(_compile_job, jobs, chunksize=4)
+        yield from chain.from_iterable(pool.map(_compile_job, jobs, chunksize=2))
 
 
 def covering(
@@ -231,27 +271,46 @@ def covering(
     return found
 
 
-def _source_of(kernel: Any, arguments: dict[str, Any]) -> tuple[dict[str, str], dict[Any, Any], dict[Any, Any]]:
+class _Source(ASTSource):
+    """A kernel that is lowered from Python once, for all architectures: they part in the passes after that."""
+
+    _text: str | None = None
+
+    def make_ir(self, *arguments: Any) -> Any:
+        if self._text is None:
+            module = super().make_ir(*arguments)
+            self._text = str(module)
+            return module
+        context = arguments[-1]
+        with tempfile.NamedTemporaryFile("w", suffix=".ttir") as file:
+            file.write(self._text)
+            file.flush()
+            module = ir.parse_mlir_module(file.name, context)
+        module.context = context
+        return module
+
+
+def _source_of(launch: Launch) -> tuple[dict[str, str], dict[Any, Any], dict[Any, Any]]:
     """Signature, constants and attributes that Triton would compile the kernel with."""
+    kernel = launch.kernel
     if not isinstance(kernel, JITFunction):
         raise RuntimeError("Triton interprets the kernels: unset TRITON_INTERPRET to compile them")
     backend = make_backend(GPUTarget("cuda", ARCHITECTURES[0], 32))
     bound, specialization, options = create_function_from_signature(kernel.signature, kernel.params, backend)(
-        **arguments, debug=False
+        **launch.arguments, debug=False
     )
     _, signature, constants, attributes = kernel._pack_args(backend, options, bound, specialization, options)
     return signature, constants, attributes
 
 
-def _resources(cubin: bytes) -> tuple[int, int]:
-    """Registers and bytes of stack of a thread."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        command = [knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
-        text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    usage = dict(re.findall(r"(REG|STACK):(\d+)", text))
-    return int(usage["REG"]), int(usage["STACK"])
+def _resources(log: str) -> tuple[int, int, int]:
+    """Registers, bytes of stack and bytes of spilled registers of a thread, from the assembler's log."""
+
+    def number(pattern: str) -> int:
+        (found,) = re.findall(pattern, log)
+        return int(found)
+
+    return number(r"Used (\d+) registers"), number(r"(\d+) bytes stack frame"), number(r"(\d+) bytes spill stores")
 
 
 @lru_cache
@@ -259,9 +318,11 @@ def _launches(pairs: bool) -> list[Launch]:
     return list(configurations(pairs).values())
 
 
-def _compile_job(job: tuple[bool, int, int]) -> Compiled:
-    pairs, number, architecture = job
-    return compiled(_launches(pairs)[number], architecture)
+def _compile_job(job: tuple[bool, int]) -> list[Compiled]:
+    pairs, number = job
+    launch = _launches(pairs)[number]
+    configuration = configuration_of(launch)
+    return compiled(launch, *(number for number in ARCHITECTURES if serves(configuration, number)))
 
 
 def _head(logits: Tensor, values: Mapping[str, Any]) -> Head:
@@ -307,6 +368,34 @@ def _launch_gradient(
         targets if rows else None,
         logits if in_place else torch.empty_like(logits, dtype=types[1]),
     )
+
+
+def _launch_exponentials(aligned: bool, rows: bool, known: bool, **head: Any) -> None:
+    hidden, logits = torch.empty(2, 16, dtype=torch.bfloat16), torch.empty(2, 16 if aligned else 7)
+    targets, numbers, of_tile = torch.zeros(2).long(), torch.empty(2), _head(logits, head)
+    weight = torch.empty(logits.shape[1], 16, dtype=torch.bfloat16)
+    tile = new_tile(weight, 2)
+    places = targets if rows else None
+    found = None if known else numbers
+    row_shifts_in_triton(hidden, weight, targets, of_tile, numbers if known else None, found, numbers)
+    partials = torch.empty(2, 3, 2)
+    row_exponentials_in_triton(logits, 0, targets, of_tile, numbers, places, tile, partials, 0, numbers)
+    combine_exponentials_in_triton(
+        partials, numbers, numbers, targets, of_tile, logits.shape[1], numbers, numbers, numbers
+    )
+    finish_rows_in_triton(tile, numbers, targets, of_tile, numbers, numbers, numbers)
+    if of_tile.softcap is None:
+        add_entropy_in_triton(
+            tile, hidden, weight, targets, of_tile, numbers, numbers, numbers, numbers, numbers, numbers
+        )
+    scale_rows_in_triton(hidden, numbers, places, hidden, None)
+    scale_rows_in_triton(hidden.float(), numbers, None, hidden, places)
+
+
+def _launch_head_product(block: Block, temperatures: bool) -> None:
+    matrix, targets, numbers = torch.empty(16, 16, dtype=torch.bfloat16), torch.zeros(16).long(), torch.empty(16)
+    head = Head(temperature=numbers) if temperatures else Head()
+    head_exponentials_in_triton(block, matrix, matrix, targets, head, numbers, matrix, numbers)
 
 
 def _launch_selection(
@@ -383,6 +472,12 @@ def _launch_gate(dtype: torch.dtype, size: int) -> None:
     swiglu_gradient_in_triton(swiglu_in_triton(gate_up), gate_up)
 
 
+def _launch_merge(dtype: torch.dtype, dim: int) -> None:
+    out = torch.empty(2, 4, dim, dtype=dtype)
+    lse = torch.empty(4, 2, dtype=accumulation_dtype(out))
+    merge_in_triton(out, lse, out, lse)
+
+
 def _is_rotary(values: Mapping[str, Any]) -> bool:
     query_heads, kv_heads, dim = values["heads"]
     fits = fits_registers(query_heads, kv_heads, dim, values["dtype"])
@@ -406,11 +501,12 @@ def _launch_rotary(
 
 def main() -> None:
     """Prints the table."""
-    print(f"{'kernel':<20} {'sm':>3} {'warps':>5} {'registers':>9} {'shared':>6} {'stack':>5}  configuration")
+    titles = f"{'registers':>9} {'shared':>6} {'stack':>5} {'spilled':>7}"
+    print(f"{'kernel':<20} {'sm':>3} {'warps':>5} {titles}  configuration")
     for line in table():
         print(
             f"{line.configuration.kernel:<20} {line.architecture:>3} {line.configuration.warps:>5} "
-            f"{line.registers:>9} {line.shared:>6} {line.stack:>5}  {line.configuration.describe()}"
+            f"{line.registers:>9} {line.shared:>6} {line.stack:>5} {line.spilled:>7}  {line.configuration.describe()}"
         )
 
 

@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 
 INFINITY = tl.constexpr(float("inf"))
+# Replaces -inf where it would meet a 0 that it is multiplied by.
+FAR_BELOW = tl.constexpr(-1e30)
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 

@@ -37,5 +37,5 @@ def sum_partials(
     out = torch.empty(size, dtype=dtype, device=partials.device)
     arguments = {"partials_ptr": partials, "out_ptr": out, "count": count, "size": size}
     blocks = {"ROWS": _ROWS, "COLUMNS": _COLUMNS}
-    launch_warps(sum_rows, _WARPS, (triton.cdiv(size, _COLUMNS),), partials.device, arguments | blocks)
+    launch_warps(sum_rows, _WARPS, (-(-size // _COLUMNS),), partials.device, arguments | blocks)
     return out

@@ -7,6 +7,7 @@ norms' weights, which `partials` sums.
 Letters: T tokens, Q / K query / key-value heads, D head size.
 """
 
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -314,8 +315,8 @@ def rotary_gradients_in_triton(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of `qkv`, `q_norm` and `k_norm`, [0] for a norm whose gradient is not wanted."""
     (tokens, query_heads, dim), kv_heads = d_q.shape, d_k.shape[1]
-    tile = _tile(query_heads, dim)
-    programs = looping_programs(tokens, tile, d_q.device) if want_q_norm or want_k_norm else tokens
+    warps = min(_tile(query_heads, dim).num_warps, 8)  # with 16 sm_80 would have to put registers aside
+    programs = looping_programs(tokens, warps, d_q.device) if want_q_norm or want_k_norm else tokens
     d_qkv = d_q.new_empty(tokens, (query_heads + 2 * kv_heads) * dim)
     kind = accumulation_dtype(d_q)
     q_partials, k_partials = (
@@ -333,7 +334,7 @@ def rotary_gradients_in_triton(
         "tokens": tokens,
     }
     shared = _shared_arguments(d_q, d_k, cos, sin, q_norm, k_norm, eps)
-    launch_warps(rotary_gradients, tile.num_warps, (programs,), d_q.device, arguments | shared)
+    launch_warps(rotary_gradients, warps, (programs,), d_q.device, arguments | shared)
     d_q_norm, d_k_norm = (
         d_q.new_empty(0) if norm is None or partials is None else sum_partials(partials, norm.dtype)
         for norm, partials in ((q_norm, q_partials), (k_norm, k_partials))
@@ -370,6 +371,7 @@ def _shared_arguments(
     }
 
 
+@lru_cache
 def _tile(heads: int, dim: int) -> Tile:
     """A token's heads."""
     return Tile(triton.next_power_of_2(heads), 2 * triton.next_power_of_2(dim // 2))

@@ -1,8 +1,8 @@
 """Kernels over rows of logits: statistics in one read, the gradient in one read and one write.
 
-A program walks over one row, or over its share of one, in steps of [VECTORS, LANES] logits. Each lane keeps a maximum
-and sums of its own, so that no step waits for other threads; they meet once, at the end. Arithmetic is in TYPE, fp32
-or float64; scalars of a row are in float64.
+A program walks over one row, or over its share of one, in steps of [VECTORS, LANES, WIDTH] logits: each lane, a thread,
+reads vectors of WIDTH. It keeps a maximum and sums of its own, so that no step waits for other threads; they meet once,
+at the end. Arithmetic is in TYPE, fp32 or float64; scalars of a row are in float64.
 
 Letters: t rows, V vocabulary, m rows with a gradient.
 """
@@ -16,16 +16,14 @@ from torch import Tensor
 
 from thinktwice_kernels.launch import SHAPES, accumulation_dtype, launch, steps_and_splits
 from thinktwice_kernels.rows import Head
-from thinktwice_kernels.triton.numerics import INFINITY, LOG2_E, number, soft_cap
+from thinktwice_kernels.triton.numerics import FAR_BELOW, INFINITY, LOG2_E, number, soft_cap
 
-# Replaces -inf where it would meet a 0 that it is multiplied by.
-_FAR_BELOW = tl.constexpr(-1e30)
 # From here on e^x is 0 in fp32 and float64.
 _LOG_NOTHING = tl.constexpr(-1e3)
 
 
 @triton.jit
-def _temperature_of(row, temperatures_ptr, temperature):
+def temperature_of(row, temperatures_ptr, temperature):
     """In float64; NaN where it makes no distribution."""
     tau = number(temperature, tl.float64)
     if temperatures_ptr is not None:
@@ -34,7 +32,7 @@ def _temperature_of(row, temperatures_ptr, temperature):
 
 
 @triton.jit
-def _load(row_ptr, bias_ptr, columns, mask, softcap, TYPE: tl.constexpr, SOFTCAP: tl.constexpr):
+def load_logits(row_ptr, bias_ptr, columns, mask, softcap, TYPE: tl.constexpr, SOFTCAP: tl.constexpr):
     """Logits after bias and soft cap, -inf outside the mask, and the soft cap's derivative."""
     values = tl.load(row_ptr + columns, mask=mask, other=-INFINITY).to(TYPE)
     if bias_ptr is not None:
@@ -58,7 +56,7 @@ def _moved(highest, total, moment, shift, factor, MOMENT: tl.constexpr):
     step = highest - shift
     scale = tl.exp2(step * factor)
     if MOMENT:
-        moment = (moment + total * tl.maximum(step, _FAR_BELOW)) * scale
+        moment = (moment + total * tl.maximum(step, FAR_BELOW)) * scale
     return total * scale, moment
 
 
@@ -90,7 +88,7 @@ def _write_statistics(
     SOFTCAP: tl.constexpr,
 ):
     inside = (target >= 0) & (target < size)
-    chosen, _ = _load(row_ptr, bias_ptr, target, inside, softcap, TYPE, SOFTCAP)
+    chosen, _ = load_logits(row_ptr, bias_ptr, target, inside, softcap, TYPE, SOFTCAP)
     chosen = tl.where(inside, chosen, float("nan")).to(tl.float64)
     shift = _finite_shift(top.to(tl.float64))
     log_total = tl.log(total.to(tl.float64))
@@ -129,30 +127,33 @@ def row_statistics(
     SOFTCAP: tl.constexpr,
     VECTORS: tl.constexpr,
     LANES: tl.constexpr,
+    WIDTH: tl.constexpr,
 ):
     MOMENT: tl.constexpr = entropy_ptr is not None
     row = tl.program_id(0).to(tl.int64)
     split = tl.program_id(1)
     row_ptr = logits_ptr + row * stride
-    tau = _temperature_of(row, temperatures_ptr, temperature)
+    tau = temperature_of(row, temperatures_ptr, temperature)
     factor = ((1.0 / tau) * LOG2_E).to(TYPE)
 
-    offsets = tl.arange(0, VECTORS)[:, None] * LANES + tl.arange(0, LANES)[None, :]
+    BLOCK: tl.constexpr = VECTORS * LANES * WIDTH
+    vectors = tl.arange(0, VECTORS)[:, None] * LANES + tl.arange(0, LANES)[None, :]
+    offsets = vectors[:, :, None] * WIDTH + tl.arange(0, WIDTH)[None, None, :]
     highest = tl.full((LANES,), -INFINITY, TYPE)
     total = tl.zeros((LANES,), TYPE)
     moment = tl.zeros((LANES,), TYPE)
     first = split * steps
-    for step in range(first, tl.minimum(first + steps, tl.cdiv(size, VECTORS * LANES))):
-        columns = step * (VECTORS * LANES) + offsets
-        values, _ = _load(row_ptr, bias_ptr, columns, columns < size, softcap, TYPE, SOFTCAP)
-        now = tl.maximum(highest, tl.max(values, 0))
+    for step in range(first, tl.minimum(first + steps, tl.cdiv(size, BLOCK))):
+        columns = step * BLOCK + offsets
+        values, _ = load_logits(row_ptr, bias_ptr, columns, columns < size, softcap, TYPE, SOFTCAP)
+        now = tl.maximum(highest, tl.max(tl.max(values, 2), 0))
         shift = _finite_shift(now)
         total, moment = _moved(highest, total, moment, shift, factor, MOMENT)
-        difference = values - shift[None, :]
+        difference = values - shift[None, :, None]
         weights = tl.exp2(difference * factor)
-        total += tl.sum(weights, 0)
+        total += tl.sum(tl.sum(weights, 2), 0)
         if MOMENT:
-            moment += tl.sum(weights * tl.maximum(difference, _FAR_BELOW), 0)
+            moment += tl.sum(tl.sum(weights * tl.maximum(difference, FAR_BELOW), 2), 0)
         highest = now
 
     top, total, moment = _merged(highest, total, moment, factor, MOMENT)
@@ -203,7 +204,7 @@ def combine_statistics(
 ):
     MOMENT: tl.constexpr = entropy_ptr is not None
     row = tl.program_id(0).to(tl.int64)
-    tau = _temperature_of(row, temperatures_ptr, temperature)
+    tau = temperature_of(row, temperatures_ptr, temperature)
     parts = tl.arange(0, BLOCK)
     there = parts < splits
     part_ptrs = partials_ptr + (row * splits + parts) * 3
@@ -247,13 +248,14 @@ def _write_gradient(
     factor = ((1.0 / tau) * LOG2_E).to(TYPE)
     inside = (target >= 0) & (target < size)
     flow = (tl.where(inside | (d_logp == 0), d_logp, float("nan")) / tau).to(TYPE)
+    chosen = tl.where(inside, target, -1).to(tl.int32)  # as wide as the columns: each is compared with it
     for step in range(first, last):
         columns = step * BLOCK + tl.arange(0, BLOCK)
         mask = columns < size
-        values, slopes = _load(row_ptr, bias_ptr, columns, mask, softcap, TYPE, SOFTCAP)
+        values, slopes = load_logits(row_ptr, bias_ptr, columns, mask, softcap, TYPE, SOFTCAP)
         difference = values - shift
         p = tl.exp2(difference * factor)
-        gradient = tl.where(columns == target, flow, 0.0)
+        gradient = tl.where(columns == chosen, flow, 0.0)
         if ENTROPY:
             log_p = tl.maximum(difference * (1.0 / tau).to(TYPE), _LOG_NOTHING)
             gradient -= p * (flow + (d_entropy / tau).to(TYPE) * (log_p + entropy.to(TYPE)))
@@ -329,7 +331,7 @@ def row_gradient(
             bias_ptr,
             softcap,
             size,
-            _temperature_of(row, temperatures_ptr, temperature),
+            temperature_of(row, temperatures_ptr, temperature),
             tl.load(lse_ptr + row).to(tl.float64),
             entropy,
             d_logp,
@@ -357,6 +359,7 @@ def row_statistics_in_triton(
     shape, most = SHAPES["row_statistics"], SHAPES["combine_statistics"].block
     lanes = shape.lanes(logits.itemsize)
     steps, splits = steps_and_splits(rows, -(-size // (shape.vectors * lanes)), logits.device, most)
+    width = 16 // logits.itemsize
     partials = torch.empty(rows, splits, 3, dtype=dtype, device=logits.device) if splits > 1 else None
     shared = {
         **_row_arguments(logits, targets, head),
@@ -365,7 +368,7 @@ def row_statistics_in_triton(
         "entropy_ptr": entropy,
         "partials_ptr": partials,
     }
-    own = {"steps": steps, "VECTORS": shape.vectors, "LANES": lanes}
+    own = {"steps": steps, "VECTORS": shape.vectors, "LANES": lanes // width, "WIDTH": width}
     launch(row_statistics, "row_statistics", (rows, splits), logits.device, shared | own)
     if partials is not None:
         own = {"splits": splits, "BLOCK": most}
@@ -397,7 +400,7 @@ def row_gradient_in_triton(
         "d_entropy_ptr": None if d_entropy is None else d_entropy.contiguous(),
         "rows_ptr": None if rows is None else rows.contiguous(),
         "out_ptr": out,
-        "out_stride": _row_stride(out),
+        "out_stride": row_stride(out),
         "steps": steps,
         "IN_PLACE": out.data_ptr() == logits.data_ptr() and rows is not None,
         "BLOCK": block,
@@ -407,14 +410,12 @@ def row_gradient_in_triton(
 
 def _row_arguments(logits: Tensor, targets: Tensor, head: Head) -> dict[str, Any]:
     dtype = accumulation_dtype(logits)
-    per_row = isinstance(head.temperature, Tensor)
     return {
         "logits_ptr": logits,
-        "stride": _row_stride(logits),
+        "stride": row_stride(logits),
         "targets_ptr": targets.contiguous(),
         "bias_ptr": None if head.bias is None else head.bias.to(dtype).contiguous(),
-        "temperatures_ptr": head.temperature.contiguous() if isinstance(head.temperature, Tensor) else None,
-        "temperature": 1.0 if per_row else head.temperature,
+        **temperature_parameters(head),
         "softcap": head.softcap or 0.0,
         "size": logits.shape[1],
         "TYPE": tl.float64 if dtype == torch.float64 else tl.float32,
@@ -422,6 +423,13 @@ def _row_arguments(logits: Tensor, targets: Tensor, head: Head) -> dict[str, Any
     }
 
 
-def _row_stride(matrix: Tensor) -> int:
+def temperature_parameters(head: Head) -> dict[str, Any]:
+    """One number, or one of each row, as kernels take it."""
+    if isinstance(head.temperature, Tensor):
+        return {"temperatures_ptr": head.temperature.contiguous(), "temperature": 1.0}
+    return {"temperatures_ptr": None, "temperature": head.temperature}
+
+
+def row_stride(matrix: Tensor) -> int:
     """The stride of a single row says nothing, but would count as another case to compile for."""
     return matrix.stride(0) if matrix.shape[0] > 1 else matrix.shape[1]

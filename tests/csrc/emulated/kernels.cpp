@@ -5,6 +5,7 @@
 #include "cuda/sampler.cu"
 #undef __shared__
 #define __shared__
+#include "cuda/advance.cu"
 #include "cuda/attention.cu"
 #include "cuda/cache.cu"
 
@@ -42,5 +43,6 @@ int64_t parts(const Attention* a, int type) { return most_parts(*a, static_cast<
 int list_parts(const Attention* a, int type, bool single_queries) {
   return launch_list_parts(*a, static_cast<Type>(type), single_queries, nullptr);
 }
+int advance(const thinktwice::Advance* work) { return launch_advance(*work, nullptr); }
 int sample(const Sampling* work, int type) { return launch_sample(*work, static_cast<Type>(type), nullptr); }
 }
