@@ -36,11 +36,16 @@ STABLE_TORCH_LIBRARY(thinktwice, m) {
   m.def("copy_blocks(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor pairs) -> ()");
   m.def(
       "paged_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_tables, Tensor context_lens,"
-      " Tensor cu_seqlens_q, float scale, int window=0) -> Tensor");
+      " Tensor cu_seqlens_q, float scale, int window=0, Tensor? parts=None) -> Tensor");
   m.def(
       "grouped_decode_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_tables, Tensor "
       "context_lens,"
-      " Tensor group_offsets, Tensor shared_blocks, float scale, int window=0) -> Tensor");
+      " Tensor group_offsets, Tensor shared_blocks, float scale, int window=0, Tensor? parts=None) -> "
+      "Tensor");
+  // CUDA only: what the two decode, for all layers of a step.
+  m.def(
+      "list_parts(Tensor q, Tensor k_cache, Tensor block_tables, Tensor context_lens, Tensor? cu_seqlens_q,"
+      " Tensor? group_offsets, Tensor? shared_blocks, int window=0) -> Tensor");
   m.def(
       "sample(Tensor logits, Tensor temperature, Tensor top_k, Tensor top_p, Tensor min_p, Tensor seed,"
       " Tensor sample_ids, Tensor positions)"

@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <optional>
 #include <string>
 #include <type_traits>
 #include <utility>
@@ -172,8 +173,9 @@ Attention describe(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache
 }
 
 Tensor paged_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_tables, Tensor context_lens,
-                       Tensor cu_seqlens_q, double scale, int64_t window) {
+                       Tensor cu_seqlens_q, double scale, int64_t window, std::optional<Tensor> parts) {
   const char* const op = "paged_attention";
+  check(!parts, op, ": a list of parts is for CUDA");
   check_inputs(op, q, k_cache, v_cache, block_tables, context_lens, window);
   const int64_t sequences = context_lens.numel();
   check_vector(cu_seqlens_q, "paged_attention: cu_seqlens_q", ScalarType::Int, sequences + 1);
@@ -189,8 +191,9 @@ Tensor paged_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_ta
 
 Tensor grouped_decode_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_tables,
                                 Tensor context_lens, Tensor group_offsets, Tensor shared_blocks, double scale,
-                                int64_t window) {
+                                int64_t window, std::optional<Tensor> parts) {
   const char* const op = "grouped_decode_attention";
+  check(!parts, op, ": a list of parts is for CUDA");
   check_inputs(op, q, k_cache, v_cache, block_tables, context_lens, window);
   const int64_t sequences = context_lens.numel(), groups = shared_blocks.numel();
   check(q.size(0) == sequences, op, ": q has ", q.size(0), " queries for ", sequences, " sequences");

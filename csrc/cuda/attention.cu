@@ -1,8 +1,9 @@
-// Attention over the paged cache: decoding, decoding with a shared prefix, and prefill.
+// Attention over the paged cache: decoding, of which parts.cu lists the parts, and prefill.
 //
 // A row's keys are cut into splits at multiples of kSplit, each split into chunks at multiples of kChunk. The
 // chunks of a split are taken in order with an online softmax, the splits are merged in order. This order is
 // the same for every kernel here, so a row's bits depend on its own sequence alone.
+#include <algorithm>
 #include <type_traits>
 
 #include "cuda/kernels.h"
@@ -15,55 +16,69 @@
 namespace thinktwice::gpu {
 namespace {
 
-// One split of one tile's keys, stored as a part for merge_kernel.
-template <typename Tile>
+// One split of one tile's keys, stored for merge_kernel; in the smallest tile that holds the rows.
+template <typename Tile, typename... Larger>
 __device__ void attend_part(const Attention& a, const RowTile& rows, KeyRange keys, int split, void* memory) {
+  if constexpr (sizeof...(Larger) > 0)
+    if (rows.rows > Tile::kRows) return attend_part<Larger...>(a, rows, keys, split, memory);
   Tile tile(memory);
   tile.load_queries(a, rows);
   tile.attend(a, rows, keys);
   tile.store_part(a, rows, split);
 }
 
-// Blocks: (item and tile of its rows, KV head, split). Of a group's splits only those that it does not share.
-template <typename Tile>
-__global__ void __launch_bounds__(kThreads) decode_kernel(Attention a, bool single_queries) {
-  extern __shared__ uint4 memory[];
-  const int tiles = (a.group + Tile::kRows - 1) / Tile::kRows;
-  const int item = a.first_item + static_cast<int>(blockIdx.x) / tiles, split = blockIdx.z;
+// Tiles of more and more rows.
+template <typename... Tiles>
+struct TileSet {
+  static constexpr int kRows = std::max({Tiles::kRows...});
+  static constexpr size_t kBytes = std::max({sizeof(typename Tiles::Shared)...});
+
+  static __device__ void attend(const Attention& a, const RowTile& rows, KeyRange keys, int split,
+                                void* memory) {
+    attend_part<Tiles...>(a, rows, keys, split, memory);
+  }
+};
+
+// The rows and keys of a part that this launch takes; false if there are none. Keys that a window hides from
+// a member of a group are masked; only those of one item are skipped.
+__device__ inline bool find_part(const Attention& a, bool single_queries, const Part& part, RowTile& rows,
+                                 KeyRange& keys) {
+  rows.first_row = part.first_row;
+  rows.rows = part.rows;
+  if (part.run < 0) {
+    rows.first_token = rows.first_item = a.group_offsets[-1 - part.run];
+    rows.context_lens = a.context_lens + rows.first_token;
+    rows.blocks = a.block_tables + int64_t{rows.first_token} * a.table_width;
+    keys = {part.split * kSplit, part.split * kSplit + kSplit};
+    return keep_items(a, rows);
+  }
   Query query;
-  if (!find_query(a, single_queries, item, query)) return;
-  const int end = query.position + 1;
-  const KeyRange keys = split_range(split, first_key(a, query.position), end);
-  if (keys.first >= keys.end) return;
-  if (a.group_offsets && split < shared_splits(a, interval_of(a.group_offsets, a.groups, query.sequence)))
-    return;
-  const int first_row = static_cast<int>(blockIdx.x) % tiles * Tile::kRows;
-  const RowTile rows{query.token,
-                     item,
-                     first_row,
-                     min(Tile::kRows, a.group - first_row),
-                     static_cast<int>(blockIdx.y),
-                     query.position,
-                     nullptr,
-                     a.block_tables + int64_t{query.sequence} * a.table_width};
-  attend_part<Tile>(a, rows, keys, split, memory);
+  const bool taken = part.run >= a.first_item && part.run < a.first_item + a.items;
+  if (!taken || !find_query(a, single_queries, part.run, query)) return false;
+  rows.first_token = query.token;
+  rows.first_item = part.run;
+  rows.first_position = query.position;
+  rows.context_lens = nullptr;
+  rows.blocks = a.block_tables + int64_t{query.sequence} * a.table_width;
+  keys = split_range(part.split, first_key(a, query.position), query.position + 1);
+  return true;
 }
 
-// Blocks: (tile of a group's rows, KV head, split). Keys that a window hides from a member are masked; only
-// decode_kernel skips them.
-template <typename Tile>
-__global__ void __launch_bounds__(kThreads) shared_prefix_kernel(Attention a) {
+// Any number of blocks, which take the parts in turn; the KV heads of a part are neighbours. Shared memory
+// has room for two or three blocks: asking for two keeps ptxas from spilling in order to fit more.
+template <typename Tiles>
+__global__ void __launch_bounds__(kThreads, 2) parts_kernel(Attention a, bool single_queries) {
   extern __shared__ uint4 memory[];
-  RowTile rows;
-  const int group = find_tile(a.group_offsets, a.groups, a.group, Tile::kRows, blockIdx.x, rows);
-  const int split = blockIdx.z;
-  if (group < 0 || split >= shared_splits(a, group)) return;
-  rows.first_item = rows.first_token;
-  if (!keep_items(a, rows)) return;
-  rows.kv_head = blockIdx.y;
-  rows.context_lens = a.context_lens + rows.first_token;
-  rows.blocks = a.block_tables + int64_t{rows.first_token} * a.table_width;
-  attend_part<Tile>(a, rows, {split * kSplit, split * kSplit + kSplit}, split, memory);
+  const int64_t count = int64_t{a.parts->run} * a.kv_heads;
+  for (int64_t i = blockIdx.x; i < count; i += gridDim.x) {
+    const Part part = a.parts[1 + i / a.kv_heads];
+    RowTile rows;
+    KeyRange keys;
+    if (!find_part(a, single_queries, part, rows, keys)) continue;
+    rows.kv_head = static_cast<int>(i % a.kv_heads);
+    Tiles::attend(a, rows, keys, part.split, memory);
+    __syncthreads();  // the next part overwrites what is read here
+  }
 }
 
 __device__ inline void store(float* to, float x) { *to = x; }
@@ -121,7 +136,7 @@ struct MergedTile {
   }
 };
 
-// Blocks: (tile of a sequence's rows, KV head). Sequences with one query are left to decode_kernel.
+// Blocks: (tile of a sequence's rows, KV head). Sequences with one query are left to parts_kernel.
 template <typename Tile, typename T>
 __global__ void __launch_bounds__(kThreads) prefill_kernel(Attention a) {
   extern __shared__ uint4 memory[];
@@ -161,18 +176,11 @@ __global__ void __launch_bounds__(kThreads) prefill_kernel(Attention a) {
   });
 }
 
-template <typename Tile>
-cudaError_t decode_parts(const Attention& a, bool single_queries, cudaStream_t stream) {
-  const int tiles = (a.group + Tile::kRows - 1) / Tile::kRows;
-  return launch(decode_kernel<Tile>, grid_of(int64_t{a.items} * tiles, a.kv_heads, a.splits), kThreads,
-                sizeof(typename Tile::Shared), stream, a, single_queries);
-}
-
-template <typename Tile>
-cudaError_t shared_parts(const Attention& a, cudaStream_t stream) {
-  const int tiles = most_tiles(a.tokens, a.groups, a.group, Tile::kRows);
-  return launch(shared_prefix_kernel<Tile>, grid_of(tiles, a.kv_heads, a.splits), kThreads,
-                sizeof(typename Tile::Shared), stream, a);
+template <typename Tiles>
+cudaError_t attend_parts(const Attention& a, Type type, bool single_queries, cudaStream_t stream) {
+  assert(Tiles::kRows == part_rows(type, a.dim));
+  return launch_resident(parts_kernel<Tiles>, most_parts(a, type) * a.kv_heads, kThreads, Tiles::kBytes,
+                         stream, a, single_queries);
 }
 
 template <typename T>
@@ -195,16 +203,28 @@ cudaError_t prefill(const Attention& a, cudaStream_t stream) {
 template <typename T, int kMaxDim>
 struct Built {
   using Number = T;
-  using Decode = TensorTile<T, kMaxDim, 1>;
-  using Prefix = TensorTile<T, kMaxDim, kMaxDim == 256 ? 2 : 4>;
-  using Prefill = TensorTile<T, kMaxDim, kMaxDim == 256 ? 1 : 4>;
+  using Parts =
+      TileSet<TensorTile<T, kMaxDim, 1, 2>, TensorTile<T, kMaxDim, 2, 2>, TensorTile<T, kMaxDim, 4, 2>>;
+  using Prefill = TensorTile<T, kMaxDim, 4, 1>;
+};
+
+template <typename T>
+struct Built<T, 256> {
+  using Number = T;
+  using Parts = TileSet<TensorTile<T, 256, 1, 1>, TensorTile<T, 256, 2, 1>>;
+  using Prefill = TensorTile<T, 256, 1, 1>;
 };
 
 template <int kMaxDim>
 struct Built<float, kMaxDim> {
   using Number = float;
-  using Decode = PlainTile<kMaxDim == 64 ? 128 : kMaxDim>;
-  using Prefix = Decode;
+  using Parts = TileSet<PlainTile<kMaxDim == 64 ? 128 : kMaxDim>>;
+};
+
+template <>
+struct Built<float, 256> {
+  using Number = float;
+  using Parts = TileSet<PlainTile<256>>;
 };
 
 // Calls run(Built) with the smallest size of a head that the kernels are built for.
@@ -227,7 +247,7 @@ cudaError_t with_type(Type type, int dim, const Run& run) {
 cudaError_t launch_decode(const Attention& a, Type type, bool single_queries, cudaStream_t stream) {
   return with_type(type, a.dim, [&](auto built) {
     using BuiltFor = decltype(built);
-    return in_turn([&] { return decode_parts<typename BuiltFor::Decode>(a, single_queries, stream); },
+    return in_turn([&] { return attend_parts<typename BuiltFor::Parts>(a, type, single_queries, stream); },
                    [&] { return merge<typename BuiltFor::Number>(a, single_queries, stream); });
   });
 }
@@ -239,15 +259,6 @@ cudaError_t launch_prefill(const Attention& a, Type type, cudaStream_t stream) {
       return cudaErrorInvalidValue;
     else
       return prefill<typename BuiltFor::Prefill, typename BuiltFor::Number>(a, stream);
-  });
-}
-
-cudaError_t launch_grouped_decode(const Attention& a, Type type, cudaStream_t stream) {
-  return with_type(type, a.dim, [&](auto built) {
-    using BuiltFor = decltype(built);
-    return in_turn([&] { return shared_parts<typename BuiltFor::Prefix>(a, stream); },
-                   [&] { return decode_parts<typename BuiltFor::Decode>(a, false, stream); },
-                   [&] { return merge<typename BuiltFor::Number>(a, false, stream); });
   });
 }
 

@@ -54,6 +54,15 @@ cudaError_t launch_copy_blocks(const BlockCopy& work, cudaStream_t stream);
 constexpr int kChunk = 64;   // keys per step of the online softmax; chunks start at its multiples
 constexpr int kSplit = 256;  // keys per part of a row's softmax; the parts are merged in their order
 
+// A part of the attention's work: for each KV head, some rows of an item or of a group, and a split of keys.
+struct Part {
+  int32_t run;  // an item, or -1 - a group
+  int32_t first_row, rows, split;
+};
+
+// Rows of the largest tile that parts are computed in.
+constexpr int part_rows(Type type, int dim) { return type == Type::kFloat ? 8 : dim > 128 ? 32 : 64; }
+
 struct Attention {
   const void *q, *k_cache, *v_cache;
   void* out;
@@ -68,18 +77,22 @@ struct Attention {
   int num_blocks, block_size, table_width, splits;
   int window;  // 0 = none
   float scale;
+  Part* parts;            // [1 + room for them], largest first; the first one's `run` is their number
   int first_item, items;  // of those that one launch decodes; its parts count from the first
 };
 
-// One query per item, its keys split over the multiprocessors. An item is a token of q, or with
-// `single_queries` a sequence, which is left out unless it has exactly one query.
+// Lists the parts of all items, `a.items` of them. They depend on lengths and groups, not on the layer. An
+// item is a token of q, or with `single_queries` a sequence, which is left out unless it has exactly one
+// query.
+int64_t most_parts(const Attention& a, Type type);
+cudaError_t launch_list_parts(const Attention& a, Type type, bool single_queries, cudaStream_t stream);
+
+// One query per item, its keys split over the multiprocessors; the splits that a group shares are read once
+// for its members.
 cudaError_t launch_decode(const Attention& a, Type type, bool single_queries, cudaStream_t stream);
 
 // The sequences with more than one query; not for float32.
 cudaError_t launch_prefill(const Attention& a, Type type, cudaStream_t stream);
-
-// One query per sequence; the splits that a group shares are read once for its members.
-cudaError_t launch_grouped_decode(const Attention& a, Type type, cudaStream_t stream);
 
 // A row of logits is cut into slices, as many as its length alone says: a row's bits depend on no other.
 constexpr int64_t kLeastSlice = 4096;

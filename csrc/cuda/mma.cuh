@@ -21,7 +21,10 @@ __device__ inline void copy_async(void* to, const void* from, bool used) {
 __device__ inline void commit_copies() { asm volatile("cp.async.commit_group;\n" ::: "memory"); }
 
 // Waits for all groups of copies but the newest.
-__device__ inline void wait_for_all_but_one() { asm volatile("cp.async.wait_group 1;\n" ::: "memory"); }
+template <int kNewest>
+__device__ inline void wait_for_all_but() {
+  asm volatile("cp.async.wait_group %0;\n" ::"n"(kNewest) : "memory");
+}
 
 // Four 8x8 matrices of 16-bit numbers; each lane gives the address of one row of 8.
 __device__ inline void load_matrices(uint32_t (&to)[4], const void* row) {

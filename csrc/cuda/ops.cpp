@@ -250,9 +250,25 @@ Attention describe(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache
   return a;
 }
 
-// Calls launch(a) for `all` items, as many at a time as there is memory for the parts of.
-template <typename Launch>
-void in_slices(const char* op, const Tensor& like, Attention a, int all, const Launch& launch) {
+// The list of the parts of `all` items.
+Tensor list_parts(const char* op, const Tensor& like, Attention a, Type type, bool single_queries, int all,
+                  cudaStream_t stream) {
+  a.items = all;
+  Tensor parts = new_like(like, {1 + most_parts(a, type), 4}, ScalarType::Int);
+  a.parts = static_cast<Part*>(parts.mutable_data_ptr());
+  check_cuda(op, launch_list_parts(a, type, single_queries, stream));
+  return parts;
+}
+
+// Decodes `all` items, as many at a time as there is memory for the results of the parts of.
+void decode(const char* op, const Tensor& like, Attention a, Type type, bool single_queries, int all,
+            const std::optional<Tensor>& given, cudaStream_t stream) {
+  if (given) {
+    a.items = all;
+    check_tensor(*given, std::string(op) + ": parts", like, ScalarType::Int, {1 + most_parts(a, type), 4});
+  }
+  Tensor parts = given ? *given : list_parts(op, like, a, type, single_queries, all, stream);
+  a.parts = static_cast<Part*>(parts.mutable_data_ptr());
   const int64_t item = int64_t{a.heads} * a.splits;
   const int most =
       static_cast<int>(std::clamp<int64_t>(kPartBytes / (item * (a.dim + 2) * 4), 1, std::max(1, all)));
@@ -262,12 +278,16 @@ void in_slices(const char* op, const Tensor& like, Attention a, int all, const L
   a.part_states = static_cast<float2*>(states.mutable_data_ptr());
   for (a.first_item = 0; a.first_item < all; a.first_item += a.items) {
     a.items = std::min(most, all - a.first_item);
-    check_cuda(op, launch(a));
+    check_cuda(op, launch_decode(a, type, single_queries, stream));
   }
 }
 
+// As many tokens as sequences: decoding, most likely, which any token can go through. Otherwise the sequences
+// with one query do, and the others are prefilled; which they are only the GPU knows.
+bool decodes_tokens(const Attention& a, Type type) { return type == Type::kFloat || a.tokens == a.sequences; }
+
 Tensor paged_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_tables, Tensor context_lens,
-                       Tensor cu_seqlens_q, double scale, int64_t window) {
+                       Tensor cu_seqlens_q, double scale, int64_t window, std::optional<Tensor> parts) {
   const char* const op = "paged_attention";
   check_attention(op, q, k_cache, v_cache, block_tables, context_lens, window);
   check_tensor(cu_seqlens_q, "paged_attention: cu_seqlens_q", k_cache, ScalarType::Int,
@@ -278,36 +298,57 @@ Tensor paged_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_ta
   Attention a = describe(q, k_cache, v_cache, out, block_tables, context_lens, scale, window);
   if (a.tokens == 0 || a.splits == 0) return out;
   a.starts = cu_seqlens_q.const_data_ptr<int32_t>();
-  // As many tokens as sequences: decoding, most likely, which any token can go through. Otherwise the
-  // sequences with one query do, and the others are prefilled; which they are only the GPU knows.
-  const bool by_token = type == Type::kFloat || a.tokens == a.sequences;
-  in_slices(op, q, a, by_token ? a.tokens : a.sequences,
-            [&](const Attention& slice) { return launch_decode(slice, type, !by_token, device.stream); });
+  const bool by_token = decodes_tokens(a, type);
+  decode(op, q, a, type, !by_token, by_token ? a.tokens : a.sequences, parts, device.stream);
   if (!by_token) check_cuda(op, launch_prefill(a, type, device.stream));
   return out;
 }
 
+void add_groups(const std::string& op, Attention& a, const Tensor& q, const Tensor& group_offsets,
+                const Tensor& shared_blocks) {
+  check_tensor(shared_blocks, op + ": shared_blocks", q, ScalarType::Int, {-1});
+  check_tensor(group_offsets, op + ": group_offsets", q, ScalarType::Int, {shared_blocks.numel() + 1});
+  check(a.tokens == a.sequences, op, ": q has ", a.tokens, " queries for ", a.sequences, " sequences");
+  a.group_offsets = group_offsets.const_data_ptr<int32_t>();
+  a.shared_blocks = shared_blocks.const_data_ptr<int32_t>();
+  a.groups = static_cast<int>(shared_blocks.numel());
+}
+
 Tensor grouped_decode_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_tables,
                                 Tensor context_lens, Tensor group_offsets, Tensor shared_blocks, double scale,
-                                int64_t window) {
+                                int64_t window, std::optional<Tensor> parts) {
   const char* const op = "grouped_decode_attention";
   check_attention(op, q, k_cache, v_cache, block_tables, context_lens, window);
-  check_tensor(shared_blocks, "grouped_decode_attention: shared_blocks", k_cache, ScalarType::Int, {-1});
-  check_tensor(group_offsets, "grouped_decode_attention: group_offsets", k_cache, ScalarType::Int,
-               {shared_blocks.numel() + 1});
-  check(q.size(0) == context_lens.numel(), op, ": q has ", q.size(0), " queries for ", context_lens.numel(),
-        " sequences");
   const Type type = type_of(op, q);
   const OnDevice device(q);
   Tensor out = new_like(q, {q.size(0), q.size(1), q.size(2)}, q.scalar_type());
   Attention a = describe(q, k_cache, v_cache, out, block_tables, context_lens, scale, window);
   if (a.tokens == 0 || a.splits == 0) return out;
-  a.group_offsets = group_offsets.const_data_ptr<int32_t>();
-  a.shared_blocks = shared_blocks.const_data_ptr<int32_t>();
-  a.groups = static_cast<int>(shared_blocks.numel());
-  in_slices(op, q, a, a.tokens,
-            [&](const Attention& slice) { return launch_grouped_decode(slice, type, device.stream); });
+  add_groups(op, a, q, group_offsets, shared_blocks);
+  decode(op, q, a, type, false, a.tokens, parts, device.stream);
   return out;
+}
+
+// Of paged_attention with cu_seqlens_q, or of grouped_decode_attention with groups.
+Tensor list_parts_of(Tensor q, Tensor k_cache, Tensor block_tables, Tensor context_lens,
+                     std::optional<Tensor> cu_seqlens_q, std::optional<Tensor> group_offsets,
+                     std::optional<Tensor> shared_blocks, int64_t window) {
+  const char* const op = "list_parts";
+  check_attention(op, q, k_cache, k_cache, block_tables, context_lens, window);
+  check(cu_seqlens_q.has_value() != group_offsets.has_value() &&
+            group_offsets.has_value() == shared_blocks.has_value(),
+        op, ": takes cu_seqlens_q, or group_offsets and shared_blocks");
+  const Type type = type_of(op, q);
+  const OnDevice device(q);
+  Attention a = describe(q, k_cache, k_cache, q, block_tables, context_lens, 1.0, window);
+  if (group_offsets) {
+    add_groups(op, a, q, *group_offsets, *shared_blocks);
+    return list_parts(op, q, a, type, false, a.tokens, device.stream);
+  }
+  check_tensor(*cu_seqlens_q, "list_parts: cu_seqlens_q", q, ScalarType::Int, {context_lens.numel() + 1});
+  a.starts = cu_seqlens_q->const_data_ptr<int32_t>();
+  const bool by_token = decodes_tokens(a, type);
+  return list_parts(op, q, a, type, !by_token, by_token ? a.tokens : a.sequences, device.stream);
 }
 
 using Sampled = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
@@ -381,5 +422,6 @@ STABLE_TORCH_LIBRARY_IMPL(thinktwice, CUDA, m) {
   m.impl("paged_attention", TORCH_BOX(&thinktwice::gpu::paged_attention));
   m.impl("grouped_decode_attention", TORCH_BOX(&thinktwice::gpu::grouped_decode_attention));
   m.impl("advance", TORCH_BOX(&thinktwice::gpu::advance));
+  m.impl("list_parts", TORCH_BOX(&thinktwice::gpu::list_parts_of));
   m.impl("sample", TORCH_BOX(&thinktwice::gpu::sample));
 }

@@ -75,7 +75,7 @@ __device__ inline bool keep_items(const Attention& a, RowTile& tile) {
   return tile.rows > 0;
 }
 
-inline int most_tiles(int tokens, int runs, int group, int tile_rows) {
+__host__ __device__ inline int most_tiles(int tokens, int runs, int group, int tile_rows) {
   return tokens * group / tile_rows + runs;
 }
 

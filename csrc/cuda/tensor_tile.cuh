@@ -11,8 +11,9 @@
 
 namespace thinktwice::gpu {
 
-// kMaxDim: 64, 128 or 256, zeros beyond the head's elements. kRowTiles: tiles of 16 rows.
-template <typename T, int kMaxDim, int kRowTiles>
+// kMaxDim: 64, 128 or 256, zeros beyond the head's elements. kRowTiles: tiles of 16 rows. kAhead: chunks of
+// keys and values that are copied before they are needed.
+template <typename T, int kMaxDim, int kRowTiles, int kAhead>
 struct TensorTile {
   static constexpr int kRows = 16 * kRowTiles;
   static constexpr int kMaxColumns = kMaxDim;
@@ -23,8 +24,8 @@ struct TensorTile {
   static_assert(kKeyTiles == 2 && kColumnTiles % 2 == 0, "loaded two at a time");
 
   struct Shared {
-    alignas(16) T keys[kChunk][kPitch];
-    alignas(16) T values[kChunk][kPitch];
+    alignas(16) T keys[kAhead][kChunk][kPitch];
+    alignas(16) T values[kAhead][kChunk][kPitch];
     alignas(16) T q[kRows][kPitch];
     alignas(16) T weights[kRows][kWeightPitch];
     float best[kWarps][kRows];  // each warp's share of the chunk's maximum
@@ -73,30 +74,33 @@ struct TensorTile {
     clear();
     find_keys(a, tile, begin, keys, shared.offsets);
     __syncthreads();
-    load(a, shared.keys, a.k_cache, start - begin);
-    load(a, shared.values, a.v_cache, start - begin);
-    for (; start < keys.end; start += kChunk) {
-      const bool more = start + kChunk < keys.end;
+    // Copies are counted, so there is a group to commit even where nothing is left to copy.
+    const auto load_chunk = [&](auto& to, const void* cache, int first) {
+      if (first < keys.end)
+        load(a, to, cache, first - begin);
+      else
+        commit_copies();
+    };
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) {
+      load_chunk(shared.keys[i], a.k_cache, start + i * kChunk);
+      load_chunk(shared.values[i], a.v_cache, start + i * kChunk);
+    }
+    for (int place = 0; start < keys.end; start += kChunk, place = (place + 1) % kAhead) {
       float scores[kRowTiles][kKeyTiles][4];
-      wait_for_all_but_one();  // the keys; the values may still be on their way
+      wait_for_all_but<2 * kAhead -
+                       1>();  // the keys; their values and later chunks may still be on their way
       __syncthreads();
-      multiply_keys(a, scores);
+      multiply_keys(a, shared.keys[place], scores);
       find_best(a, start, scores);
       __syncthreads();
-      // Copies are counted, so there is a group to commit even where nothing is left to copy.
-      if (more)
-        load(a, shared.keys, a.k_cache, start + kChunk - begin);
-      else
-        commit_copies();
+      load_chunk(shared.keys[place], a.k_cache, start + kAhead * kChunk);
       weigh(scores);
-      wait_for_all_but_one();  // the values; the next keys may still be on their way
+      wait_for_all_but<2 * kAhead - 1>();  // the values
       __syncthreads();
-      add_values();
+      add_values(shared.values[place]);
       __syncthreads();
-      if (more)
-        load(a, shared.values, a.v_cache, start + kChunk - begin);
-      else
-        commit_copies();
+      load_chunk(shared.values[place], a.v_cache, start + kAhead * kChunk);
     }
   }
 
@@ -155,14 +159,15 @@ struct TensorTile {
     commit_copies();
   }
 
-  __device__ void multiply_keys(const Attention& a, float (&scores)[kRowTiles][kKeyTiles][4]) const {
+  __device__ void multiply_keys(const Attention& a, const T (&keys)[kChunk][kPitch],
+                                float (&scores)[kRowTiles][kKeyTiles][4]) const {
 #pragma unroll
     for (int m = 0; m < kRowTiles; ++m)
 #pragma unroll
       for (int n = 0; n < kKeyTiles; ++n)
 #pragma unroll
         for (int e = 0; e < 4; ++e) scores[m][n][e] = 0.0f;
-    const T* const key = &shared.keys[warp * 16 + lane / 16 * 8 + lane % 8][lane / 8 % 2 * 8];
+    const T* const key = &keys[warp * 16 + lane / 16 * 8 + lane % 8][lane / 8 % 2 * 8];
     const T* const q = &shared.q[lane % 16][lane / 16 * 8];
 #pragma unroll
     for (int d = 0; d < kMaxDim; d += 16) {
@@ -224,9 +229,9 @@ struct TensorTile {
   }
 
   // The weights are summed by the same instruction as the values: as their product with ones.
-  __device__ void add_values() {
+  __device__ void add_values(const T (&values)[kChunk][kPitch]) {
     const T* const weight = &shared.weights[lane % 16][lane / 16 * 8];
-    const T* const value = &shared.values[lane % 16][warp * kColumnTiles * 8 + lane / 16 * 8];
+    const T* const value = &values[lane % 16][warp * kColumnTiles * 8 + lane / 16 * 8];
 #pragma unroll
     for (int k = 0; k < kChunk; k += 16) {
       uint32_t weights[kRowTiles][4];

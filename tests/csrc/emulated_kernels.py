@@ -67,6 +67,7 @@ Attention = _structure(
     tokens__sequences__groups__heads__kv_heads__group__dim=c_int,
     num_blocks__block_size__table_width__splits__window=c_int,
     scale=c_float,
+    parts=c_void_p,
     first_item__items=c_int,
 )
 Sampling = _structure(
@@ -153,7 +154,7 @@ class EmulatedKernels:
         work.starts = cu_seqlens_q.data_ptr()
         by_token = q.dtype == torch.float32 or len(q) == len(context_lens)
         everything = len(q) if by_token else len(context_lens)
-        self._in_slices("decode", work, kept, everything, items, TYPES[q.dtype], c_bool(not by_token))
+        self._decode(work, kept, everything, items, TYPES[q.dtype], not by_token)
         if not by_token:
             self._call("prefill", work, TYPES[q.dtype])
         return out
@@ -175,19 +176,24 @@ class EmulatedKernels:
         work, out, kept = _describe(q, k_cache, v_cache, block_tables, context_lens, scale, window)
         work.group_offsets, work.shared_blocks = group_offsets.data_ptr(), shared_blocks.data_ptr()
         work.groups = len(shared_blocks)
-        self._in_slices("grouped_decode", work, kept, len(q), items, TYPES[q.dtype])
+        self._decode(work, kept, len(q), items, TYPES[q.dtype], False)
         return out
 
-    def _in_slices(
-        self, name: str, work: Any, parts: tuple[Tensor, Tensor], everything: int, items: int | None, *rest: Any
+    def _decode(
+        self, work: Any, kept: tuple[Tensor, Tensor], everything: int, items: int | None, dtype: int, single: bool
     ) -> None:
-        """A launch for so many of the items at a time, which must not touch the parts of others."""
+        """Lists all parts; then a launch for so many of the items at a time, which must not touch those of others."""
+        work.items = everything
+        self._library.parts.restype = c_int64
+        self.parts = torch.full((1 + self._library.parts(ctypes.byref(work), dtype), 4), -1, dtype=torch.int32)
+        work.parts = self.parts.data_ptr()
+        self._call("list_parts", work, dtype, c_bool(single))
         for first in range(0, everything, items or everything):
             work.first_item, work.items = first, min(items or everything, everything - first)
-            for part in parts:
+            for part in kept:
                 part.fill_(torch.nan)
-            self._call(name, work, *rest)
-            assert all(part[work.items :].isnan().all() for part in parts)
+            self._call("decode", work, dtype, c_bool(single))
+            assert all(part[work.items :].isnan().all() for part in kept)
 
     def sample(
         self,

@@ -34,8 +34,8 @@ TORCH_MACROS = [
     for name in ("HALF_OPERATORS", "HALF_CONVERSIONS", "BFLOAT16_CONVERSIONS", "HALF2_OPERATORS")
 ]
 FAMILIES = (
-    "advance", "decode", "shared_prefix", "merge", "prefill", "sample_max", "sample_cut", "sample_race",
-    "sample_finish", "write_kv", "rotary_write_kv", "copy_blocks",
+    "advance", "list_parts", "parts", "merge", "prefill", "sample_max", "sample_cut", "sample_race", "sample_finish",
+    "write_kv", "rotary_write_kv", "copy_blocks",
 )  # fmt: skip
 BLOCK_REGISTERS = 65536  # of a multiprocessor, for all threads of its blocks
 
@@ -84,7 +84,7 @@ def readable(names: list[str]) -> list[str]:
 
 def threads(name: str) -> int:
     """Of a block."""
-    return 512 if "sample_cut" in name else 256 if "rotary" in name or "sample" in name else 128
+    return 512 if "sample_cut" in name else 256 if re.search("rotary|sample|list_parts", name) else 128
 
 
 def test_every_kernel_compiles_and_spills_no_registers(tmp_path: Path) -> None:

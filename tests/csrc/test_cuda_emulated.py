@@ -3,6 +3,7 @@ operands, barriers, merging and truncation. What only a GPU can show is in test_
 
 import math
 import os
+from collections import Counter
 from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
@@ -138,6 +139,31 @@ def test_the_shared_part_is_read_once(kernels: EmulatedKernels) -> None:
     given.block_tables[1:, : 512 // 16] = -1
     got = kernels.grouped_decode_attention(given.q, given.k_cache, given.v_cache, given.block_tables, *tables, 0.3)
     assert torch.equal(got, expected)
+
+
+def test_the_list_of_parts(kernels: EmulatedKernels) -> None:
+    """Every row and split once, those of a group's members together, largest first."""
+    group = 7
+    given = decoding(
+        [530, 300, 20], [[30, 5, 300], [9] * 12, [1]], kv_heads=1, group=group, dim=16, dtype=torch.bfloat16
+    )
+    kernels.grouped_decode_attention(**vars(given), scale=0.3)
+    count, offsets, lens = int(kernels.parts[0, 0]), given.group_offsets.tolist(), given.context_lens.tolist()
+    covered: Counter[tuple[int, int]] = Counter()  # of row and split
+    sizes = []
+    for run, first, rows, split in kernels.parts[1 : count + 1].tolist():
+        start = run if run >= 0 else offsets[-1 - run]
+        covered.update((start * group + row, split) for row in range(first, first + rows))
+        sizes.append(-(-min(256, lens[start] - 256 * split) // 64) * -(-rows // 16))
+    assert set(covered.values()) == {1}
+    assert covered.keys() == {
+        (row, split) for row in range(len(lens) * group) for split in range(-(-lens[row // group] // 256))
+    }
+    assert sizes == sorted(sizes, reverse=True)
+    assert count == 2 + 2 + sum(
+        -(-length // 256) - shared for length, shared in zip(lens, [2] * 3 + [1] * 12 + [0], strict=True)
+    )
+    assert (kernels.parts[count + 1 :] == -1).all()
 
 
 @pytest.mark.parametrize("dtype", list(EPS))
@@ -277,8 +303,8 @@ def test_a_launch_that_fails_is_reported(kernels: EmulatedKernels, launches: int
     starts = torch.arange(3, dtype=torch.int32)
     row = torch.zeros(1, given.k_cache.shape[1], given.k_cache.shape[3], dtype=torch.bfloat16)
     calls: list[tuple[int, Callable[[], object]]] = [
-        (3, lambda: kernels.grouped_decode_attention(given.q, given.k_cache, given.v_cache, *tables, *shared, 0.3)),
-        (2, lambda: kernels.paged_attention(given.q, given.k_cache, given.v_cache, *tables, starts, 0.3)),
+        (4, lambda: kernels.grouped_decode_attention(given.q, given.k_cache, given.v_cache, *tables, *shared, 0.3)),
+        (4, lambda: kernels.paged_attention(given.q, given.k_cache, given.v_cache, *tables, starts, 0.3)),
         (1, lambda: kernels.write_kv(row, row, given.k_cache, given.v_cache, torch.tensor([3]))),
         (1, lambda: kernels.copy_blocks(given.k_cache[None], given.v_cache[None], torch.tensor([[0, 1]]))),
         (4, lambda: kernels.sample(**arguments(torch.zeros(2, 4)))),

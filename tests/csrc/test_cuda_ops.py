@@ -82,6 +82,12 @@ def test_grouped_decoding_has_the_bits_of_each_sequence_alone(
     torch.testing.assert_close(alone.cpu(), given.alone(window), atol=tolerance(dtype, given.v_cache), rtol=0)
     tables = (there.group_offsets, there.shared_blocks)
     assert torch.equal(csrc.grouped_decode_attention(*common, *tables, 0.3, window), alone)
+    # With the lists that a step makes once for all its layers.
+    sequences = (there.q, there.k_cache, there.block_tables, there.context_lens)
+    parts = csrc.list_parts(*sequences, starts, window=window)
+    assert torch.equal(csrc.paged_attention(*common, starts, 0.3, window, parts), alone)
+    parts = csrc.list_parts(*sequences, None, *tables, window)
+    assert torch.equal(csrc.grouped_decode_attention(*common, *tables, 0.3, window, parts), alone)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

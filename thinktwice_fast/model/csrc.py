@@ -41,6 +41,7 @@ _rotary_write_kv = ops.rotary_write_kv.default
 _copy_blocks = ops.copy_blocks.default
 _paged_attention = ops.paged_attention.default
 _grouped_decode_attention = ops.grouped_decode_attention.default
+_list_parts = ops.list_parts.default
 _sample = ops.sample.default
 _advance = ops.advance.default
 
@@ -208,6 +209,7 @@ def paged_attention(
     cu_seqlens_q: Tensor,  # int32 [N + 1], where each sequence's queries start in q
     scale: float,
     window: int = 0,  # keys a query sees, itself included; 0 = all
+    parts: Tensor | None = None,  # of ``list_parts`` for the same lengths; CUDA only; None: listed anew
 ) -> Tensor:  # [T, Hq, D]
     """Causal attention of each sequence's last tokens over all of it; decoding, prefill or both at once.
 
@@ -224,7 +226,7 @@ def paged_attention(
     Raises:
         RuntimeError: shapes, types or lengths do not match, or a block lies outside the cache.
     """
-    return _paged_attention(q, k_cache, v_cache, block_tables, context_lens, cu_seqlens_q, scale, window)
+    return _paged_attention(q, k_cache, v_cache, block_tables, context_lens, cu_seqlens_q, scale, window, parts)
 
 
 def grouped_decode_attention(
@@ -237,6 +239,7 @@ def grouped_decode_attention(
     shared_blocks: Tensor,  # int32 [groups], whole blocks at the start that all sequences of a group hold
     scale: float,
     window: int = 0,  # keys a query sees, itself included; 0 = all
+    parts: Tensor | None = None,  # of ``list_parts`` for the same lengths; CUDA only; None: listed anew
 ) -> Tensor:  # [N, Hq, D]
     """``paged_attention`` of one query per sequence, with the keys that a group shares read once for its members.
 
@@ -248,8 +251,26 @@ def grouped_decode_attention(
             do not start alike (on a GPU this last one is not checked).
     """
     return _grouped_decode_attention(
-        q, k_cache, v_cache, block_tables, context_lens, group_offsets, shared_blocks, scale, window
+        q, k_cache, v_cache, block_tables, context_lens, group_offsets, shared_blocks, scale, window, parts
     )
+
+
+def list_parts(
+    q: Tensor,  # [T, Hq, D], of any layer; not read
+    k_cache: Tensor,  # [B, Hkv, bs, D], of any layer; not read
+    block_tables: Tensor,  # int32 [N, blocks of the longest sequence]
+    context_lens: Tensor,  # int32 [N]
+    cu_seqlens_q: Tensor | None = None,  # int32 [N + 1]; None = groups are given
+    group_offsets: Tensor | None = None,  # int32 [groups + 1]
+    shared_blocks: Tensor | None = None,  # int32 [groups]
+    window: int = 0,
+) -> Tensor:  # int32 [1 + room for them, 4], on the GPU; the first row starts with their number
+    """What decoding on a GPU is made of, largest first: one list serves all layers of a step that have one window.
+
+    Raises:
+        RuntimeError: shapes or types do not match, or the tensors are not on a GPU.
+    """
+    return _list_parts(q, k_cache, block_tables, context_lens, cu_seqlens_q, group_offsets, shared_blocks, window)
 
 
 def sample(

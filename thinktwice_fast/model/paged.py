@@ -6,7 +6,7 @@ Which blocks a sequence holds is kept by the C++ extension (``csrc/block_manager
 import math
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 import torch
@@ -15,9 +15,11 @@ from torch import Tensor
 from thinktwice_fast.model.csrc import (
     copy_blocks,
     grouped_decode_attention,
+    list_parts,
     ops,
     paged_attention,
     rotary_write_kv,
+    torch_versions,
     write_kv,
 )
 from thinktwice_fast.model.lists import int64, upload
@@ -48,6 +50,8 @@ class Plan:
     # Where each has one new token and some share their first blocks; see ``csrc.grouped_decode_attention``.
     group_offsets: Tensor | None = None  # int32 [groups + 1]
     shared_blocks: Tensor | None = None  # int32 [groups]
+    # By window, as the layers ask for them; see ``csrc.list_parts``. The lengths must not change after that.
+    parts: dict[int, Tensor] = field(default_factory=dict)
 
 
 class LentMemory(Protocol):
@@ -124,6 +128,7 @@ class PagedKVCache:
         self.k_cache, self.v_cache = self._tensors(shape, dtype, device)  # [L, B, Hkv, bs, D] each
         self._layers = list(zip(self.k_cache.unbind(0), self.v_cache.unbind(0), strict=True))
         self._on_cpu = self.k_cache.device.type == "cpu"
+        self._lists_parts = not self._on_cpu and "paged_attention" not in torch_versions
         shared_keys = _SHARED_KEYS_CPU if self._on_cpu else _SHARED_KEYS_GPU
         self._shared_keys = shared_keys if group_attention else 0
         self.group_attention = group_attention
@@ -275,9 +280,18 @@ class PagedKVCache:
         # Where a window may hide shared keys, each sequence reads those it sees.
         hides = 0 < window < plan.block_tables.shape[1] * self.block_size
         if plan.group_offsets is None or plan.shared_blocks is None or hides:
-            return paged_attention(q, *caches, *tables, plan.cu_seqlens_q, scale, window)
+            parts = self._parts(plan, q, caches[0], window, plan.cu_seqlens_q)
+            return paged_attention(q, *caches, *tables, plan.cu_seqlens_q, scale, window, parts)
         groups = (plan.group_offsets, plan.shared_blocks)
-        return grouped_decode_attention(q, *caches, *tables, *groups, scale, window)
+        parts = self._parts(plan, q, caches[0], window, None, *groups)
+        return grouped_decode_attention(q, *caches, *tables, *groups, scale, window, parts)
+
+    def _parts(self, plan: Plan, q: Tensor, k_cache: Tensor, window: int, *groups: Tensor | None) -> Tensor | None:
+        if not self._lists_parts:
+            return None
+        if window not in plan.parts:
+            plan.parts[window] = list_parts(q, k_cache, plan.block_tables, plan.context_lens, *groups, window=window)
+        return plan.parts[window]
 
     def close(self) -> None:
         """Give up the pool and its memory; any use of the cache after that is an error."""

@@ -51,8 +51,10 @@ inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline int __ffs(int x) { return __builtin_ffs(x); }
 
 template <typename T, typename U>
-void atomicAdd(T* to, U value) {
+T atomicAdd(T* to, U value) {
+  const T before = *to;
   *to += static_cast<T>(value);
+  return before;
 }
 
 namespace emulated {
@@ -245,6 +247,8 @@ struct cudaLaunchConfig_t {
   cudaStream_t stream;
 };
 
+inline dim3 gridDim;
+
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
 enum cudaError_t { cudaSuccess, cudaErrorInvalidValue };
 
@@ -262,6 +266,22 @@ cudaError_t cudaFuncSetAttribute(Kernel*, cudaFuncAttribute, int) {
   return emulated::outcome();
 }
 
+// A device on which few blocks run at a time.
+enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount };
+inline cudaError_t cudaGetDevice(int* device) {
+  *device = 0;
+  return cudaSuccess;
+}
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
+  *value = 3;
+  return cudaSuccess;
+}
+template <typename Kernel>
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, Kernel*, int, size_t) {
+  *blocks = 1;
+  return cudaSuccess;
+}
+
 namespace emulated {
 inline bool backwards = false;  // the order of threads and blocks
 inline std::function<void(size_t)>
@@ -274,6 +294,7 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   if (const cudaError_t error = emulated::outcome(); error != cudaSuccess) return error;
   const dim3 grid = config->gridDim;
   const uint64_t blocks = uint64_t{grid.x} * grid.y * grid.z;
+  gridDim = grid;
   for (uint64_t i = 0; i < blocks; ++i) {
     const uint64_t index = emulated::backwards ? blocks - 1 - i : i;
     emulated::block_index =

@@ -1,5 +1,6 @@
 // The CUDA kernels as functions of the CPU; called by test_cuda_emulated.py.
 #define __shared__ static
+#include "cuda/parts.cu"
 #include "cuda/rotary.cu"
 #include "cuda/sampler.cu"
 #undef __shared__
@@ -38,8 +39,9 @@ int decode(const Attention* a, int type, bool single_queries) {
   return launch_decode(*a, static_cast<Type>(type), single_queries, nullptr);
 }
 int prefill(const Attention* a, int type) { return launch_prefill(*a, static_cast<Type>(type), nullptr); }
-int grouped_decode(const Attention* a, int type) {
-  return launch_grouped_decode(*a, static_cast<Type>(type), nullptr);
+int64_t parts(const Attention* a, int type) { return most_parts(*a, static_cast<Type>(type)); }
+int list_parts(const Attention* a, int type, bool single_queries) {
+  return launch_list_parts(*a, static_cast<Type>(type), single_queries, nullptr);
 }
 int advance(const thinktwice::Advance* work) { return launch_advance(*work, nullptr); }
 int sample(const Sampling* work, int type) { return launch_sample(*work, static_cast<Type>(type), nullptr); }

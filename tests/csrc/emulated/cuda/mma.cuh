@@ -49,9 +49,10 @@ inline void commit_copies() {
   own_copies().open.clear();
 }
 
-inline void wait_for_all_but_one() {
+template <size_t kNewest>
+void wait_for_all_but() {
   auto& groups = own_copies().groups;
-  for (; groups.size() > 1; groups.erase(groups.begin()))
+  for (; groups.size() > kNewest; groups.erase(groups.begin()))
     for (const Copy& copy : groups.front()) finish(copy);
 }
 
