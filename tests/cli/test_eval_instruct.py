@@ -8,9 +8,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from bench.instruct_model import missing, write_instruct_model
 from tests.cli.conftest import Run
 from tests.command import DATA
-from tests.instruct_model import missing, write_instruct_model
 from thinktwice_fast.cli.evaluation.options import EvalOptions
 from thinktwice_fast.cli.evaluation.sets import load_sets
 from thinktwice_fast.cli.evaluation.store import Store

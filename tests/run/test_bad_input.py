@@ -389,8 +389,12 @@ def test_prompts_over_the_limit_are_dropped_with_a_count(tmp_path: Path) -> None
 
 
 def test_what_sft_learns_from_needs_no_room_for_a_refine_prompt(tmp_path: Path) -> None:
-    file = jsonl(tmp_path, *(row | {"worked": "7"} for row in ROWS), ROWS[0] | {"worked": "7", "question": "1+" * 20})
-    columns = ("--data.source", file, "--data.target_column", "worked", "--sft.refine_fraction", "0")
+    """Here whole chats, drafts and their rechecks among them."""
+    draft = [{"role": "assistant", "content": "1"}, {"role": "user", "content": "recheck"}]
+    asked = [[{"role": "user", "content": text}] for text in (*(row["question"] for row in ROWS), "1+" * 20)]
+    asked[0] += draft
+    file = jsonl(tmp_path, *({"messages": [*chat, {"role": "assistant", "content": "7"}]} for chat in asked))
+    columns = ("--data.source", file, "--data.target_column", "messages", "--sft.refine_fraction", "0")
     settings = ("--algorithm", "sft", "--problems_per_step", "5", "--rollout.max_prompt_tokens", "12")
     command = ("--output", tmp_path / "run", *columns, *settings, "--run.steps", "1", "--update.warmup_steps", "0")
     finished = train(*command)

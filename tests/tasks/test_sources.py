@@ -265,6 +265,28 @@ def test_a_missing_target_names_its_row(write: Write) -> None:
 
 
 @pytest.mark.parametrize(
+    ("messages", "what"),
+    [
+        ([], "the chat does not end with an assistant message"),
+        ([{"role": "assistant", "content": "a"}], "that has text, after another message"),
+        (
+            [{"role": "user", "content": "q"}, {"role": "assistant", "content": " "}],
+            "end it with the response to learn",
+        ),
+        ([{"role": "assistant", "content": "a"}, {"role": "user", "content": "q"}], "the chat does not end with an"),
+        ([{"role": "user", "content": "q"}, {"role": "assistant", "content": None}], "a message without text"),
+    ],
+)
+def test_a_chat_to_learn_ends_with_an_assistants_turn(write: Write, messages: list[Any], what: str) -> None:
+    good = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    path = write("c.jsonl", [{"messages": good}, {"messages": messages}])
+    message = error_of(path, target_column="messages")
+    assert "row 1 (from 0), column messages: " in message and what in message
+    ignored = error_of(path, target_column="messages", instruction="Box it.")
+    assert "--data.instruction would be ignored: --data.target_column messages holds whole chats: leave it" in ignored
+
+
+@pytest.mark.parametrize(
     ("raised", "remedy"),
     [
         (ConnectionError("Couldn't reach 'a/b' on the Hub"), "check the name and the network, or give a local"),

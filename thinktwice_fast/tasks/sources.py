@@ -25,8 +25,8 @@ _SOLUTION = "solution"
 _QUESTION_COLUMNS = (_VERL_COLUMNS[0], "question", "problem")
 _ANSWER_COLUMNS = (_VERL_COLUMNS[1], "answer", _SOLUTION)
 _BOX = "\\boxed{}"
-_OF_TABLES = ("subset", "question_column", "context_column", "answer_column", "choices_column", "wrong_columns",
-              "target_column", "instruction")  # fmt: skip
+_OF_PROBLEMS = ("question_column", "context_column", "answer_column", "choices_column", "wrong_columns", "instruction")
+_OF_TABLES = ("subset", "target_column", *_OF_PROBLEMS)
 
 
 def load_source(options: DataOptions, *, held_out: bool = False, prefix: str = "data", or_verl: bool = False) -> Source:
@@ -50,11 +50,52 @@ def load_source(options: DataOptions, *, held_out: bool = False, prefix: str = "
     if options.source.startswith(ARITHMETIC):
         return _arithmetic(options, held_out, prefix)
     table = _load_table(options, prefix)
+    if options.target_column is not None and tables.holds_lists(table, options.target_column):
+        return ChatSource(table, options, prefix)
     if or_verl and all(tables.has_column(table, path) for path in _VERL_COLUMNS):
         question, answer = _VERL_COLUMNS
         options = replace(options, question_column=question, answer_column=answer, context_column=None,
                           choices_column=None, wrong_columns=(), choices_seed=0)  # fmt: skip
     return TableSource(table, options, prefix)
+
+
+class ChatSource(Source):
+    """Whole chats from the rows of a `datasets.Dataset`: what is learned is the last turn, an assistant's.
+
+    Raises:
+        UserError: an option that names another part of a problem, a chat that is malformed or ends otherwise.
+    """
+
+    def __init__(self, table: "datasets.Dataset", options: DataOptions, prefix: str) -> None:
+        for name in _OF_PROBLEMS:
+            if getattr(options, name):
+                raise UserError(
+                    (Option(f"{prefix}.{name}"), " would be ignored: ", Option(f"{prefix}.target_column"),
+                     f" {options.target_column} holds whole chats"),
+                    "leave it out",
+                )  # fmt: skip
+        assert options.target_column is not None
+        self._name, self._target = options.source, options.target_column
+        self._table = table.select(range(min(options.limit or len(table), len(table))))
+        self.size = len(self._table)
+        for index in range(self.size):
+            self._chat(index)
+
+    def problem(self, index: int) -> Problem:
+        """The chat in row ``index``; it has no gold answer."""
+        *asked, response = self._chat(index)
+        return Problem(index, tuple(asked), "", response["content"], self._table[index])
+
+    def _chat(self, index: int) -> list[Message]:
+        place = _place(self._name, self._target, index)
+        value = tables.value_at(self._table[index], self._target)
+        messages = _checked_messages(value or [], place)
+        if len(messages) < 2 or messages[-1]["role"] != "assistant" or not messages[-1]["content"].strip():
+            raise UserError(
+                f"{place}: the chat does not end with an assistant message that has text, after another message; end "
+                "it with the response to learn"
+            )
+        return messages
 
 
 class TableSource(Source):
@@ -126,14 +167,11 @@ class TableSource(Source):
             ("name the right one with ", Option(f"{self._prefix}.{option}")),
         )
 
-    def _place(self, path: str, index: int) -> str:
-        return f"{self._name}: row {index} (from 0), column {path}"
-
     def _text(self, row: dict[str, Any], path: str, index: int) -> str:
         value = tables.value_at(row, path)
         if not isinstance(value, str):
             kind = "empty (null)" if value is None else f"of type {type(value).__name__}"
-            raise UserError(f"{self._place(path, index)}: {kind}, not text; make it a string")
+            raise UserError(f"{_place(self._name, path, index)}: {kind}, not text; make it a string")
         return value
 
     def _gold(self, row: dict[str, Any], index: int) -> str:
@@ -144,7 +182,7 @@ class TableSource(Source):
         gold = final_answer(text)
         if not gold or (self._worked and gold == text.strip()):
             what = f"no answer in a {_BOX}" if self._worked else "no answer"
-            raise UserError(f"{self._place(self._answer, index)}: {what}; fill it in, or drop the row")
+            raise UserError(f"{_place(self._name, self._answer, index)}: {what}; fill it in, or drop the row")
         return gold
 
     def _options(self, row: dict[str, Any], index: int) -> Choices | None:
@@ -157,7 +195,7 @@ class TableSource(Source):
         try:
             return choices.listed(tables.value_at(row, self._choices), self._gold(row, index))
         except ValueError as error:
-            raise UserError(f"{self._place(self._choices, index)}: {error}; mend the row") from error
+            raise UserError(f"{_place(self._name, self._choices, index)}: {error}; mend the row") from error
 
     def _messages(self, row: dict[str, Any], index: int, options: Choices | None) -> tuple[tuple[Message, ...], bool]:
         """The chat, and whether it held the instruction already."""
@@ -178,16 +216,25 @@ class TableSource(Source):
         return tuple(messages), held
 
     def _checked_chat(self, value: list[Any], index: int) -> list[Message]:
-        place = self._place(self._question, index)
-        messages = []
-        for message in value:
-            parts = [message.get(key) for key in ("role", "content")] if isinstance(message, dict) else [None]
-            if not all(isinstance(part, str) for part in parts):
-                raise UserError(f"{place}: a message without text for role and content; give each both as strings")
-            messages.append({"role": message["role"], "content": message["content"]})
+        place = _place(self._name, self._question, index)
+        messages = _checked_messages(value, place)
         if not messages or messages[-1]["role"] != "user":
             raise UserError(f"{place}: the chat does not end with a user message; end it with the question")
         return messages
+
+
+def _place(name: str, column: str, index: int) -> str:
+    return f"{name}: row {index} (from 0), column {column}"
+
+
+def _checked_messages(value: Sequence[Any], place: str) -> list[Message]:
+    messages = []
+    for message in value:
+        parts = [message.get(key) for key in ("role", "content")] if isinstance(message, dict) else [None]
+        if not all(isinstance(part, str) for part in parts):
+            raise UserError(f"{place}: a message without text for role and content; give each both as strings")
+        messages.append({"role": message["role"], "content": message["content"]})
+    return messages
 
 
 def _as_text(value: Any) -> str | None:

@@ -84,6 +84,13 @@ def has_column(table: "datasets.Dataset", path: str) -> bool:
     return field in inner if isinstance(inner, dict) else field.isdigit() and not isinstance(inner, datasets.Value)
 
 
+def holds_lists(table: "datasets.Dataset", path: str) -> bool:
+    """Whether a column's values are lists, chats for instance."""
+    import datasets
+
+    return path in table.column_names and not isinstance(table.features[path], (dict, datasets.Value))
+
+
 def value_at(row: dict[str, Any], path: str) -> Any:
     """The value of a column ``name``, a field ``column.field`` or a place ``column.0``; None where the row lacks it."""
     if path in row:

