@@ -35,6 +35,11 @@ _SHAPES: dict[str, tuple[int, ...]] = {
 }
 
 
+def shape(name: str) -> tuple[int, ...]:
+    """Hidden and inner size, layers, query and key-value heads, head size, vocabulary."""
+    return _SHAPES[name]
+
+
 @dataclass(frozen=True)
 class Workload:
     """Every response gets exactly ``new_tokens``: no token stops it."""

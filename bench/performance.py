@@ -13,15 +13,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from bench import ROOT
+from bench import ROOT, predictions
 from bench.core.report import markdown
 
 RESULTS = ROOT / "bench" / "results"
 _HEAD = """\
 # Performance
 
-What was measured, on which machine, and with what result; made by `make performance` from
-[bench/results](../bench/results), never by hand. [docs/log.md](log.md) says why things are as they are.
+What was measured, on which machine, and with what result, and first what to expect of a GPU; made by `make performance`
+from [bench/results](../bench/results), never by hand. [docs/log.md](log.md) says why things are as they are.
 
 - On a GPU: `bench/gpu_check.sh STAGE` with the stages `correct`, `ops`, `decode` and `step`, each under four minutes.
   A goal that is not met is a goal: the results beside it are right unless it says otherwise.
@@ -46,7 +46,7 @@ def document(results: Path) -> str:
     """The whole text: machines with a date first, the latest at the top."""
     folders = [path for path in results.iterdir() if path.is_dir()]
     folders.sort(key=lambda path: (bool(_DATED.fullmatch(path.name)), path.name[-10:], path.name), reverse=True)
-    return "\n".join([_HEAD, *("\n".join(_section(folder)) for folder in folders)])
+    return "\n".join([_HEAD, predictions.section(), *("\n".join(_section(folder)) for folder in folders)])
 
 
 def _section(folder: Path) -> Iterator[str]:

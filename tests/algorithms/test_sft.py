@@ -67,7 +67,7 @@ def test_of_a_chat_the_last_turn_is_learned_as_the_template_writes_it(tmp_path: 
 
     SFT(Config(problems_per_step=2), examples, CHAT, END, cast(Any, updater)).step(1)
     for row, learned in zip(rows, updater.learned, strict=True):
-        whole = tokenizer.apply_chat_template(row["messages"], tokenize=False).removesuffix("\n")
+        whole = str(tokenizer.apply_chat_template(row["messages"], tokenize=False)).removesuffix("\n")
         assert [*learned.prompt, *learned.response] == tokenizer(whole, add_special_tokens=False)["input_ids"]
         assert tokenizer.decode(learned.response) == row["messages"][-1]["content"] + "<|im_end|>"
 

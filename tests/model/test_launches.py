@@ -72,7 +72,7 @@ def launches(family: str, layers: int) -> Counter[str]:
     with recording() as triton, Counting() as torch_ops:
         hidden = model(row, row, attention)
         torch.autograd.grad(hidden, weights, hidden)
-    for kernel, arguments, _ in triton:
+    for kernel, arguments, *_ in triton:
         name = kernel.fn.__name__
         if name == "sum_rows":
             name = "sum of a norm" if arguments["size"] == config.hidden_size else "sum of a head's norm"

@@ -51,7 +51,7 @@ class Plan:
     group_offsets: Tensor | None = None  # int32 [groups + 1]
     shared_blocks: Tensor | None = None  # int32 [groups]
     # By window, as the layers ask for them; see ``csrc.list_parts``. The lengths must not change after that.
-    parts: dict[int, Tensor] = field(default_factory=dict)
+    parts: dict[int, Tensor] = field(default_factory=dict, kw_only=True)
 
 
 class LentMemory(Protocol):
@@ -283,14 +283,23 @@ class PagedKVCache:
             parts = self._parts(plan, q, caches[0], window, plan.cu_seqlens_q)
             return paged_attention(q, *caches, *tables, plan.cu_seqlens_q, scale, window, parts)
         groups = (plan.group_offsets, plan.shared_blocks)
-        parts = self._parts(plan, q, caches[0], window, None, *groups)
+        parts = self._parts(plan, q, caches[0], window, None, groups)
         return grouped_decode_attention(q, *caches, *tables, *groups, scale, window, parts)
 
-    def _parts(self, plan: Plan, q: Tensor, k_cache: Tensor, window: int, *groups: Tensor | None) -> Tensor | None:
+    def _parts(
+        self,
+        plan: Plan,
+        q: Tensor,  # [T, Hq, D]
+        k_cache: Tensor,  # [B, Hkv, bs, D]
+        window: int,
+        starts: Tensor | None,  # int32 [N + 1]
+        groups: tuple[Tensor | None, Tensor | None] = (None, None),  # int32 [groups + 1] and [groups]
+    ) -> Tensor | None:
         if not self._lists_parts:
             return None
         if window not in plan.parts:
-            plan.parts[window] = list_parts(q, k_cache, plan.block_tables, plan.context_lens, *groups, window=window)
+            tables = (plan.block_tables, plan.context_lens)
+            plan.parts[window] = list_parts(q, k_cache, *tables, starts, *groups, window)
         return plan.parts[window]
 
     def close(self) -> None:
