@@ -82,6 +82,7 @@ class Saver:
         # Read here, as training uses them at the same time: a tokenizer can't be saved while it encodes.
         self._files = model_files(self._model, tokenizer, torch.float32) if parallel.rank() == 0 else {}
         shapes = {name: torch.empty(value.shape, device="meta") for name, value in own_state(masters).items()}
+        self._names = tuple(shapes)
         self._outline = dict(saved_weights(self._model, shapes, self._adapters))
         self._thread: Thread | None = None
         self._folder: Path | None = None  # that it writes; not the copy, which goes once it is written
@@ -215,7 +216,8 @@ class Saver:
     def _finish(self, copy: _Copy, partial: Path) -> None:
         weights: Mapping[str, torch.Tensor] = {name: own_shard(value) for name, value in copy.weights.items()}
         if parallel.world_size() > 1:  # one whole weight at a time, in the room that the shards have left
-            weights = ReadTensors(shard_chunks(partial / _WEIGHTS))
+            chunks = shard_chunks(partial / _WEIGHTS)
+            weights = ReadTensors({name: chunks[name] for name in self._names})
         values = saved_weights(self._model, weights, self._adapters)
         write_model(self._model, self._outline, values, self._files, partial / MODEL, torch.float32)
         if self._adapters is not None:
