@@ -1,4 +1,4 @@
-#include "arena.h"
+#include "cuda/arena.h"
 
 #include <stdexcept>
 

@@ -395,10 +395,10 @@ def test_what_sft_learns_from_needs_no_room_for_a_refine_prompt(tmp_path: Path) 
     asked[0] += draft
     file = jsonl(tmp_path, *({"messages": [*chat, {"role": "assistant", "content": "7"}]} for chat in asked))
     columns = ("--data.source", file, "--data.target_column", "messages", "--sft.refine_fraction", "0")
-    settings = ("--algorithm", "sft", "--problems_per_step", "5", "--rollout.max_prompt_tokens", "12")
+    settings = ("--algorithm", "sft", "--problems_per_step", "5", "--rollout.max_prompt_tokens", "20")
     command = ("--output", tmp_path / "run", *columns, *settings, "--run.steps", "1", "--update.warmup_steps", "0")
     finished = train(*command)
     assert finished.returncode == 0, finished.stderr
-    assert "dropped 1 of 6 problems whose prompt is longer than 12 tokens" in finished.stdout
+    assert "dropped 1 of 6 problems whose prompt is longer than 20 tokens" in finished.stdout
     refused(train(*command[:-4], "--run.steps", "2", "--rollout.max_prompt_tokens", "2", "--output", tmp_path / "no"),
             "no problem is left: the shortest prompt takes", "set --rollout.max_prompt_tokens to at least")  # fmt: skip
