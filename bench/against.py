@@ -1,7 +1,7 @@
 """This version against another, in turn: ``python -m bench.against REF [CASE ...]`` (``make bench-against REF=...``).
 
-The other version is checked out and built in ``build/against``. Whole runs go through the real command, and the loss
-through its public function, so that versions that have little else in common can be compared. A figure is the median of
+The other version is checked out and built in ``build/against``. Whole runs go through the real command, and ops through
+their public functions, so that versions that have little else in common can be compared. A figure is the median of
 the pairs' own ratios, new to old; status 1 if one is above 1.05.
 """
 
@@ -23,22 +23,39 @@ from bench.models import MEDIUM, SMALL, untrained_folder
 
 WORK = ROOT / "build" / "against"
 MOST = 1.05
-_LOSS = """
+_CALLS = """
 import json, sys, time, torch
-from thinktwice_kernels import linear_grpo_loss
+import thinktwice_kernels as ops
 torch.manual_seed(0)
-hidden, weight = torch.randn(2048, 256).requires_grad_(), (torch.randn(32_000, 256) / 16).requires_grad_()
-targets, old = torch.randint(32_000, (2048,)), torch.randn(2048) / 50 - 10
-advantages, cu_seqlens = torch.randn(32), torch.arange(33, dtype=torch.int32) * 64
+{setup}
 for _ in sys.stdin:
     start = time.perf_counter()
-    loss, _ = linear_grpo_loss(hidden, weight, targets, advantages, cu_seqlens, old_logps=old)
-    loss.backward()
-    seconds = time.perf_counter() - start
-    norm = float(weight.grad.norm())
-    hidden.grad = weight.grad = None
-    print(json.dumps({"loss head, s": seconds, "norm": norm}), flush=True)
+    for _ in range({times}):
+        gradient, *_ = torch.autograd.grad({result}, {inputs})
+    seconds = (time.perf_counter() - start) / {times}
+    print(json.dumps({{"s": seconds, "norm": float(gradient.norm())}}), flush=True)
 """
+
+
+@dataclass(frozen=True)
+class Calls:
+    """A case of a public function, forward and backward.
+
+    Args:
+        setup: statements before the first call.
+        result: of a call, an expression; a number.
+        inputs: whose gradients it takes, an expression; that of the first is compared.
+        times: calls of one of a pair.
+    """
+
+    setup: str
+    result: str
+    inputs: str
+    times: int = 1
+
+    def program(self) -> str:
+        """Python that makes the calls for each line it reads, and answers with the seconds of one."""
+        return _CALLS.format(setup=self.setup, result=self.result, inputs=self.inputs, times=self.times)
 
 
 @dataclass(frozen=True)
@@ -79,7 +96,24 @@ CASES: dict[str, Run] = {
         {"rollout, s": _of_phase("seconds_rollout")}, 7, 2, SMALL,
     ),
 }  # fmt: skip
-LOSS, LOSS_PAIRS = "loss head", 31
+CALLS: dict[str, Calls] = {
+    "loss head": Calls(
+        """
+hidden, weight = torch.randn(2048, 256).requires_grad_(), (torch.randn(32_000, 256) / 16).requires_grad_()
+targets, old = torch.randint(32_000, (2048,)), torch.randn(2048) / 50 - 10
+advantages, cu_seqlens = torch.randn(32), torch.arange(33, dtype=torch.int32) * 64
+""",
+        "ops.linear_grpo_loss(hidden, weight, targets, advantages, cu_seqlens, old_logps=old)[0]",
+        "(weight, hidden)",
+    ),
+    "dispatch": Calls(  # of a token with eight logits, whose arithmetic takes no time
+        "logits, targets = torch.randn(1, 8).requires_grad_(), torch.tensor([3])",
+        "ops.token_logprobs(logits, targets)",
+        "(logits,)",
+        times=1000,
+    ),
+}
+PAIRS_OF_CALLS = 31
 
 
 def build(ref: str) -> Path:
@@ -97,8 +131,8 @@ def build(ref: str) -> Path:
 
 def compare(case: str, trees: Sequence[Path]) -> list[tuple[str, list[float], list[float]]]:
     """Figures of the old and the new tree, each with one value a pair."""
-    if case == LOSS:
-        return _compare_losses(trees)
+    if case in CALLS:
+        return _compare_calls(case, trees)
     run = CASES[case]
     records: list[list[dict[str, Any]]] = [[], []]
     for number in range(-(-run.pairs // run.steps)):
@@ -126,22 +160,24 @@ def _steps(tree: Path, run: Run) -> list[dict[str, Any]]:
     return [record for record in map(json.loads, lines) if record.get("phase") in ("solve", "refine")]
 
 
-def _compare_losses(trees: Sequence[Path]) -> list[tuple[str, list[float], list[float]]]:
+def _compare_calls(case: str, trees: Sequence[Path]) -> list[tuple[str, list[float], list[float]]]:
     processes = [
-        LineProcess(str(tree), [sys.executable, "-c", _LOSS], WORK / f"loss-{n}.log", _environment(tree))
+        LineProcess(
+            str(tree), [sys.executable, "-c", CALLS[case].program()], WORK / f"calls-{n}.log", _environment(tree)
+        )
         for n, tree in enumerate(trees)
     ]
     for process in processes:
         process.ask({})  # the first call is not timed
     seconds: list[list[float]] = [[], []]
-    for number in range(LOSS_PAIRS):
+    for number in range(PAIRS_OF_CALLS):
         answers = {which: processes[which].ask({}) for which in ((0, 1), (1, 0))[number % 2]}
         if abs(answers[0]["norm"] / answers[1]["norm"] - 1) > 1e-4:
-            raise RuntimeError(f"the loss's gradients differ: {answers}")
+            raise RuntimeError(f"the gradients of {case} differ: {answers}")
         for which, answer in answers.items():
-            seconds[which].append(answer["loss head, s"])
+            seconds[which].append(answer["s"])
     old, new = seconds
-    return [("loss head, s", old, new)]
+    return [(f"{case}, s", old, new)]
 
 
 def _environment(tree: Path) -> dict[str, str]:
@@ -150,13 +186,13 @@ def _environment(tree: Path) -> dict[str, str]:
 
 def main(ref: str, cases: Sequence[str]) -> int:
     """Print a table; status 2 for a case that there is not."""
-    unknown = sorted({*cases} - {*CASES, LOSS})
+    unknown = sorted({*cases} - {*CASES, *CALLS})
     if unknown:
-        print(f"no case {', '.join(unknown)}: there are {', '.join((LOSS, *CASES))}", file=sys.stderr)
+        print(f"no case {', '.join(unknown)}: there are {', '.join((*CALLS, *CASES))}", file=sys.stderr)
         return 2
     trees = (build(ref), ROOT)
     rows, worse = [("figure", "old", "new", "new / old", "of the pairs 20 % to 80 %", "pairs")], False
-    for case in cases or (LOSS, *CASES):
+    for case in cases or (*CALLS, *CASES):
         for name, old, new in compare(case, trees):
             ratios = [b / a for a, b in zip(old, new, strict=True)]
             middle = median_ratio(new, old)

@@ -16,7 +16,7 @@ def test_a_figure_above_the_bound_is_a_failure(
 ) -> None:
     monkeypatch.setattr(against, "build", lambda ref: against.ROOT)
     monkeypatch.setattr(against, "compare", lambda case, trees: [(case, [1.0, 2.0, 4.0], [1.0, 2.2, 4.4])])
-    assert against.main("HEAD", [against.LOSS]) == 1
+    assert against.main("HEAD", ["loss head"]) == 1
     assert "1.100" in capsys.readouterr().out
 
 
