@@ -317,13 +317,17 @@ class Op:
             return output
 
         methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
-        self._differentiable = type(function.__name__.strip("_"), (torch.autograd.Function,), methods)
+        differentiable: Any = type(function.__name__.strip("_"), (torch.autograd.Function,), methods)
+        # Without torch's look for functorch's tensors: `_is_eager` has taken one.
+        self._differentiable = super(torch.autograd.Function, differentiable).apply  # type: ignore[misc]
 
     def __call__(self, *arguments: Any) -> Any:
         if torch.compiler.is_compiling() or not _is_eager(arguments):
             return self.library(*arguments)
-        if self._differentiable is not None and torch.is_grad_enabled() and any(map(_wants_gradient, arguments)):
-            return self._differentiable.apply(*arguments)
+        if self._differentiable is not None and torch.is_grad_enabled():
+            for argument in arguments:
+                if isinstance(argument, Tensor) and argument.requires_grad:
+                    return self._differentiable(*arguments)
         for position in self._mutates:
             torch.autograd.graph.increment_version(arguments[position])
         return self._function(*arguments)
@@ -342,10 +346,6 @@ def _is_eager(arguments: tuple[Any, ...]) -> bool:
         and not torch._C._len_torch_dispatch_stack()
         and not torch._C._are_functorch_transforms_active()
     )
-
-
-def _wants_gradient(argument: Any) -> bool:
-    return isinstance(argument, Tensor) and argument.requires_grad
 
 
 class _SecondOrder(torch.autograd.Function):

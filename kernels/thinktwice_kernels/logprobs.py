@@ -272,7 +272,7 @@ def _token_logprobs_backward(
     d_entropy: Tensor | None,  # [T]
 ) -> Tensor:
     """The gradient of the logits, [T, V] in their type."""
-    out = torch.empty_like(logits, memory_format=torch.contiguous_format)
+    out = logits.new_empty(logits.shape)
     _token_gradient(logits, targets, temperature, temperatures, lse, entropy, d_logps, d_entropy, out)
     return out
 
@@ -317,10 +317,10 @@ def _token_gradient(
 
 
 def _token_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    logits, targets, ctx.temperature, temperatures, _, ctx.inplace = inputs
+    logits, targets, ctx.temperature, temperatures, want_entropy, ctx.inplace = inputs
     _, lse, entropy = output
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(lse)
+    ctx.mark_non_differentiable(*((lse,) if want_entropy else (lse, entropy)))
     ctx.save_for_backward(logits, targets, temperatures, lse, entropy)
 
 

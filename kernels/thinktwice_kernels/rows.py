@@ -77,7 +77,7 @@ def row_gradient(
     if uses_triton(logits):
         in_triton("rows").row_gradient_in_triton(logits, targets, head, lse, entropy, d_logps, d_entropy, rows, out)
         return
-    numbers = (None if x is None else x.double().contiguous() for x in (lse, entropy, d_logps, d_entropy))
+    numbers = [None if x is None else x.double().contiguous() for x in (lse, entropy, d_logps, d_entropy)]
     rows = None if rows is None else rows.contiguous()
     gradient = _in_cpp(logits, "row_gradient")
     gradient(logits, targets.contiguous(), *_encoded(head, logits), *numbers, rows, out)
@@ -340,11 +340,13 @@ def check_targets(targets: Tensor, tokens: int, vocabulary: int) -> None:
         raise ValueError(f"targets has type {targets.dtype}: pass integer token ids")
     # On a GPU this look would wait for the device; there a wrong id gives NaN. A tracer's tensors have no values.
     looked_at = type(targets) is Tensor and targets.device.type == "cpu" and not torch.compiler.is_compiling()
-    if looked_at and tokens and not 0 <= int(targets.min()) <= int(targets.max()) < vocabulary:
-        raise ValueError(
-            f"targets lie between {int(targets.min())} and {int(targets.max())}: pass ids from 0 to {vocabulary - 1}, "
-            "and for tokens without loss any of these"
-        )
+    if looked_at and tokens:
+        low, high = map(int, targets.aminmax())
+        if not 0 <= low <= high < vocabulary:
+            raise ValueError(
+                f"targets lie between {low} and {high}: pass ids from 0 to {vocabulary - 1}, and for tokens without "
+                "loss any of these"
+            )
 
 
 def temperature_arguments(temperature: float | Tensor, tokens: int) -> tuple[float, Tensor | None]:
