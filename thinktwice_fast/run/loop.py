@@ -1,6 +1,7 @@
 """The run: steps, evaluations and checkpoints, until the end or a signal."""
 
 import errno
+import gc
 import json
 import shutil
 import time
@@ -62,8 +63,13 @@ def run(config: Config, stop: StopSignals) -> None:
     """
     try:
         with ExitStack() as resources:
-            parts = build_run(config, resources)
-            Trainer(parts, resources, stop).train()
+            trainer = Trainer(build_run(config, resources), resources, stop)
+            # What is there now stays: the garbage collector goes no more through a million objects of libraries each
+            # time that a step has made many lists.
+            gc.collect()
+            gc.freeze()
+            resources.callback(gc.unfreeze)
+            trainer.train()
     except OSError as error:
         # Metrics, events, curves: many hands write, and what can go wrong for all of them is a full disk.
         if error.errno not in _NO_SPACE:
