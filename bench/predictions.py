@@ -35,6 +35,12 @@ products reach {busy:.0%} of the ceiling with everything around them. `bench/pre
 _COLUMNS = ("what", "floor", "measured 2026-11-26", "launches and bytes now", "predicted", "goal")
 
 
+def layer_weights(model: str) -> int:
+    """Of the products of a layer."""
+    hidden, inner, _, heads, kv_heads, dim, _ = shape(model)
+    return hidden * dim * (2 * heads + 2 * kv_heads) + 3 * hidden * inner
+
+
 @dataclass(frozen=True)
 class Decoding:
     """A step of decoding: B sequences in groups of eight, with so many keys shared and of their own."""
@@ -46,10 +52,9 @@ class Decoding:
 
     def layer_bytes(self) -> tuple[int, int]:
         """Of weights and of keys and values."""
-        hidden, inner, _, heads, kv_heads, dim, _ = shape(self.model)
-        weights = 2 * (hidden * dim * (2 * heads + 2 * kv_heads) + 3 * hidden * inner)
+        *_, kv_heads, dim, _ = shape(self.model)
         keys = self.sequences // 8 * self.shared + self.sequences * self.own
-        return weights, 4 * kv_heads * dim * keys
+        return 2 * layer_weights(self.model), 4 * kv_heads * dim * keys
 
     def head_bytes(self) -> int:
         hidden, *_, vocabulary = shape(self.model)
@@ -84,11 +89,10 @@ class Training:
 
     def update(self) -> float:
         """Seconds; a group's prompt counts once."""
-        hidden, inner, layers, heads, kv_heads, dim, vocabulary = shape(LARGE)
+        hidden, _, layers, heads, _, dim, vocabulary = shape(LARGE)
         tokens = 32 * (self.prompt + 8 * self.response)
-        weights = layers * (hidden * dim * (2 * heads + 2 * kv_heads) + 3 * hidden * inner)
         pairs = 32 * (self.prompt**2 // 2 + 8 * self.response * (self.prompt + self.response // 2))
-        flop = 6 * weights * tokens + 6 * hidden * vocabulary * 256 * self.response
+        flop = 6 * layers * layer_weights(LARGE) * tokens + 6 * hidden * vocabulary * 256 * self.response
         return (flop + 14 * layers * heads * dim * pairs) / FLOPS / BUSY
 
     def rollout(self) -> float:
