@@ -197,8 +197,11 @@ class Saver:
         partial = partial_folder(copy.folder)
         try:
             self._write_shards(copy, partial)
-            if parallel.rank() == 0:  # the others learn in `wait` whether it could
-                self._finish(copy, partial)
+            try:
+                if parallel.rank() == 0:  # the others learn in `wait` whether it could
+                    self._finish(copy, partial)
+            finally:
+                dist.barrier(self._group)  # a write is under way in every process until rank 0 is done
         finally:
             if parallel.rank() == 0:
                 shutil.rmtree(partial, ignore_errors=True)
