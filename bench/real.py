@@ -156,9 +156,9 @@ def draw(records: Sequence[Record], path: Path) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command."""
     parser = argparse.ArgumentParser(prog="python -m bench.real", description=__doc__)
-    parser.add_argument("--warm-up-steps", type=int, default=24, help="default 24")
-    parser.add_argument("--steps", type=int, default=120, help="of ThinkTwice; default 120")
-    parser.add_argument("--problems", type=int, default=48, help="held-out ones of an evaluation; default 48")
+    parser.add_argument("--warm-up-steps", type=int, default=64, help="default 64")
+    parser.add_argument("--steps", type=int, default=100, help="of ThinkTwice; default 100")
+    parser.add_argument("--problems", type=int, default=64, help="held-out ones of an evaluation; default 64")
     parser.add_argument("--model", type=Path, default=MODEL, help="its folder; written where there is none")
     parser.add_argument("--work", type=Path, default=ROOT / "build" / "real", help="folder of the runs")
     parser.add_argument("--output", type=Path, default=ROOT / "docs", help="folder of the document")
@@ -175,7 +175,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     warm_up, run = plan(
         options.work,
         {**sizes, "model.path": str(options.model), "run.steps": options.warm_up_steps},
-        {**sizes, "problems_per_step": 4, "run.steps": options.steps, "eval.every": max(1, options.steps // 2)},
+        {**sizes, "problems_per_step": 8, "run.steps": options.steps, "eval.every": max(1, options.steps // 2)},
     )
     for one in (warm_up, run):
         train_all([one], side_by_side=1)
