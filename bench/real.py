@@ -7,6 +7,7 @@ finished is not done again, and a run that was stopped goes on.
 
 import argparse
 import math
+import re
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,6 +30,7 @@ MODEL, PROBLEMS = ROOT / "build" / "real" / "model", ROOT / "build" / "real" / "
 """Where configs/smollm2-135m*.yaml read the model and its problems from."""
 
 CHART = "results_real.png"
+_WARM_UP, _TRAINING = "configs/smollm2-135m-warm-up.yaml", "configs/smollm2-135m.yaml"
 _THREADS = 2  # of one run at a time
 _WINDOW = 15  # steps of a phase, the first and the last so many
 _PHASES = {"solve": "solutions", "refine": "refinements"}
@@ -45,8 +47,8 @@ _ABOUT = """\
 `make real`: SmolLM2-135M-Instruct on generated word problems of one and two steps
 ([examples/word_problems.py](../examples/word_problems.py)), on two CPU cores: {warm_up_steps} steps of supervised
 warm-up, then {steps} steps of ThinkTwice with {samples} samples each, {minutes:.0f} minutes in all. Their options are
-those of [configs/smollm2-135m-warm-up.yaml](../configs/smollm2-135m-warm-up.yaml) and
-[configs/smollm2-135m.yaml](../configs/smollm2-135m.yaml), but for `{given}`.
+those of [{warm_up}](../{warm_up}) and
+[{training}](../{training}), but for `{given}`.
 
 ![Reward of every step, and held-out accuracy](results_real.png)
 
@@ -58,6 +60,10 @@ Held-out problems ({problems}, whose calculations are never trained on), {answer
 and a greedy refinement of each solution, in percent:
 
 {evaluations}
+
+The whole of it on one GPU, 300 steps of ThinkTwice, from a clean clone:
+
+{commands}
 """
 
 
@@ -90,9 +96,9 @@ def _standard_error(values: Sequence[float]) -> float:
 
 
 def plan(folder: Path, warm_up: Options, training: Options) -> tuple[Run, Run]:
-    """The two runs, of the configurations with other sizes for two cores."""
-    first = Run(folder / "warm-up", {"config": "configs/smollm2-135m-warm-up.yaml", **warm_up}, _THREADS)
-    own: Options = {"config": "configs/smollm2-135m.yaml", "model.path": str(first.folder / "model")}
+    """The two runs, of the configurations with fewer steps for two cores."""
+    first = Run(folder / "warm-up", {"config": _WARM_UP, **warm_up}, _THREADS)
+    own: Options = {"config": _TRAINING, "model.path": str(first.folder / "model")}
     return first, Run(folder / "thinktwice", {**own, **training}, _THREADS)
 
 
@@ -115,14 +121,23 @@ def document(warm_up: Run, run: Run) -> str:
         warm_up_steps=max(record["step"] for record in before),
         steps=len(steps),
         samples=steps[-1]["generations"] // len(steps),
+        warm_up=_WARM_UP,
+        training=_TRAINING,
         minutes=(_seconds(before) + _seconds(records)) / 60,
         given=" ".join(f"--{name} {value}" for name, value in given.items()),
         window=min(_WINDOW, len(steps) // 4),
         rewards=markdown(["phase", "first", "last", "difference in standard errors", "above 2"], rewards),
         problems=run.options["eval.limit"],
         answers=8,
+        commands=commands(),
         evaluations=markdown(["model", *EVALUATED], [[name, *_percent(one)] for name, one in stages.items()]),
     )
+
+
+def commands() -> str:
+    """A code block: how both configurations are run on one GPU, as the head of the second says."""
+    head = (ROOT / _TRAINING).read_text().partition("\noutput:")[0]
+    return "\n".join(["```", *re.findall(r"^#   (.*)", head, re.MULTILINE), "```"])
 
 
 def _evaluations(records: Sequence[Record]) -> list[Record]:
@@ -157,7 +172,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command."""
     parser = argparse.ArgumentParser(prog="python -m bench.real", description=__doc__)
     parser.add_argument("--warm-up-steps", type=int, default=64, help="default 64")
-    parser.add_argument("--steps", type=int, default=100, help="of ThinkTwice; default 100")
+    parser.add_argument("--steps", type=int, default=64, help="of ThinkTwice; default 64")
     parser.add_argument("--problems", type=int, default=64, help="held-out ones of an evaluation; default 64")
     parser.add_argument("--model", type=Path, default=MODEL, help="its folder; written where there is none")
     parser.add_argument("--work", type=Path, default=ROOT / "build" / "real", help="folder of the runs")
@@ -175,7 +190,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     warm_up, run = plan(
         options.work,
         {**sizes, "model.path": str(options.model), "run.steps": options.warm_up_steps},
-        {**sizes, "problems_per_step": 8, "run.steps": options.steps, "eval.every": max(1, options.steps // 2)},
+        {**sizes, "run.steps": options.steps, "eval.every": max(1, options.steps // 2)},
     )
     for one in (warm_up, run):
         train_all([one], side_by_side=1)

@@ -83,6 +83,8 @@ def test_the_section_says_what_the_metrics_do(tmp_path: Path) -> None:
     assert rows["| solutions"][1].startswith("0.3") and rows["| solutions"][-1] == "yes"
     assert rows["| refinements"][-1] == "no"
     assert rows["| after the warm-up"][1] == "25.0" and rows["| after ThinkTwice"][1] == "50.0"
+    asked = [line.partition("train.py ")[2].split() for line in text.splitlines() if "torchrun" in line]
+    assert [parse_config(one).algorithm for one in asked] == ["sft", "thinktwice"]
     draw(run.records(), tmp_path / "chart.png")
     assert imread(tmp_path / "chart.png").std() > 0.05
 
