@@ -172,7 +172,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command."""
     parser = argparse.ArgumentParser(prog="python -m bench.real", description=__doc__)
     parser.add_argument("--warm-up-steps", type=int, default=64, help="default 64")
-    parser.add_argument("--steps", type=int, default=64, help="of ThinkTwice; default 64")
+    parser.add_argument("--steps", type=int, default=128, help="of ThinkTwice; default 128")
     parser.add_argument("--problems", type=int, default=64, help="held-out ones of an evaluation; default 64")
     parser.add_argument("--model", type=Path, default=MODEL, help="its folder; written where there is none")
     parser.add_argument("--work", type=Path, default=ROOT / "build" / "real", help="folder of the runs")
@@ -190,7 +190,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     warm_up, run = plan(
         options.work,
         {**sizes, "model.path": str(options.model), "run.steps": options.warm_up_steps},
-        {**sizes, "run.steps": options.steps, "eval.every": max(1, options.steps // 2)},
+        {**sizes, "run.steps": options.steps, "eval.every": 32},
     )
     for one in (warm_up, run):
         train_all([one], side_by_side=1)
