@@ -115,6 +115,7 @@ def _options(algorithm: str, steps: int) -> dict[str, str | int | float]:
     return {
         "algorithm": algorithm,
         "run.steps": steps,
+        "update.minibatch_sequences": 0,
         "eval.every": steps // _EVALUATIONS,
         "eval.samples": 4,
         "eval.temperature": 0.7,
@@ -233,7 +234,7 @@ def _minibatches(options: Options) -> int:
     """Of a step, the other options being the default job's."""
     pairing = cast(Any, options.get("thinktwice.pairing", ThinkTwiceOptions.pairing))
     samples = samples_per_step(Config(thinktwice=ThinkTwiceOptions(pairing)))
-    return samples // int(options.get("update.minibatch_sequences", samples))
+    return samples // (int(options["update.minibatch_sequences"]) or samples)
 
 
 def causes_table(causes: Mapping[str, Sequence[Causes]]) -> str:

@@ -87,6 +87,7 @@ def arms(model: Path, steps: int, eval_every: int) -> dict[str, Options]:
         "eval.every": eval_every,
         "rollout.max_response_tokens": 96,  # room for two reflections
         "run.steps": steps,
+        "update.minibatch_sequences": 0,
         **_LOSS,
     }
     teacher: Options = {

@@ -11,6 +11,8 @@ from typing import Any, Literal
 from thinktwice_fast.bounds import MOST_SECONDS, bounded
 from thinktwice_fast.thinktuning_options import ThinkTuningOptions
 
+_PUBLISHED_MINIBATCH = 64  # sequences, ThinkTwice's
+
 
 @dataclass
 class ModelOptions:
@@ -239,9 +241,9 @@ class UpdateOptions:
     """AdamW's decoupled weight decay."""
     grad_clip: float = bounded(1.0, least=0)
     """Largest gradient norm; 0 = no clipping."""
-    minibatch_sequences: int = bounded(0, least=0)
+    minibatch_sequences: int | None = bounded(None, least=0)
     """Sequences (over all processes) per optimizer step; 0 = the whole phase in one. Whole groups; with
-    `thinktwice.pairing: joint` whole pairs of groups."""
+    `thinktwice.pairing: joint` whole pairs of groups. null = 64, as published, if they divide the phase so, else 0."""
     microbatch_tokens: int = bounded(0, least=0)
     """Most tokens in one forward and backward pass, per process; changes memory and speed, not the result. 0 = a fifth
     more than a group of the longest sequences, at least 10240, at most 16384."""
@@ -378,6 +380,17 @@ def samples_per_step(config: Config) -> int:
     """Samples (over all processes) that a step of reinforcement learning draws and trains on."""
     groups = 2 if config.thinktwice.pairing == "joint" else 1
     return groups * config.problems_per_step * config.samples_per_problem
+
+
+def samples_per_optimizer_step(config: Config) -> int:
+    """``update.minibatch_sequences``, its default and 0 resolved."""
+    phase = samples_per_step(config)
+    together = phase // config.problems_per_step  # samples of a problem, which never part
+    given = config.update.minibatch_sequences
+    if given is None:
+        divides = _PUBLISHED_MINIBATCH % together == 0 and phase % _PUBLISHED_MINIBATCH == 0
+        return _PUBLISHED_MINIBATCH if divides else phase
+    return given or phase
 
 
 def overlong_buffer(config: Config) -> int:

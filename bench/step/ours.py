@@ -55,6 +55,7 @@ def config_of(ask: Ask) -> Config:
     rollout.max_response_tokens = workload.new_tokens
     rollout.max_sequences = workload.sequences
     update = config.update
+    update.minibatch_sequences = 0  # one optimizer step, as the other trainer takes
     update.learning_rate, update.adam_betas, update.grad_clip, update.warmup_steps = LEARNING_RATE, BETAS, CLIP, 0
     update.microbatch_tokens = workload.microbatch_tokens
     set_options(config, ask.options)

@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from tests.command import LIMIT, ROOT, TRAIN, environment
-from thinktwice_fast.config import Config, LossOptions
+from thinktwice_fast.config import Config, LossOptions, samples_per_optimizer_step
 from thinktwice_fast.errors import UserError
 from thinktwice_fast.run.build import recipe_notes, refine_instruction
 from thinktwice_fast.run.checks import check_config, check_output
@@ -136,7 +136,8 @@ def test_the_tiny_configuration_is_the_default() -> None:
         "--loss.policy_loss sapo --loss.dual_clip 2.0",
         "--loss.policy_loss sapo --loss.epsilon_high 0.2",
         "--loss.policy_loss cispo --loss.epsilon_low 0.1",
-        "--update.old_logps rollout",
+        "--update.old_logps rollout --update.minibatch_sequences 0",
+        "--update.old_logps rollout --samples_per_problem 5",
         "--rollout.exact true --rollout.decoder fused",
         "--rollout.exact true --loss.rollout_is token-mask",
         "--update.old_logps rollout --update.minibatch_sequences 64 --loss.rollout_is token-truncate",
@@ -186,6 +187,7 @@ def test_an_option_without_effect_is_an_error(arguments: str) -> None:
         "--loss.policy_loss sapo --loss.dual_clip null",
         "--loss.policy_loss cispo --loss.importance_sampling_level sequence",
         "--loss.policy_loss cispo --loss.epsilon_high 0.3",
+        "--update.old_logps rollout",
         "--update.old_logps rollout --update.minibatch_sequences 64",
         "--update.old_logps rollout --update.minibatch_sequences 256 --thinktwice.pairing joint",
         '--eval.sets {"a":"mine.jsonl"} --eval.question_column text',
@@ -251,6 +253,28 @@ def test_evaluation_sets_follow_the_training_data() -> None:
 
 
 @pytest.mark.parametrize(
+    ("problems", "samples", "pairing", "given", "resolved"),
+    [
+        (32, 8, "sequential", None, 64),
+        (32, 8, "joint", None, 64),
+        (32, 5, "sequential", None, 160),  # 64 are no whole groups
+        (4, 64, "joint", None, 512),
+        (9, 8, "sequential", None, 72),  # nor do they divide these
+        (4, 4, "sequential", None, 16),
+        (32, 8, "sequential", 0, 256),
+        (32, 8, "joint", 0, 512),
+        (32, 8, "joint", 128, 128),
+    ],
+)
+def test_samples_of_an_optimizer_step(
+    problems: int, samples: int, pairing: Any, given: int | None, resolved: int
+) -> None:
+    config = Config(problems_per_step=problems, samples_per_problem=samples)
+    config.thinktwice.pairing, config.update.minibatch_sequences = pairing, given
+    assert samples_per_optimizer_step(config) == resolved
+
+
+@pytest.mark.parametrize(
     ("arguments", "processes", "says"),
     [
         ("--problems_per_step 3", 2, "does not divide over 2 processes: take a multiple of 2"),
@@ -258,6 +282,11 @@ def test_evaluation_sets_follow_the_training_data() -> None:
         ("--update.minibatch_sequences 12", 1, "take a multiple of 8 that divides 256"),
         ("--update.minibatch_sequences 512", 1, "take a multiple of 8 that divides 256"),
         ("--update.minibatch_sequences 8", 2, "take a multiple of 16"),
+        (
+            "",
+            16,
+            "--update.minibatch_sequences 64 (8 groups) does not divide over 16 processes: take a multiple of 128",
+        ),
         (
             "--thinktwice.pairing joint --update.minibatch_sequences 8",
             1,

@@ -187,7 +187,10 @@ def test_a_pretended_gpu_of_little_memory_has_a_small_cache(dry_run: Command, mo
 
 def test_what_does_not_fit_is_refused_with_what_would(dry_run: Command, model: Path, tmp_path: Path) -> None:
     """Each of the options that are named makes it fit, or all of them together do."""
-    large = ("--update.microbatch_tokens", "32768", "--rollout.cache_tokens", "200000", "--problems_per_step", "64")
+    large = (
+        *("--update.microbatch_tokens", "32768", "--update.minibatch_sequences", "0"),
+        *("--rollout.cache_tokens", "200000", "--problems_per_step", "64"),
+    )
 
     def plan(gigabytes: float, *more: str) -> subprocess.CompletedProcess[str]:
         arguments: tuple[str | Path, ...] = (*STEP, "--model.path", model, "--output", tmp_path / "run", *large, *more)

@@ -8,7 +8,7 @@ import torch
 from thinktwice_fast import parallel
 from thinktwice_fast.algorithms.metrics import Sample, rollout_metrics, sample_metrics
 from thinktwice_fast.algorithms.sampler import Sampler, SampleSpec
-from thinktwice_fast.config import Config
+from thinktwice_fast.config import Config, samples_per_optimizer_step
 from thinktwice_fast.errors import UserError
 from thinktwice_fast.records import Group, Rollout, Sampling
 from thinktwice_fast.update.updater import Updater
@@ -45,7 +45,7 @@ class PolicyStep:
         self._updater = updater
         self._reward_of = reward_of
         problems, samples = config.problems_per_step, groups_per_slot * config.samples_per_problem
-        self._minibatch = config.update.minibatch_sequences // samples or problems  # problems in it
+        self._minibatch = samples_per_optimizer_step(config) // samples  # problems in it
         own = minibatch_slots(problems, self._minibatch, parallel.rank(), parallel.world_size())
         self.slots = [slot for minibatch in own for slot in minibatch]  # this process's problems of a step, by number
 

@@ -15,7 +15,7 @@ from thinktwice_fast.algorithms.sampler import Sampler
 from thinktwice_fast.algorithms.star import with_hint
 from thinktwice_fast.algorithms.step import Algorithm
 from thinktwice_fast.algorithms.thinktuning.teacher import SampledModel
-from thinktwice_fast.config import ARITHMETIC, Config, samples_per_step
+from thinktwice_fast.config import ARITHMETIC, Config, samples_per_optimizer_step, samples_per_step
 from thinktwice_fast.errors import UserError
 from thinktwice_fast.model.arena import Arena, why_no_arena
 from thinktwice_fast.model.flops import Flops
@@ -342,8 +342,7 @@ def _check_context(loaded: LoadedModel, longest: int) -> None:
 
 
 def _optimizer_steps(config: Config) -> int:
-    minibatch = config.update.minibatch_sequences
-    return config.run.steps * (samples_per_step(config) // minibatch if minibatch else 1)
+    return config.run.steps * (samples_per_step(config) // samples_per_optimizer_step(config))
 
 
 def _hint(config: Config) -> str | None:

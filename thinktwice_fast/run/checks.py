@@ -14,7 +14,14 @@ from thinktwice_fast import launch
 from thinktwice_fast.algorithms.registry import METHODS
 from thinktwice_fast.algorithms.thinktuning.options import check_teacher, unused_options
 from thinktwice_fast.bounds import check_bounds
-from thinktwice_fast.config import ARITHMETIC, LOSS_BOUNDS, Config, overlong_buffer, samples_per_step
+from thinktwice_fast.config import (
+    ARITHMETIC,
+    LOSS_BOUNDS,
+    Config,
+    overlong_buffer,
+    samples_per_optimizer_step,
+    samples_per_step,
+)
 from thinktwice_fast.errors import UserError
 from thinktwice_fast.run.best import rising_metrics
 from thinktwice_fast.run.metrics import AVERAGE
@@ -183,10 +190,10 @@ def _check_division(config: Config, world: int) -> None:
             f"--update.shard_processes {shards} does not divide {world} processes: take a divisor of {world}, or 0 for "
             "all of them"
         )
-    minibatch = config.update.minibatch_sequences
+    minibatch = samples_per_optimizer_step(config)
     groups = "pairs of groups" if config.thinktwice.pairing == "joint" else "groups"
-    if minibatch and METHODS[config.algorithm].preset is not None:
-        if minibatch % samples or problems % (minibatch // samples or problems + 1):
+    if METHODS[config.algorithm].preset is not None:
+        if minibatch % samples or problems % (minibatch // samples):
             raise UserError(
                 f"--update.minibatch_sequences {minibatch} does not divide a phase of {problems} x {samples} samples "
                 f"into whole {groups}: take a multiple of {samples} that divides {problems * samples}"
@@ -247,7 +254,7 @@ def _ignored_in_training(config: Config) -> list[_Ignored]:
          ("reward_timeout", "reward_workers"), f"with --reward {config.reward}"),
         (True, tuple(f"loss.{name}" for name in lacking), f"with --loss.policy_loss {config.loss.policy_loss}"),
         (config.loss.beta == 0, ("loss.kl_estimator",), "with --loss.beta 0"),
-        (config.update.minibatch_sequences in (0, samples_per_step(config)), ("update.old_logps",),
+        (samples_per_optimizer_step(config) == samples_per_step(config), ("update.old_logps",),
          f"with a single mini-batch (--update.minibatch_sequences {config.update.minibatch_sequences})"),
         (config.rollout.exact or config.update.old_logps == "rollout", ("loss.rollout_is",),
          "where rollouts' log-probabilities are the old ones (--rollout.exact true, --update.old_logps rollout)"),
