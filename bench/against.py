@@ -84,8 +84,9 @@ def _of_phase(metric: str) -> Callable[[Mapping[str, Any]], float]:
 _STEP = {"step, s": _of_phase("seconds_step"), "peak memory, bytes": lambda record: record["peak_memory_bytes"]}
 _LITTLE = {"loss.entropy_coef": "0.001", "thinktwice.refine_instruction": "recheck"}  # a gradient for random weights
 CASES: dict[str, Run] = {
-    "default job": Run(
-        {}, {**_STEP, "rollout, s": _of_phase("seconds_rollout"), "update, s": _of_phase("seconds_update")}, 31, 8
+    "default job": Run(  # in one mini-batch, whatever a revision's default
+        {"update.minibatch_sequences": "0"},
+        {**_STEP, "rollout, s": _of_phase("seconds_rollout"), "update, s": _of_phase("seconds_update")}, 31, 8,
     ),
     "100 M shape": Run(
         _LITTLE | {"problems_per_step": "2", "samples_per_problem": "8", "rollout.max_response_tokens": "32"},

@@ -9,7 +9,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -35,9 +35,10 @@ from bench.curves import (
     reached,
     read_off,
 )
+from bench.models import set_options
 from bench.results_document import RESULTS, write_section
 from bench.runs import Options, Run
-from thinktwice_fast.config import Config, LossOptions, ThinkTwiceOptions, samples_per_step
+from thinktwice_fast.config import Config, LossOptions, optimizer_steps_per_step
 from thinktwice_fast.run.metrics import POLICY, Record
 from thinktwice_fast.run.options import published_loss
 
@@ -55,8 +56,8 @@ _ABOUT = """\
 ## Methods at equal generations
 
 `make compare` (seeds: {seeds}): every run starts from the shipped model and has the default job's options, but for
-those of this table. The `grpo` arm is ThinkTwice's own loss without refine steps; `dr_grpo` and `dapo` have their
-published losses.
+those of this table: one optimizer step a phase, so that updates are counted alike. The `grpo` arm is ThinkTwice's own
+loss without refine steps; `dr_grpo` and `dapo` have their published losses.
 
 {options}
 
@@ -232,9 +233,9 @@ def causes_of(arms: Mapping[str, Sequence[Run]], curves: Arms, generations: floa
 
 def _minibatches(options: Options) -> int:
     """Of a step, the other options being the default job's."""
-    pairing = cast(Any, options.get("thinktwice.pairing", ThinkTwiceOptions.pairing))
-    samples = samples_per_step(Config(thinktwice=ThinkTwiceOptions(pairing)))
-    return samples // (int(options["update.minibatch_sequences"]) or samples)
+    config = Config()
+    set_options(config, options)
+    return optimizer_steps_per_step(config)
 
 
 def causes_table(causes: Mapping[str, Sequence[Causes]]) -> str:
@@ -288,7 +289,7 @@ def _why_not_ahead(curves: Arms, causes: Mapping[str, Sequence[Causes]], name: s
     own, others = (statistics.mean(one.solve_updates for one in causes[arm]) for arm in (name, GRPO))
     found = difference(curves[name], curves[GRPO], SOLVE_UPDATES, at[SOLVE_UPDATES], "solve")
     conclusion = {
-        "ahead": "each brought more than one of `grpo`'s, and there are too few of them",
+        "ahead": "each, with a refine update beside it, brought more than one of `grpo`'s; there are too few of them",
         "level": "their smaller number can account for it",
         "behind": "their smaller number does not account for all of it",
     }[verdict(found, "solve")]

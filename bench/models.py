@@ -120,8 +120,9 @@ def set_options(config: Config, options: Mapping[str, Any]) -> None:
     """Set options of the configuration by dotted name."""
     for name, value in options.items():
         owner, _, option = name.rpartition(".")
-        assert hasattr(getattr(config, owner), option), name
-        setattr(getattr(config, owner), option, value)
+        part: Any = getattr(config, owner) if owner else config
+        assert hasattr(part, option), name
+        setattr(part, option, value)
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from bench.results_document import RESULTS, write_section
 from bench.runs import Options, Run, train_all
 from examples.word_problems import write
 from thinktwice_fast.run.metrics import Record
+from thinktwice_fast.run.options import from_yaml
 from thinktwice_fast.run.report import COLOURS, curve, smooth
 
 MODEL, PROBLEMS = ROOT / "build" / "real" / "model", ROOT / "build" / "real" / "problems"
@@ -46,9 +47,9 @@ _ABOUT = """\
 
 `make real`: SmolLM2-135M-Instruct on generated word problems of one and two steps
 ([examples/word_problems.py](../examples/word_problems.py)), on two CPU cores: {warm_up_steps} steps of supervised
-warm-up, then {steps} steps of ThinkTwice with {samples} samples each, {minutes:.0f} minutes in all. Their options are
-those of [{warm_up}](../{warm_up}) and
-[{training}](../{training}), but for `{given}`.
+warm-up, then {steps} steps of ThinkTwice with {samples} samples each, {minutes:.0f} minutes in all. The options:
+
+{options}
 
 ![Reward of every step, and held-out accuracy](results_real.png)
 
@@ -56,12 +57,12 @@ Mean reward of the first {window} and the last {window} steps of each phase, ± 
 
 {rewards}
 
-Held-out problems ({problems}, whose calculations are never trained on), {answers} solutions of each at temperature 1
-and a greedy refinement of each solution, in percent:
+Held-out problems ({problems}, whose calculations are never trained on), {answers} solutions of each at temperature
+{temperature:g} and a greedy refinement of each solution, in percent:
 
 {evaluations}
 
-The whole of it on one GPU, 300 steps of ThinkTwice, from a clean clone:
+The whole of it on one GPU, {gpu_steps} steps of ThinkTwice, from a clean clone:
 
 {commands}
 """
@@ -78,7 +79,7 @@ class Rise(NamedTuple):
     @classmethod
     def of(cls, rewards: Sequence[float]) -> "Rise":
         """Of the rewards of all steps of a phase, at least two."""
-        count = min(_WINDOW, len(rewards) // 2)
+        count = _window(rewards)
         ends = (rewards[:count], rewards[-count:])
         first, last = ((statistics.mean(end), _standard_error(end)) for end in ends)
         return cls(*first, *last)
@@ -88,7 +89,14 @@ class Rise(NamedTuple):
         """The difference in its standard errors."""
         error = math.hypot(self.first_error, self.last_error)
         difference = self.last - self.first
-        return difference / error if error else math.inf * difference if difference else 0.0
+        if error:
+            return difference / error
+        return math.copysign(math.inf, difference) if difference else 0.0
+
+
+def _window(rewards: Sequence[float]) -> int:
+    """Steps that are first or last ones of a phase, of which a short one has fewer."""
+    return min(_WINDOW, len(rewards) // 2)
 
 
 def _standard_error(values: Sequence[float]) -> float:
@@ -105,9 +113,10 @@ def plan(folder: Path, warm_up: Options, training: Options) -> tuple[Run, Run]:
 def document(warm_up: Run, run: Run) -> str:
     """The section: every table and sentence."""
     records, before = run.records(), warm_up.records()
+    config, of_phase = from_yaml(ROOT / _TRAINING), {phase: curve(records, f"{phase}/reward")[1] for phase in _PHASES}
     rewards = []
     for phase, what in _PHASES.items():
-        rise = Rise.of(curve(records, f"{phase}/reward")[1])
+        rise = Rise.of(of_phase[phase])
         cells = [f"{mean:.3f} ± {error:.3f}" for mean, error in (rise[:2], rise[2:])]
         rewards.append([what, *cells, f"{rise.in_errors:+.1f}", "yes" if rise.in_errors >= 2 else "no"])
     stages = {
@@ -115,23 +124,31 @@ def document(warm_up: Run, run: Run) -> str:
         "after the warm-up": _evaluations(records)[0],
         "after ThinkTwice": _evaluations(records)[-1],
     }
-    given = {name: value for name, value in run.options.items() if name not in ("config", "model.path")}
     steps = [record for record in records if record["phase"] in _PHASES]
     return _ABOUT.format(
         warm_up_steps=max(record["step"] for record in before),
         steps=len(steps),
         samples=steps[-1]["generations"] // len(steps),
-        warm_up=_WARM_UP,
-        training=_TRAINING,
         minutes=(_seconds(before) + _seconds(records)) / 60,
-        given=" ".join(f"--{name} {value}" for name, value in given.items()),
-        window=min(_WINDOW, len(steps) // 4),
+        options="\n".join(_options_line(*one) for one in (("warm-up", warm_up), ("ThinkTwice", run))),
+        window=max(_window(one) for one in of_phase.values()),
         rewards=markdown(["phase", "first", "last", "difference in standard errors", "above 2"], rewards),
         problems=run.options["eval.limit"],
-        answers=8,
+        answers=config.eval.samples,
+        temperature=config.eval.temperature,
+        gpu_steps=config.run.steps,
         commands=commands(),
         evaluations=markdown(["model", *EVALUATED], [[name, *_percent(one)] for name, one in stages.items()]),
     )
+
+
+def _options_line(what: str, run: Run) -> str:
+    """Which configuration a run has, and what is given beside it."""
+    given = " ".join(
+        f"`--{name} {value}`" for name, value in run.options.items() if name not in ("config", "model.path")
+    )
+    file = run.options["config"]
+    return f"- {what}: [{file}](../{file}) with {given}"
 
 
 def commands() -> str:

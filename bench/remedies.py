@@ -42,8 +42,8 @@ class Prediction:
 
     def words(self) -> str:
         """What is predicted."""
-        bounds = [f"at least {self.least:+g}"] if self.least is not None else []
-        bounds += [f"at most {self.most:+g}"] if self.most is not None else []
+        ends = {"at least": self.least, "at most": self.most}
+        bounds = [f"{words} {end:+g}" if end else f"{words} 0" for words, end in ends.items() if end is not None]
         return f"{self.figure}, less that of `{self.other}`: {' and '.join(bounds)}"
 
     def came_true(self, points: float) -> bool:
@@ -141,7 +141,7 @@ def _predictions_table(curves: Arms, generations: float) -> str:
         found = difference(curves[one.arm], curves[one.other], GENERATIONS, generations, one.figure)
         came_true = "yes" if one.came_true(100 * found.mean) else "no"
         rows.append([one.arm, one.words(), found.points(signed=True), came_true])
-    return markdown(["arm", "predicted", "found", "came true"], rows)
+    return markdown(["arm", "predicted", "found", "came true, by the mean"], rows)
 
 
 def _conclusion(curves: Arms, name: str, generations: float) -> str:

@@ -132,8 +132,8 @@ def write(folder: Path) -> None:
     """The three files, in a folder that is made where there is none."""
     folder.mkdir(parents=True, exist_ok=True)
     # The warm-up has the first problems of the training part, training those after them.
-    first = {"train": ROWS["warm_up"], "held_out": 0}
-    for name, start in first.items():
+    starts = {"train": ROWS["warm_up"], "held_out": 0}
+    for name, start in starts.items():
         problems = (word_problem(start + n, name == "held_out") for n in range(ROWS[name]))
         _write_lines(
             folder / f"{name}.jsonl", ({"question": p.question, "answer": str(p.totals[-1])} for p in problems)

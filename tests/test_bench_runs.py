@@ -12,6 +12,7 @@ from bench.curves import FIGURES
 from bench.runs import Options, Run, train_all
 from examples.unknown_behaviour import PHRASE, right_and_phrase
 from tests.command import quick_start
+from tests.documents import table_below
 from thinktwice_fast.run.checks import check_config
 from thinktwice_fast.run.metrics import Record
 from thinktwice_fast.run.options import parse_config
@@ -87,13 +88,6 @@ def as_if_run(run: Run, refines: bool, solve: float, gain: float) -> None:
     (run.folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (run.folder / "options.json").write_text(json.dumps(run.arguments()))
     (run.folder / "finished").touch()
-
-
-def table_below(text: str, heading: str) -> dict[str, list[str]]:
-    """Cells by arm of the first table after a line that ends with ``heading``."""
-    table = text[text.index(heading) :].split("\n\n")[1].splitlines()
-    rows = [line.strip("| ").split(" | ") for line in table]
-    return {row[0]: row[1:] for row in rows if len(row) > 1}
 
 
 def test_figures_are_read_off_at_equal_generations_updates_and_time(tmp_path: Path) -> None:

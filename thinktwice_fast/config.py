@@ -11,7 +11,7 @@ from typing import Any, Literal
 from thinktwice_fast.bounds import MOST_SECONDS, bounded
 from thinktwice_fast.thinktuning_options import ThinkTuningOptions
 
-_PUBLISHED_MINIBATCH = 64  # sequences, ThinkTwice's
+_PUBLISHED_MINIBATCH = 8  # problems, ThinkTwice's, with 8 samples each
 
 
 @dataclass
@@ -243,7 +243,8 @@ class UpdateOptions:
     """Largest gradient norm; 0 = no clipping."""
     minibatch_sequences: int | None = bounded(None, least=0)
     """Sequences (over all processes) per optimizer step; 0 = the whole phase in one. Whole groups; with
-    `thinktwice.pairing: joint` whole pairs of groups. null = 64, as published, if they divide the phase so, else 0."""
+    `thinktwice.pairing: joint` whole pairs of groups. null = those of 8 problems, as ThinkTwice published, where 8
+    divides `problems_per_step`; else 0."""
     microbatch_tokens: int = bounded(0, least=0)
     """Most tokens in one forward and backward pass, per process; changes memory and speed, not the result. 0 = a fifth
     more than a group of the longest sequences, at least 10240, at most 16384."""
@@ -384,13 +385,16 @@ def samples_per_step(config: Config) -> int:
 
 def samples_per_optimizer_step(config: Config) -> int:
     """``update.minibatch_sequences``, its default and 0 resolved."""
-    phase = samples_per_step(config)
-    together = phase // config.problems_per_step  # samples of a problem, which never part
+    phase, problems = samples_per_step(config), config.problems_per_step
     given = config.update.minibatch_sequences
-    if given is None:
-        divides = _PUBLISHED_MINIBATCH % together == 0 and phase % _PUBLISHED_MINIBATCH == 0
-        return _PUBLISHED_MINIBATCH if divides else phase
+    if given is None and problems % _PUBLISHED_MINIBATCH == 0:
+        return phase // problems * _PUBLISHED_MINIBATCH
     return given or phase
+
+
+def optimizer_steps_per_step(config: Config) -> int:
+    """Of a step of reinforcement learning: its mini-batches."""
+    return samples_per_step(config) // samples_per_optimizer_step(config)
 
 
 def overlong_buffer(config: Config) -> int:

@@ -16,7 +16,7 @@ import yaml
 from tests.command import LIMIT, ROOT, TRAIN, environment
 from thinktwice_fast.config import Config, LossOptions, samples_per_optimizer_step
 from thinktwice_fast.errors import UserError
-from thinktwice_fast.run.build import recipe_notes, refine_instruction
+from thinktwice_fast.run.build import optimizer_steps, recipe_notes, refine_instruction
 from thinktwice_fast.run.checks import check_config, check_output
 from thinktwice_fast.run.options import from_yaml, parse_config, to_yaml
 from thinktwice_fast.tasks.evaluation_sets import evaluation_sets
@@ -137,7 +137,7 @@ def test_the_tiny_configuration_is_the_default() -> None:
         "--loss.policy_loss sapo --loss.epsilon_high 0.2",
         "--loss.policy_loss cispo --loss.epsilon_low 0.1",
         "--update.old_logps rollout --update.minibatch_sequences 0",
-        "--update.old_logps rollout --samples_per_problem 5",
+        "--update.old_logps rollout --problems_per_step 12",
         "--rollout.exact true --rollout.decoder fused",
         "--rollout.exact true --loss.rollout_is token-mask",
         "--update.old_logps rollout --update.minibatch_sequences 64 --loss.rollout_is token-truncate",
@@ -256,11 +256,11 @@ def test_evaluation_sets_follow_the_training_data() -> None:
     ("problems", "samples", "pairing", "given", "resolved"),
     [
         (32, 8, "sequential", None, 64),
-        (32, 8, "joint", None, 64),
-        (32, 5, "sequential", None, 160),  # 64 are no whole groups
-        (4, 64, "joint", None, 512),
-        (9, 8, "sequential", None, 72),  # nor do they divide these
-        (4, 4, "sequential", None, 16),
+        (32, 8, "joint", None, 128),
+        (16, 5, "sequential", None, 40),
+        (8, 64, "joint", None, 1024),
+        (12, 8, "sequential", None, 96),  # eight problems do not divide these
+        (4, 4, "joint", None, 32),
         (32, 8, "sequential", 0, 256),
         (32, 8, "joint", 0, 512),
         (32, 8, "joint", 128, 128),
@@ -272,6 +272,20 @@ def test_samples_of_an_optimizer_step(
     config = Config(problems_per_step=problems, samples_per_problem=samples)
     config.thinktwice.pairing, config.update.minibatch_sequences = pairing, given
     assert samples_per_optimizer_step(config) == resolved
+
+
+@pytest.mark.parametrize(
+    ("arguments", "steps"),
+    [
+        ("", 800),
+        ("--thinktwice.pairing joint", 800),
+        ("--update.minibatch_sequences 0", 200),
+        ("--algorithm sft", 200),
+    ],
+)
+def test_optimizer_steps_of_a_run(arguments: str, steps: int) -> None:
+    """The length of a learning rate's schedule."""
+    assert optimizer_steps(parse_config(arguments.split())) == steps
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from thinktwice_fast.algorithms.sampler import Sampler
 from thinktwice_fast.algorithms.star import with_hint
 from thinktwice_fast.algorithms.step import Algorithm
 from thinktwice_fast.algorithms.thinktuning.teacher import SampledModel
-from thinktwice_fast.config import ARITHMETIC, Config, samples_per_optimizer_step, samples_per_step
+from thinktwice_fast.config import ARITHMETIC, Config, optimizer_steps_per_step
 from thinktwice_fast.errors import UserError
 from thinktwice_fast.model.arena import Arena, why_no_arena
 from thinktwice_fast.model.flops import Flops
@@ -198,7 +198,7 @@ def build_run(config: Config, resources: ExitStack) -> Run:
         memory=partial(Arena, ready.device) if ready.lends else None,
     )
     sampler = Sampler(engine, chat, ready.grader, ready.instruction, loaded.stop_ids)
-    optimizer, schedule = build_optimizer(models.masters, config.update, _optimizer_steps(config))
+    optimizer, schedule = build_optimizer(models.masters, config.update, optimizer_steps(config))
     updater = Updater(models, reference, optimizer, schedule, config, engine.lend_memory)
     teacher = None
     if ready.teacher is not None:
@@ -341,8 +341,10 @@ def _check_context(loaded: LoadedModel, longest: int) -> None:
         )
 
 
-def _optimizer_steps(config: Config) -> int:
-    return config.run.steps * (samples_per_step(config) // samples_per_optimizer_step(config))
+def optimizer_steps(config: Config) -> int:
+    """Of the whole run."""
+    reinforced = METHODS[config.algorithm].preset is not None
+    return config.run.steps * (optimizer_steps_per_step(config) if reinforced else 1)
 
 
 def _hint(config: Config) -> str | None:

@@ -201,7 +201,7 @@ def _check_division(config: Config, world: int) -> None:
         if minibatch // samples % world:
             raise UserError(
                 f"--update.minibatch_sequences {minibatch} ({minibatch // samples} {groups}) does not divide over "
-                f"{world} processes: take a multiple of {samples * world}"
+                f"{world} processes: take a multiple of {samples * world}, or 0 for the whole phase"
             )
 
 
@@ -255,7 +255,7 @@ def _ignored_in_training(config: Config) -> list[_Ignored]:
         (True, tuple(f"loss.{name}" for name in lacking), f"with --loss.policy_loss {config.loss.policy_loss}"),
         (config.loss.beta == 0, ("loss.kl_estimator",), "with --loss.beta 0"),
         (samples_per_optimizer_step(config) == samples_per_step(config), ("update.old_logps",),
-         f"with a single mini-batch (--update.minibatch_sequences {config.update.minibatch_sequences})"),
+         f"with a single mini-batch (--update.minibatch_sequences {samples_per_optimizer_step(config)})"),
         (config.rollout.exact or config.update.old_logps == "rollout", ("loss.rollout_is",),
          "where rollouts' log-probabilities are the old ones (--rollout.exact true, --update.old_logps rollout)"),
         (config.rollout.exact, ("rollout.decoder", "update.old_logps"), "with --rollout.exact true"),

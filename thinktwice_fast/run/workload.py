@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from thinktwice_fast.algorithms.registry import METHODS
-from thinktwice_fast.config import Config, samples_per_optimizer_step, samples_per_step
+from thinktwice_fast.config import Config, optimizer_steps_per_step
 from thinktwice_fast.model.flops import Flops
 from thinktwice_fast.rollout.engine import BLOCK_SIZE, blocks_for, shared_blocks
 from thinktwice_fast.run.memory import Load
@@ -75,7 +75,7 @@ def _phase(config: Config, flops: Flops, name: str, prompts: list[int], world: i
     if name == "sft":
         samples, steps = 1, 1
     elif METHODS[config.algorithm].preset is not None:
-        steps = samples_per_step(config) // samples_per_optimizer_step(config)
+        steps = optimizer_steps_per_step(config)
     rows, bounds = 0, (0, 0, 0)
     if steps:
         together = prompts * (batch // steps)
