@@ -189,7 +189,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command."""
     parser = argparse.ArgumentParser(prog="python -m bench.real", description=__doc__)
     parser.add_argument("--warm-up-steps", type=int, default=64, help="default 64")
-    parser.add_argument("--steps", type=int, default=128, help="of ThinkTwice; default 128")
+    parser.add_argument("--steps", type=int, default=96, help="of ThinkTwice; default 96")
     parser.add_argument("--problems", type=int, default=64, help="held-out ones of an evaluation; default 64")
     parser.add_argument("--model", type=Path, default=MODEL, help="its folder; written where there is none")
     parser.add_argument("--work", type=Path, default=ROOT / "build" / "real", help="folder of the runs")
