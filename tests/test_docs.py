@@ -11,6 +11,7 @@ import pytest
 
 from docs.tables import main, metrics_table, options_table
 from tests.command import ROOT
+from tests.documents import table_below
 from thinktwice_fast.bounds import bounded
 from thinktwice_fast.config import Config
 from thinktwice_fast.run.checks import check_config
@@ -154,3 +155,19 @@ def test_commands_in_the_text_are_accepted(path: Path, monkeypatch: pytest.Monke
     monkeypatch.chdir(ROOT)
     for command in commands(path):
         check_config(parse_command(shlex.split(command))[0], 2)
+
+
+def test_the_readme_says_what_the_results_say() -> None:
+    """Each percentage below its two pictures of results, in this order."""
+    readme = (ROOT / "README.md").read_text().splitlines()
+    (pictures,) = (number for number, line in enumerate(readme) if "](docs/results.png)" in line)
+    assert "](docs/results_real.png)" in readme[pictures]
+    results = (ROOT / "docs" / "results.md").read_text()
+    methods = table_below(results, "### At 51,200 generations")
+    stages = table_below(results, "and a greedy refinement of each solution, in percent:")
+    solved, refined = ({name: cells[column].split()[0] for name, cells in methods.items()} for column in (0, 1))
+    before, after = stages["after the warm-up"], stages["after ThinkTwice"]
+    assert re.findall(r"\d+\.\d(?= %)", readme[pictures + 2]) == [
+        *(refined["thinktwice"], refined["grpo"], solved["grpo"], solved["thinktwice"]),
+        *(before[0], after[0], before[2], after[2]),
+    ]
