@@ -11,7 +11,7 @@ from typing import Any, Literal
 from thinktwice_fast.bounds import MOST_SECONDS, bounded
 from thinktwice_fast.thinktuning_options import ThinkTuningOptions
 
-_PUBLISHED_MINIBATCH = 8  # problems, ThinkTwice's, with 8 samples each
+_PUBLISHED_MINIBATCH = 8  # problems
 
 
 @dataclass
@@ -243,8 +243,7 @@ class UpdateOptions:
     """Largest gradient norm; 0 = no clipping."""
     minibatch_sequences: int | None = bounded(None, least=0)
     """Sequences (over all processes) per optimizer step; 0 = the whole phase in one. Whole groups; with
-    `thinktwice.pairing: joint` whole pairs of groups. null = those of 8 problems, as ThinkTwice published, where 8
-    divides `problems_per_step`; else 0."""
+    `thinktwice.pairing: joint` whole pairs. null = of 8 problems, as published, if they divide the step's; else 0."""
     microbatch_tokens: int = bounded(0, least=0)
     """Most tokens in one forward and backward pass, per process; changes memory and speed, not the result. 0 = a fifth
     more than a group of the longest sequences, at least 10240, at most 16384."""
@@ -254,8 +253,7 @@ class UpdateOptions:
     shared_prefix: bool = True
     """Compute a prompt once for all responses to it; off, every response brings its own copy."""
     old_logps: Literal["recompute", "rollout"] = "recompute"
-    """Old log-probabilities where a phase has several mini-batches: one more forward pass, or the rollout engine's
-    own."""
+    """Old log-probabilities of a phase of several mini-batches: one more forward pass, or the rollout engine's own."""
 
 
 @dataclass
@@ -385,10 +383,9 @@ def samples_per_step(config: Config) -> int:
 
 def samples_per_optimizer_step(config: Config) -> int:
     """``update.minibatch_sequences``, its default and 0 resolved."""
-    phase, problems = samples_per_step(config), config.problems_per_step
-    given = config.update.minibatch_sequences
-    if given is None and problems % _PUBLISHED_MINIBATCH == 0:
-        return phase // problems * _PUBLISHED_MINIBATCH
+    phase, given = samples_per_step(config), config.update.minibatch_sequences
+    if given is None and config.problems_per_step % _PUBLISHED_MINIBATCH == 0:
+        return phase // config.problems_per_step * _PUBLISHED_MINIBATCH
     return given or phase
 
 

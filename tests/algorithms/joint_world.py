@@ -28,6 +28,7 @@ class JointWorld:
         for name, value in rollout.items():
             setattr(self.config.rollout, name, value)
         self.config.thinktwice.base_selection = selection
+        self.config.thinktwice.pairing = "sequential" if sequential else "joint"
         self.config.loss.scale_rewards = "batch"
         loaded = load_model(ModelOptions(device="cpu"), 0, torch.device("cpu"))
         self.engine = Engine(loaded.model, loaded.stop_ids, self.config.rollout, 256)

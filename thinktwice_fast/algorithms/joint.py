@@ -20,7 +20,7 @@ class JointThinkTwice:
         self._config = config
         self._problems = problems
         self._sampler = sampler
-        self._policy_step = PolicyStep(config, sampler, updater, groups_per_slot=2)
+        self._policy_step = PolicyStep(config, sampler, updater)
         self._position = 0  # problems finished
 
     def step(self, number: int) -> Step:

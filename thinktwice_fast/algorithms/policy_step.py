@@ -8,7 +8,7 @@ import torch
 from thinktwice_fast import parallel
 from thinktwice_fast.algorithms.metrics import Sample, rollout_metrics, sample_metrics
 from thinktwice_fast.algorithms.sampler import Sampler, SampleSpec
-from thinktwice_fast.config import Config, samples_per_optimizer_step
+from thinktwice_fast.config import Config, optimizer_steps_per_step
 from thinktwice_fast.errors import UserError
 from thinktwice_fast.records import Group, Rollout, Sampling
 from thinktwice_fast.update.updater import Updater
@@ -28,7 +28,6 @@ class PolicyStep:
         config: the run's.
         sampler: rolls out and grades.
         updater: learns.
-        groups_per_slot: groups of one problem that are trained on together, whose samples never part.
         reward_of: what the advantage of a graded rollout is made from.
     """
 
@@ -37,15 +36,14 @@ class PolicyStep:
         config: Config,
         sampler: Sampler,
         updater: Updater,
-        groups_per_slot: int = 1,
         reward_of: Callable[[Rollout], float] = raw_reward,
     ):
         self._config = config
         self._sampler = sampler
         self._updater = updater
         self._reward_of = reward_of
-        problems, samples = config.problems_per_step, groups_per_slot * config.samples_per_problem
-        self._minibatch = samples_per_optimizer_step(config) // samples  # problems in it
+        problems = config.problems_per_step
+        self._minibatch = problems // optimizer_steps_per_step(config)  # problems in it
         own = minibatch_slots(problems, self._minibatch, parallel.rank(), parallel.world_size())
         self.slots = [slot for minibatch in own for slot in minibatch]  # this process's problems of a step, by number
 
