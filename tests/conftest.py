@@ -6,9 +6,9 @@ import pytest
 from hypothesis import settings
 
 # The same examples in every run, so that a run says something about the change at hand;
-# HYPOTHESIS_PROFILE=search looks for new ones.
-settings.register_profile("repeatable", derandomize=True)
-settings.register_profile("search", max_examples=400)
+# HYPOTHESIS_PROFILE=search looks for new ones. No limit of time for one: it would test the machine, which may be busy.
+settings.register_profile("repeatable", derandomize=True, deadline=None)
+settings.register_profile("search", max_examples=400, deadline=None)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
 
 # Their files take minutes: run last they would leave one of two workers without work.

@@ -95,7 +95,7 @@ def check(setting: Setting, which: list[int], counts: list[int], window: int = 0
         torch.testing.assert_close(out.double(), exact, atol=tolerance(queries, k, v, 0.3), rtol=0)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.data())
 def test_random_layouts(data: st.DataObject) -> None:
     kv_heads = data.draw(st.integers(1, 3), "kv_heads")

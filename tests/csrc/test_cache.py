@@ -130,7 +130,7 @@ class CacheMachine(RuleBasedStateMachine):
 
 
 TestCache = CacheMachine.TestCase
-TestCache.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
+TestCache.settings = settings(max_examples=60, stateful_step_count=30)
 
 
 def test_stale_sequences_are_refused() -> None:

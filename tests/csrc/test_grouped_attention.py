@@ -82,7 +82,7 @@ def decoding(
     )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.data())
 def test_bits_are_those_of_each_sequence_alone(data: st.DataObject) -> None:
     groups = data.draw(st.integers(1, 3), "groups")

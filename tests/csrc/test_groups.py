@@ -71,7 +71,7 @@ def test_a_fork_of_a_fork_shares_more() -> None:
     assert groups(decode(cache, [first, second, third])) == ([0, 3], [4])
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.data())
 def test_attention_has_the_bits_it_has_without(data: st.DataObject) -> None:
     count = data.draw(st.integers(1, 3))

@@ -54,7 +54,7 @@ def test_widths_around_panels_and_parts(inputs: int, outputs: int, dtype: torch.
     check_product(normals(30, inputs), normals(outputs, inputs, seed=1).to(dtype))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     rows=st.integers(0, 300),
     inputs=st.integers(1, 600),
@@ -66,7 +66,7 @@ def test_random_shapes(rows: int, inputs: int, outputs: int, dtype: torch.dtype,
     check_product(normals(rows, inputs, seed=seed), normals(outputs, inputs, seed=seed + 1).to(dtype))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.data())
 def test_packing_puts_every_weight_in_its_place(data: st.DataObject) -> None:
     """Parts one after another, out of wider matrices: the panels hold them in order, and zeros after the last."""

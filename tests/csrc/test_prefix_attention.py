@@ -135,7 +135,7 @@ def layouts(draw: st.DrawFn) -> tuple[list[int], list[int]]:
     return lengths, prefix
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.data())
 def test_random_layouts(data: st.DataObject) -> None:
     lengths, prefix = data.draw(layouts())

@@ -76,7 +76,7 @@ def _scores(given: dict[str, Any]) -> Tensor:
     return torch.where(greedy[:, None], weights, weights / -torch.log1p(-reference.uniforms(*shape)))
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(st.data())
 def test_equals_the_reference(data: st.DataObject) -> None:
     n, vocabulary = data.draw(st.integers(1, 6)), data.draw(st.integers(1, 400))

@@ -60,7 +60,7 @@ def assert_equals_reference(batch: Batch, options: dict[str, Any], **own: Any) -
 
 
 @pytest.mark.parametrize("case", PUBLIC_CASES)
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     lengths=LAYOUTS,
     seed=st.integers(0, 10**6),

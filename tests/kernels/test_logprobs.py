@@ -36,7 +36,7 @@ def inputs(tokens: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor, 
     return normal(tokens, H), normal(V, H), normal(V), targets, temperature
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     tokens=st.integers(0, 5),
     with_bias=st.booleans(),

@@ -35,7 +35,7 @@ def assert_same(
 
 
 @pytest.mark.parametrize("case", PUBLIC_CASES)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     lengths=LAYOUTS,
     seed=st.integers(0, 10**6),
@@ -157,7 +157,7 @@ def test_a_guided_token_at_the_pole_of_its_weight_is_masked_cleanly() -> None:
 
 
 @pytest.mark.parametrize("aggregation", AGGREGATIONS, ids=lambda a: a["loss_agg_mode"])
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(lengths=LAYOUTS, cut=st.integers(0, 5), seed=st.integers(0, 10**6), as_tensor=st.booleans())
 def test_micro_batches_with_a_normalizer_add_up_to_the_whole_batch(
     aggregation: dict[str, Any], lengths: list[int], cut: int, seed: int, as_tensor: bool
@@ -179,7 +179,7 @@ def test_micro_batches_with_a_normalizer_add_up_to_the_whole_batch(
 
 @pytest.mark.parametrize("aggregation", AGGREGATIONS, ids=lambda a: a["loss_agg_mode"])
 @pytest.mark.parametrize("kind", ["token-mask", "sequence-mask"])
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(lengths=LAYOUTS, cut=st.integers(0, 5), seed=st.integers(0, 10**6), cap=st.sampled_from([0.2, 1.3, 1e9]))
 def test_counts_of_micro_batches_add_up_to_what_the_whole_batch_divides_by(
     aggregation: dict[str, Any], kind: str, lengths: list[int], cut: int, seed: int, cap: float

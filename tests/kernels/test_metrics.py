@@ -14,7 +14,7 @@ from thinktwice_kernels import METRICS, combine_metrics, grpo_loss
 EVERYTHING = dict.fromkeys(("old_logps", "ref_logps", "rollout_logps", "entropy", "loss_mask", "guide_mask"), True)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     lengths=LAYOUTS,
     cuts=st.lists(st.integers(0, 3), max_size=2),

@@ -104,7 +104,7 @@ def test_rows_equal_the_definition(dtype: torch.dtype, vocabulary: int, case: st
     assert gradient._base is not None and gradient._base[:, -3:].isnan().all(), "wrote beyond the row"
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     vocabulary=st.one_of(st.integers(1, 70), st.integers(1000, 1100), st.integers(2000, 4200)),
     order=st.sampled_from(["rising", "falling", "random"]),

@@ -102,7 +102,7 @@ def assert_equals_definition(batch: dict[str, Any], options: dict[str, Any], rto
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(
     lengths=LAYOUTS,
     seed=st.integers(0, 10**6),

@@ -274,7 +274,7 @@ def test_every_aggregation(aggregation: dict[str, Any]) -> None:
     check_loss(make_batch([3, 0, 6], 5, old_logps=True, loss_mask=True), aggregation)
 
 
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(LAYOUTS, st.sampled_from(sorted(CASES)), st.integers(0, 99))
 def test_any_layout(lengths: list[int], case: str, seed: int) -> None:
     options, tensors = CASES[case]
@@ -397,7 +397,7 @@ SELECTING = ("defaults", "gspo", "k3", "sequence-mask", "guided", "guided, relea
 
 @pytest.mark.parametrize("token_level", [False, True], ids=["advantages of sequences", "of tokens"])
 @pytest.mark.parametrize("case", SELECTING)
-@settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=6, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(LAYOUTS, st.integers(0, 99), st.booleans())
 def test_the_computed_tokens(case: str, token_level: bool, lengths: list[int], seed: int, masked: bool) -> None:
     options, tensors = CASES[case]

@@ -91,7 +91,7 @@ class Sequences:
 
 
 @pytest.mark.parametrize(("name", "dtype"), [("olmo3", torch.float32), ("qwen2", torch.bfloat16)])
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(seed=st.integers(0, 2**32), cores=st.sampled_from([1, 2]), group=st.booleans())
 def test_bits_depend_on_neither_batch_nor_chunks_nor_threads_nor_grouping(
     name: str, dtype: torch.dtype, seed: int, cores: int, group: bool

@@ -141,7 +141,7 @@ FAMILIES = st.lists(st.tuples(st.integers(1, 12), st.lists(st.integers(1, 9), ma
 
 
 @pytest.mark.parametrize("flash", [IN_TORCH, BY_TORCH], ids=["plain torch", "torch's kernel"])
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(FAMILIES, st.integers(1, 2), st.integers(1, 3), st.sampled_from([0, 0, 1, 4, 15, 40]), st.integers(0, 99))
 def test_the_parts_are_the_whole(
     flash: Flash, families: Families, kv_heads: int, group: int, window: int, seed: int

@@ -138,7 +138,7 @@ class Session:
         self.ended.append(rollout)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(seed=st.integers(0, 2**32))
 def test_nothing_leaks_and_every_sample_is_its_own(seed: int) -> None:
     session = Session(seed)

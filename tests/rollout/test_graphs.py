@@ -116,7 +116,7 @@ def assert_same(got: dict[int, Rollout], expected: dict[int, Rollout]) -> None:
         assert (got[number].finished, got[number].stop_string) == (rollout.finished, rollout.stop_string)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.data())
 def test_draws_are_those_of_single_steps(data: st.DataObject) -> None:
     """Whatever is preempted, kept, extended, asked for in between, stopped or read together, in any chunks."""

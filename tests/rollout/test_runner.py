@@ -78,7 +78,7 @@ def test_an_engine_for_short_sequences() -> None:
     assert tokens(draw(engine, short)) == tokens(draw(make(decoder="modules"), short))
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(st.data())
 def test_rollouts_are_the_same_bits_in_any_cache_and_the_modules_tokens(data: st.DataObject) -> None:
     """Whatever is preempted, kept, extended, forked late or read together; the modules round otherwise."""

@@ -103,7 +103,7 @@ def workloads(draw: st.DrawFn) -> tuple[list[Request], dict[int, int], tuple[int
     return requests, lengths, (blocks, draw(st.integers(1, 12)), draw(st.integers(1, 40)))
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(workloads())
 def test_every_request_completes_in_any_pool(
     workload: tuple[list[Request], dict[int, int], tuple[int, int, int]],

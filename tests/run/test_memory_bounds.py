@@ -81,7 +81,7 @@ def row_config(problems: int, samples: int, budget: int, longest: int, *, shared
     return config
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.data())
 def test_no_micro_batch_is_larger_than_planned(data: st.DataObject) -> None:
     samples, longest = data.draw(st.integers(1, 6)), data.draw(st.integers(1, 30))
@@ -233,7 +233,7 @@ def sampling_config(problems: int, samples: int, sequences: int, response: int, 
 
 
 @pytest.mark.parametrize("kind", ["training", "evaluation", "uniform", "wrong_first"])
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(data=st.data())
 def test_no_phase_takes_more_cache_than_is_needed(kind: str, data: st.DataObject) -> None:
     prompts = data.draw(st.lists(st.integers(1, 60), min_size=1, max_size=5))
@@ -319,7 +319,7 @@ def test_the_cache_leaves_a_gpu_what_is_there_beside_it(
     assert predicted.cache_update == (0 if lends else predicted.cache_bytes)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(data=st.data())
 def test_no_lighter_load_takes_more_memory(data: st.DataObject) -> None:
     """In either phase; that no step has more of anything than was planned is what the tests above are for."""

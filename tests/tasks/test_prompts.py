@@ -1,5 +1,5 @@
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
@@ -259,7 +259,6 @@ def test_a_question_shown_in_another_way_once_answered(make) -> None:
 
 
 @given(text=st.text(max_size=30), spare=st.booleans())
-@settings(deadline=None)
 def test_any_text_is_kept_token_by_token(make, text: str, spare: bool) -> None:
     tokenizer = make(CHATML)
     chat = ChatFormat(tokenizer)
