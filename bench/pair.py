@@ -13,7 +13,9 @@ _OPTIONS = (
     *("--model.random_init", "true", "--problems_per_step", "4", "--samples_per_problem", "4", "--run.steps", "2"),
     *("--rollout.max_response_tokens", "64", "--thinktwice.refine_instruction", "recheck", "--eval.sets", "{}"),
     # Random weights solve nothing: this term gives every sample a gradient.
-    *("--loss.entropy_coef", "0.001", "--update.learning_rate", "1e-6", "--run.save", "false"),
+    *("--loss.entropy_coef", "0.001", "--update.learning_rate", "1e-6"),
+    # What would be written takes longer than the steps, or more forward passes (transcripts).
+    *("--run.save", "false", "--run.transcripts_every", "0", "--track", "none"),
 )
 
 

@@ -40,9 +40,11 @@ def test_correct(tmp_path: Path) -> None:
     found = dry_run("correct", tmp_path)
     right = {"tests", "pair", "pair: log-probabilities of rollout and training"}
     assert {name: found[name] for name in right} == dict.fromkeys(right, "met")
+    assert found["pair: the whole command"] == "not measured"
     # Saving would take most of the time.
     written = {path.name for path in (ROOT / "build" / "gpu_check" / "correct" / "pair-run").iterdir()}
-    assert "metrics.jsonl" in written and not written & {"model", "checkpoints"}
+    assert "metrics.jsonl" in written
+    assert not written & {"model", "checkpoints", "transcripts.jsonl", "tensorboard"}
 
 
 def test_ops(tmp_path: Path) -> None:
@@ -149,6 +151,28 @@ def test_a_failed_part_fails_the_stage(work: Path, status: str, wrong: bool) -> 
     assert row.split("  ")[0] == "tests" and "7 s, 1 failed, 3 passed" in row
     assert ("cut off" in row) == (status == "124")
     assert row.endswith("NOT MET") == wrong
+
+
+@pytest.mark.parametrize(
+    ("status", "seconds", "gpu", "verdict"),
+    [
+        ("0", 19, "NVIDIA H200", "met"),
+        ("0", 20, "NVIDIA H200", "NOT MET"),
+        ("1", 3, "NVIDIA H200", "NOT MET"),
+        ("0", 3, None, "not measured"),
+    ],
+)
+def test_the_pair_has_a_goal_for_its_time(work: Path, status: str, seconds: int, gpu: str | None, verdict: str) -> None:
+    machine = json.loads((work / closing.MACHINE).read_text())
+    (work / closing.MACHINE).write_text(json.dumps(machine | {"gpu": gpu}))
+    (work / closing.PARTS).write_text(f"pair\t{status}\t{seconds}\n")
+    (work / "pair.log").write_text("")
+    # Time alone fails no stage: the rest of what was found stands.
+    assert closing.main("correct", work, work / "out") == int(status)
+    (line,) = (
+        line for line in json.loads((work / "out" / "correct.json").read_text())["lines"] if "whole" in line["check"]
+    )
+    assert (line["figure"], line["verdict"]) == (f"{seconds} s", verdict)
 
 
 def test_a_wrong_result_fails_the_stage_and_a_missed_goal_does_not(work: Path) -> None:
