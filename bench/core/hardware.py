@@ -23,7 +23,7 @@ def describe() -> dict[str, Any]:
     """Hardware and versions; what is not there is None."""
     return {
         "python": platform.python_version(),
-        "versions": {name: installed_version(name) for name in _PACKAGES},
+        "versions": {name: installed_version(name) for name in _PACKAGES} | {"torch": torch.__version__},
         "cpu": cpu_model(),
         "threads": torch.get_num_threads(),
         "load": os.getloadavg()[0],  # over the minute before the start: of others, where the machine is shared

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import ContinuousBatchingConfig, GenerationConfig
+from transformers import GenerationConfig
 
 from bench.core.contender import Outputs
 from bench.rollout.cases import RolloutBatch
@@ -97,10 +97,12 @@ def hf_generate(batch: RolloutBatch) -> Outputs:
 
 def hf_generate_batch(batch: RolloutBatch) -> Outputs:
     """transformers' continuous batching; the cache holds every sequence, so that none has to wait."""
+    from transformers import ContinuousBatchingConfig  # not in the oldest versions that serve for all else
+
     blocks = batch.workload.sequences * -(-batch.longest // _PAGE)
-    options = ContinuousBatchingConfig(
-        page_size=_PAGE, num_blocks=blocks, max_batch_tokens=RolloutOptions.max_batch_tokens
-    )
+    # Newer versions have the first name.
+    page: dict[str, Any] = {"page_size" if hasattr(ContinuousBatchingConfig, "page_size") else "block_size": _PAGE}
+    options = ContinuousBatchingConfig(num_blocks=blocks, max_batch_tokens=RolloutOptions.max_batch_tokens, **page)
     drawn = batch.theirs.generate_batch(  # type: ignore[operator]
         _each_sample(batch), generation_config=_sampling(batch), continuous_batching_config=options
     )
