@@ -118,6 +118,8 @@ def merge_heads(
     ratio = tl.exp(-tl.abs(other_lse - lse))
     share = tl.where(other_lse > lse, number(1.0, TYPE), ratio) / (ratio + 1.0)
     merged = tl.where(other_lse > lse, other_lse, lse) + tl.log(ratio + 1.0)
+    # A warp whose rows of the tile ask for a weight reads it for itself, and one warp writes for all.
+    tl.debug_barrier()
     tl.store(lse_ptr + head * lse_stride + query, tl.where(none, lse, merged), mask=known)
 
     there = known[:, None] & (column < dim)

@@ -137,6 +137,15 @@ def test_layers_move_16_bytes_at_a_time(lines: list[aot.Compiled]) -> None:
                 assert re.search(rf"{way}\.global\S*\.(?:v4\.b32|v2\.b64)", line.ptx), line.configuration
 
 
+def test_what_is_written_in_place_has_been_read_by_every_warp(lines: list[aot.Compiled]) -> None:
+    """Warps read a row's log-sum for the rows of the tile that they have, and one of them overwrites it."""
+    found = [line.ptx for line in lines if line.configuration.kernel == "merge_heads"]
+    for ptx in found:
+        read, _, rest = ptx.partition("bar.sync")
+        assert "ld.global" in read and "st.global" not in read and "st.global" in rest
+    assert found
+
+
 def test_the_heads_product_runs_on_tensor_cores_fed_by_bulk_copies(lines: list[aot.Compiled]) -> None:
     products = {90: r"wgmma\.mma_async\S*\.m64n256k16\.f32\.bf16\.bf16", 100: r"tcgen05\.mma"}
     found = [line for line in lines if line.configuration.kernel == "head_exponentials"]
