@@ -1,6 +1,8 @@
 """The trainer's own decoder against transformers: logits and gradients of every family, and the names at its border."""
 
 import copy
+import gc
+import weakref
 from typing import Any
 
 import pytest
@@ -10,11 +12,11 @@ from torch.nn.functional import cross_entropy
 
 from tests.model.decoders import MODELS, made, paged, prompts
 from tests.model.rounding import assert_as_exact
-from tests.small_models import own
+from tests.small_models import own, own_model
 from thinktwice_fast.model.agreement import agrees, as_transformers, packed_logits
 from thinktwice_fast.model.attention import NAME, PagedAttention, PrefixAttention
 from thinktwice_fast.model.policy import Policy, linear_head
-from thinktwice_fast.model.rotary import Rotation
+from thinktwice_fast.model.rotary import EVERY, Rotation
 from thinktwice_fast.model.transformer import Transformer
 
 CPU = torch.device("cpu")
@@ -92,6 +94,21 @@ def test_rotary_types(rope: str) -> None:
         theirs = made(name, rope_parameters=parameters, max_position_embeddings=512)
         assert Transformer.knows(theirs.config)
         assert_same(theirs)
+
+
+def test_tables_of_angles_stay_where_graphs_know_them() -> None:
+    rotary = own_model("llama").rotary[EVERY]
+    positions = torch.tensor([0, 7, 3])
+    first = rotary.at(positions, torch.float32, 8)
+    assert rotary.at(positions, torch.float32, 5).cos.data_ptr() == first.cos.data_ptr() and len(first.cos) == 8
+    kept = weakref.ref(first.cos)
+    expected = first.cos[positions]
+    del first
+    longer = rotary.at(positions, torch.float32, 9)
+    assert len(longer.cos) == 16 and torch.equal(longer.cos[positions], expected)
+    rotary.at(positions, torch.bfloat16, 64)
+    gc.collect()
+    assert kept() is not None
 
 
 def test_what_it_does_not_know() -> None:

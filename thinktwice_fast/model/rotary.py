@@ -59,7 +59,7 @@ class Rotary(nn.Module):
         frequencies, self._scale = _frequencies(config, layer_type)
         self.register_buffer("inv_freq", frequencies, persistent=False)
         self._rounded = rounded
-        self._tables: tuple[tuple[torch.dtype, torch.device], Angles] | None = None
+        self._tables: dict[tuple[torch.dtype, torch.device], list[Angles]] = {}
 
     def forward(
         self,
@@ -79,12 +79,15 @@ class Rotary(nn.Module):
         dtype: torch.dtype,  # of the hidden states
         longest: int,  # P
     ) -> Angles:
-        """The same, from tables of P positions that are made once."""
-        made = self._tables
-        if made is None or made[0] != (dtype, positions.device) or len(made[1].cos) < longest:
-            every = torch.arange(longest, device=positions.device)
-            made = self._tables = ((dtype, positions.device), self(every, dtype))
-        return replace(made[1], rows=positions)
+        """The same, from tables of P positions or more that are made once.
+
+        None goes: CUDA graphs know where it stands. Each is twice as long as the one before at least.
+        """
+        made = self._tables.setdefault((dtype, positions.device), [])
+        there = len(made[-1].cos) if made else 0
+        if there < longest:
+            made.append(self(torch.arange(max(longest, 2 * there), device=positions.device), dtype))
+        return replace(made[-1], rows=positions)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Rotary":
         exact = self.inv_freq
