@@ -70,10 +70,40 @@ def test_memory_comes_and_goes_in_order(gpu: Gpu) -> None:
         assert lent.tensor().shape == (1 << 20,)
         lent.unmap()
         lent.unmap()
-    assert gpu.calls == ["empty_cache", "map", "synchronize", "unmap"] * 2 and gpu.free == FREE
+    assert gpu.calls == ["synchronize", "empty_cache", "map", "synchronize", "unmap"] * 2 and gpu.free == FREE
     lent.map()
     lent.close()
-    assert gpu.calls[-3:] == ["synchronize", "unmap", "destroy"]
+    assert gpu.calls[-4:] == ["synchronize", "unmap", "synchronize", "destroy"]
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_one_that_is_let_go_waits_for_the_gpu(gpu: Gpu, monkeypatch: pytest.MonkeyPatch, broken: bool) -> None:
+    lent = Arena(GPU, 1 << 20)
+    lent.map()
+
+    def synchronize(device: torch.device) -> None:
+        gpu.calls.append("waits")
+        if broken:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    del lent
+    assert gpu.calls[-2:] == ["waits", "destroy"]
+
+
+def test_one_that_could_not_be_unmapped_whole_is_mapped_again(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    lent = Arena(GPU, 1 << 20)
+    lent.map()
+
+    def fail(number: int) -> None:
+        raise RuntimeError("arena on GPU 0: giving back 9 bytes failed: unknown error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(gpu, "arena_unmap", fail)
+        with pytest.raises(RuntimeError):
+            lent.unmap()
+    lent.map()
+    assert gpu.calls.count("map") == 2
 
 
 def test_too_little_memory_is_one_line_and_may_be_there_later(gpu: Gpu) -> None:
@@ -83,7 +113,7 @@ def test_too_little_memory_is_one_line_and_may_be_there_later(gpu: Gpu) -> None:
     ):
         lent.map()
     lent.unmap()
-    assert gpu.calls == ["empty_cache", "map"] and peak_bytes(GPU) == 0
+    assert gpu.calls == ["synchronize", "empty_cache", "map"] and peak_bytes(GPU) == 0
     gpu.free = FREE
     lent.map()
     assert gpu.free == FREE - (1 << 25)

@@ -304,6 +304,7 @@ def gpu_blocks(
     One block more is there for nobody.
     """
     returned: list[bool] = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: returned.append(True))
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free if returned else 0, 10 * free))
     gpu = torch.device("cuda", 0)

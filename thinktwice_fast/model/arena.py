@@ -6,6 +6,7 @@ anew. It is made of CUDA's virtual memory (``csrc/cuda/arena.h``), not of torch'
 
 import weakref
 from collections import defaultdict
+from contextlib import suppress
 
 import torch
 from torch import Tensor
@@ -35,7 +36,7 @@ class Arena:
         assert device.index is not None
         self._device = device
         self._id: int = ops.arena_create(device.index, size)
-        self._close = weakref.finalize(self, ops.arena_destroy, self._id)
+        self._close = weakref.finalize(self, _destroy, device, self._id)
         self._size = size
         self._is_mapped = False
 
@@ -47,7 +48,7 @@ class Arena:
         """
         if self._is_mapped:
             return
-        torch.cuda.empty_cache()
+        release_cached(self._device)
         try:
             ops.arena_map(self._id)
         except RuntimeError as error:
@@ -64,8 +65,8 @@ class Arena:
         if not self._is_mapped:
             return
         torch.cuda.synchronize(self._device)
-        ops.arena_unmap(self._id)
         self._is_mapped = False
+        ops.arena_unmap(self._id)
         _count(self._device, -self._size)
 
     def tensor(self) -> Tensor:  # uint8 [size]
@@ -76,6 +77,13 @@ class Arena:
         """Give up memory and addresses."""
         self.unmap()
         self._close()
+
+
+def _destroy(device: torch.device, number: int) -> None:
+    """Steps may be under way still: to take memory away does not wait for them."""
+    with suppress(RuntimeError):  # of the steps: whoever asks the GPU for something hears of it
+        torch.cuda.synchronize(device)
+    ops.arena_destroy(number)
 
 
 def why_no_arena(device: torch.device) -> str | None:
@@ -95,6 +103,12 @@ def why_no_arena(device: torch.device) -> str | None:
     except (RuntimeError, UserError) as error:
         return str(error).splitlines()[0]
     return None if sums == [_PROBE_BYTES] * 2 else "its memory does not hold what is written"
+
+
+def release_cached(device: torch.device) -> None:
+    """Give back what torch keeps for tensors to come. Steps of an engine that was let go may be under way in it."""
+    torch.cuda.synchronize(device)
+    torch.cuda.empty_cache()
 
 
 def peak_bytes(device: torch.device) -> int:

@@ -9,6 +9,7 @@ import torch
 
 from thinktwice_fast.config import RolloutOptions
 from thinktwice_fast.errors import Option, UserError
+from thinktwice_fast.model.arena import release_cached
 from thinktwice_fast.model.paged import LentMemory, PagedKVCache
 from thinktwice_fast.model.policy import Model, attention_heads
 from thinktwice_fast.records import Request, Rollout
@@ -233,8 +234,7 @@ def _blocks(
         needed = options.max_sequences * longest
     if options.cache_tokens or device.type != "cuda":
         return cache_blocks(options, needed, longest)
-    # What the allocator keeps for tensors that are gone counts as used until it is given back.
-    torch.cuda.empty_cache()
+    release_cached(device)  # until then it counts as used
     free = torch.cuda.mem_get_info(device)[0] - reserve - SPARE_BLOCKS * block_bytes
     blocks = cache_blocks(options, needed, longest, free // block_bytes)
     if blocks < longest:
