@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import distribute_tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from tests.checkpoints import everything, same, save
 from tests.small_models import own_model
@@ -16,7 +16,7 @@ from thinktwice_fast.errors import UserError
 from thinktwice_fast.model.sharding import pair_models
 from thinktwice_fast.run.checkpoint import load_checkpoint
 from thinktwice_fast.update import optimizer as module_under_test
-from thinktwice_fast.update.optimizer import build_optimizer, few_threads
+from thinktwice_fast.update.optimizer import build_optimizer, clear_state, few_threads
 from thinktwice_fast.update.updater import Updater
 
 
@@ -55,6 +55,52 @@ def test_options_reach_adamw_and_frozen_weights_stay_out() -> None:
     assert (group["lr"], group["betas"], group["weight_decay"]) == (3e-4, (0.8, 0.95), 0.01)
     assert [id(parameter) for parameter in group["params"]] == [id(module.weight)]
     assert isinstance(optimizer, torch.optim.AdamW)
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_moments_made_at_once_are_those_of_the_first_step(one_process: None, sharded: bool) -> None:
+    """And that step makes none anew."""
+    found = []
+    for at_once in (False, True):
+        torch.manual_seed(0)
+        module = torch.nn.Linear(6, 5)
+        if sharded:
+            mesh = init_device_mesh("cpu", (1,))
+            module.weight, module.bias = (
+                torch.nn.Parameter(distribute_tensor(weight.detach(), mesh)) for weight in module.parameters()
+            )
+        optimizer, _ = build_optimizer(module, UpdateOptions(learning_rate=1e-2, weight_decay=0.1), 10)
+        for begin in range(2):  # also after steps
+            clear_state(optimizer, at_once=at_once)
+            places = [state[name].data_ptr() for state in moments(optimizer) for name in ("exp_avg", "exp_avg_sq")]
+            assert len(places) == (4 if at_once else 0)
+            for step in range(2):
+                for number, weight in enumerate(module.parameters()):
+                    weight.grad = torch.full_like(weight, 0.1 + begin - step + number)
+                optimizer.step()
+            if at_once:
+                assert places == [
+                    state[name].data_ptr() for state in moments(optimizer) for name in ("exp_avg", "exp_avg_sq")
+                ]
+        found.append((moments(optimizer), [whole(weight.detach()) for weight in module.parameters()]))
+    (late, weights), (early, early_weights) = found
+    assert [state.keys() for state in early] == [state.keys() for state in late]
+    for states in zip(late, early, strict=True):
+        for key in states[0]:
+            assert torch.equal(states[0][key], states[1][key]) and states[0][key].dtype == states[1][key].dtype
+    assert all(torch.equal(*pair) for pair in zip(weights, early_weights, strict=True))
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def moments(optimizer: torch.optim.Optimizer) -> list[dict[str, torch.Tensor]]:
+    """Of each weight; one process has all of a sharded one."""
+    return [
+        {key: value.to_local() if isinstance(value, DTensor) else value for key, value in state.items()}
+        for state in optimizer.state.values()
+    ]
 
 
 EIGHT_BIT = UpdateOptions(optimizer="adamw8bit", warmup_steps=0, learning_rate=1e-2)

@@ -286,11 +286,11 @@ def _load_optimizer(folder: Path, updater: Updater, rest: Mapping[str, Any]) -> 
     if len(chunks) != rest["tensors"]:
         raise ValueError(f"a file is missing in {OPTIMIZER}/")
     parameters = own_state(updater.models.masters)
+    updater.optimizer.state.clear()  # first: there may not be room for both
     values: dict[str, Any] = {
         name: _room_for(chunk, parameters[name.rpartition("/")[0]]) for name, chunk in chunks.items()
     }
     read_shards(values, chunks)
-    updater.optimizer.state.clear()
     for name, value in (values | rest["values"]).items():
         parameter, _, key = name.rpartition("/")
         updater.optimizer.state[parameters[parameter]][key] = value

@@ -39,7 +39,27 @@ def build_optimizer(
     if options.optimizer == "adamw8bit":
         make = import_module("bitsandbytes.optim").AdamW8bit
     optimizer = make(trained, lr=options.learning_rate, betas=options.adam_betas, weight_decay=options.weight_decay)
+    clear_state(optimizer, at_once=trained[0].device.type == "cuda")
     return optimizer, LambdaLR(optimizer, _shape(options, options.lr_decay_steps or total_steps))
+
+
+def clear_state(optimizer: torch.optim.Optimizer, *, at_once: bool) -> None:
+    """Stand before the first step.
+
+    Args:
+        at_once: torch's AdamW gets its moments now. Made in its first step they would lie wherever gradients and
+            activations leave room, and so keep a GPU from giving that memory to the KV cache afterwards.
+    """
+    optimizer.state.clear()
+    if not at_once or not isinstance(optimizer, torch.optim.AdamW):
+        return
+    for group in optimizer.param_groups:
+        for weight in group["params"]:
+            optimizer.state[weight] = {
+                "step": torch.zeros((), dtype=torch.float32, device=weight.device),
+                "exp_avg": torch.zeros_like(weight, memory_format=torch.preserve_format),
+                "exp_avg_sq": torch.zeros_like(weight, memory_format=torch.preserve_format),
+            }
 
 
 @contextmanager

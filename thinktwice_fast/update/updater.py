@@ -26,7 +26,7 @@ from thinktwice_fast.records import Rollout
 from thinktwice_fast.update.batches import Example, PackedRow, Trainable, pack, pack_shared
 from thinktwice_fast.update.microbatches import plan_microbatches, row_budget
 from thinktwice_fast.update.objective import loss_arguments
-from thinktwice_fast.update.optimizer import continue_schedule, few_threads
+from thinktwice_fast.update.optimizer import clear_state, continue_schedule, few_threads
 from thinktwice_fast.update.phase import Metrics, Phase, combined, mismatch, noted, shaping_shares
 from thinktwice_kernels import grpo_loss, linear_grpo_loss, linear_logits, linear_logprobs
 
@@ -186,7 +186,7 @@ class Updater:
         """
         set_trained_shards(self.models.masters, weights)
         self.models.sync()
-        self.optimizer.state.clear()
+        clear_state(self.optimizer, at_once=self.models.masters.device.type == "cuda")
         continue_schedule(self.optimizer, self.schedule, 0)
         self.version += 1
 
