@@ -5,7 +5,9 @@ Python, and refuses what no graph can hold. Products whose rows do not depend on
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -30,7 +32,7 @@ from thinktwice_fast.rollout import chunks
 from thinktwice_fast.rollout.batch import Batch, NewTokens
 from thinktwice_fast.rollout.chunks import group_room
 from thinktwice_fast.rollout.engine import BLOCK_SIZE, Engine
-from thinktwice_fast.rollout.graphs import GraphRunner, block_buckets, row_buckets
+from thinktwice_fast.rollout.graphs import CudaCapture, GraphRunner, block_buckets, row_buckets
 from thinktwice_fast.rollout.modules import ModuleRunner
 
 # They make the host wait for values, or bring values from it.
@@ -237,6 +239,46 @@ def test_a_run_that_is_left_early_leaves_nothing_behind() -> None:
     left.close()
     assert engine.cache.free_blocks == engine.cache.num_blocks
     assert_same(draw(engine, requests(3)), draw(engine_of(own_model("qwen3"), SingleSteps), requests(3)))
+
+
+def test_a_step_that_no_graph_can_hold_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What torch.cuda does is made up; the stream of before is current again."""
+    streams: list[Any] = []
+    current = mock.MagicMock()
+    fakes: dict[str, Any] = {
+        "graph_pool_handle": lambda: (0, 1),
+        "Stream": lambda device: mock.MagicMock(),
+        "current_stream": lambda device: current,
+        "stream": lambda stream: nullcontext(),
+        "set_stream": streams.append,
+        "CUDAGraph": mock.MagicMock,
+        "graph": lambda *_, **__: nullcontext(),
+    }
+    for name, fake in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    runs: list[int] = []
+
+    def step() -> None:
+        runs.append(1)
+        if len(runs) > 1 and trouble is not None:
+            raise trouble
+
+    trouble: Exception | None = RuntimeError("CUDA error: operation not permitted when stream is capturing\nand more")
+    with pytest.raises(UserError) as caught:
+        CudaCapture(torch.device("cuda"))(step)
+    assert str(caught.value) == (
+        "a decoding step of this model can't be a CUDA graph (CUDA error: operation not permitted when stream is "
+        "capturing): give --rollout.decoder modules"
+    )
+    assert streams == [current]
+    runs.clear()
+    trouble = torch.OutOfMemoryError("CUDA out of memory")
+    with pytest.raises(torch.OutOfMemoryError):
+        CudaCapture(torch.device("cuda"))(step)
+    runs.clear()
+    trouble = None
+    CudaCapture(torch.device("cuda"))(step)()
+    assert len(runs) == 2 and len(streams) == 1
 
 
 @pytest.mark.parametrize("most", [1, 3, 8, 20, 100, 256])

@@ -18,7 +18,7 @@ from thinktwice_fast.model.policy import Model
 from thinktwice_fast.records import Request, Sampling
 from thinktwice_fast.rollout.engine import Engine
 from thinktwice_fast.rollout.modules import ModuleRunner
-from thinktwice_fast.rollout.runner import DecoderRunner
+from thinktwice_fast.rollout.runner import DecoderRunner, planned_runner
 from thinktwice_fast.rollout.step import Runner
 
 
@@ -43,6 +43,22 @@ def test_unknown_models_run_their_modules(caplog: pytest.LogCaptureFixture) -> N
     engine = engine_of(foreign_model(NAME))
     assert isinstance(engine._runner, ModuleRunner) and not caplog.records
     draw(engine, requests(1, Sampling(max_tokens=4)))
+
+
+@pytest.mark.parametrize(("kind", "way"), [("default", "gpu"), ("longrope", "modules"), ("dynamic", "modules")])
+def test_modules_that_look_at_positions_on_the_host_are_no_cuda_graphs(kind: str, way: str) -> None:
+    """Planned only: it takes a GPU to run them."""
+    model, gpu = foreign_model(NAME), torch.device("cuda")
+    model.config.rope_parameters = {"rope_type": kind, "rope_theta": 1e4}
+    assert planned_runner(model, RolloutOptions(), gpu, torch.bfloat16) == way
+    assert planned_runner(model, RolloutOptions(decoder="modules"), gpu, torch.bfloat16) == "modules"
+    fused = RolloutOptions(decoder="fused")
+    if way == "gpu":
+        assert planned_runner(model, fused, gpu, torch.bfloat16) == "gpu"
+    else:
+        with pytest.raises(UserError, match=r"--rollout.decoder fused does not know .* on cuda: leave the option out"):
+            planned_runner(model, fused, gpu, torch.bfloat16)
+    assert planned_runner(own_model("qwen3"), fused, gpu, torch.bfloat16) == "gpu"
 
 
 def refuse_fused(model: Any, name: str) -> None:

@@ -16,6 +16,7 @@ from typing import Protocol
 
 import torch
 
+from thinktwice_fast.errors import Option, UserError
 from thinktwice_fast.model import csrc
 from thinktwice_fast.model.attention import PagedAttention
 from thinktwice_fast.model.paged import Blocks, PagedKVCache
@@ -167,7 +168,11 @@ def _handles(batch: Batch) -> list[int]:
 
 
 class CudaCapture:
-    """Captures steps as CUDA graphs that share one pool of memory: no two run at a time."""
+    """Captures steps as CUDA graphs that share one pool of memory: no two run at a time.
+
+    Raises:
+        UserError: a step that no graph can hold, as where it looks at the GPU's results.
+    """
 
     def __init__(self, device: torch.device):
         self._device = device
@@ -181,9 +186,18 @@ class CudaCapture:
             step()  # as it is: libraries get ready at their first call, which no graph can hold
         current.wait_stream(self._stream)
         graph = torch.cuda.CUDAGraph()
-        # Other threads go on using the GPU meanwhile: NCCL's watchdog asks for its events.
-        with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):
-            step()  # is recorded, and does not run
+        try:
+            # Other threads go on using the GPU meanwhile: NCCL's watchdog asks for its events.
+            with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):
+                step()  # is recorded, and does not run
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            torch.cuda.set_stream(current)  # a capture that fails may leave its own in place
+            raise UserError(
+                f"a decoding step of this model can't be a CUDA graph ({str(error).splitlines()[0]})",
+                ("give ", Option("rollout.decoder", "modules")),
+            ) from error
         return graph.replay
 
 

@@ -12,6 +12,7 @@ from thinktwice_fast.model.decoder import Decoder
 from thinktwice_fast.model.lists import int64
 from thinktwice_fast.model.paged import PagedKVCache, Plan
 from thinktwice_fast.model.policy import Model
+from thinktwice_fast.model.rotary import rope_types
 from thinktwice_fast.model.transformer import Transformer
 from thinktwice_fast.rollout.batch import Batch, NewTokens
 from thinktwice_fast.rollout.graphs import GraphRunner
@@ -19,6 +20,9 @@ from thinktwice_fast.rollout.modules import ModuleRunner
 from thinktwice_fast.rollout.step import Runner, not_finite, random_keys, sampling_columns
 
 log = logging.getLogger(__name__)
+
+# Types of rotary angles with which transformers' modules look at the positions on the host: no CUDA graph can.
+_HOST_ROPE_TYPES = {"dynamic", "longrope"}
 
 
 class DecoderRunner(Runner):
@@ -112,13 +116,24 @@ def planned_runner(
             raise UserError((Option("rollout.exact"), f" does not know {model.config.model_type}"), "leave it out")
         return "exact"
     if device.type == "cuda":
-        return "modules" if options.decoder == "modules" else "gpu"
+        if options.decoder != "modules" and _can_be_captured(model):
+            return "gpu"
+        _refuse_fused(model, options, device, dtype)
+        return "modules"
     # Tiles multiply bfloat16 many times as fast as the decoder's float32: torch's own products use them.
     on_tiles = dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported() and options.decoder == "auto"
     if options.decoder != "modules" and not on_tiles and Decoder.supports(model):
         return "decoder"
     _refuse_fused(model, options, device, dtype)
     return "modules"
+
+
+def _can_be_captured(model: Model) -> bool:
+    """Whether nothing is known that keeps a decoding step from being a CUDA graph."""
+    config = model.config.get_text_config()
+    if isinstance(model, Transformer) or getattr(config, "rope_parameters", None) is None:
+        return True
+    return not _HOST_ROPE_TYPES & {own["rope_type"] for own in rope_types(config).values()}
 
 
 def _gpu_runner(model: Model, cache: PagedKVCache, options: RolloutOptions, max_tokens: int) -> Runner:
