@@ -120,7 +120,7 @@ case "$STAGE$CPU" in
   ops*) part ops "$LIMIT" "$PYTHON" -m bench.stages.ops "$WORK" $((LIMIT - SECONDS - 30)) $CPU ;;
   decode*) part decode "$LIMIT" "$PYTHON" -m bench.stages.decode "$WORK" $CPU ;;
   step*)
-    part update 60 "$PYTHON" -m bench.stages.update "$WORK" $CPU
+    part update 90 "$PYTHON" -m bench.stages.update "$WORK" $CPU
     part steps "$LIMIT" "$PYTHON" -m bench.stages.race "$WORK" $((LIMIT - SECONDS - 25)) $CPU
     ;;
 esac
