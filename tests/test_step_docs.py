@@ -31,6 +31,7 @@ def test_a_step_is_what_the_document_says() -> None:
     command = [sys.executable, str(ROOT / "tests" / "profiled_step.py"), *functions]
     done = subprocess.run(command, env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    made = [tuple(json.loads(line)) for line in done.stdout.splitlines()]
+    # Older versions of torch say there what gloo does.
+    made = [tuple(json.loads(line)) for line in done.stdout.splitlines() if not line.startswith("[Gloo]")]
     assert [call for call in made if call in calls] == calls
     assert {name for _, name in made} == {*functions}
