@@ -1,12 +1,13 @@
 # `make train` and `make test` do everything from a fresh clone; what is done already is skipped.
 PYTHON ?= python3
 VENV := .venv
+REQUIREMENTS := requirements.txt
 BIN := $(VENV)/bin
 CSRC := $(shell find csrc kernels/csrc -name '*.cpp' -o -name '*.h' -o -name '*.inc' -o -name '*.cu' -o -name '*.cuh')
 PACKAGING := $(foreach folder,. kernels,$(folder)/pyproject.toml $(folder)/setup.py) kernels/native_build.py
 RUN := $(BIN)/torchrun --standalone --nproc-per-node 1 thinktwice_fast/train.py
 
-.PHONY: setup train test browser lint types format headers learning algorithms unknown-behaviour compare compare-remedies real-model real bench bench-against warm-start tables performance clean
+.PHONY: setup train test oldest browser lint types format headers learning algorithms unknown-behaviour compare compare-remedies real-model real bench bench-against warm-start tables performance clean
 
 train: $(VENV)/built
 	$(RUN) --resume auto
@@ -16,9 +17,20 @@ setup: $(VENV)/built
 
 # mypy needs no extension and takes as long as building them: they run side by side. Then two files of tests at a time,
 # the long ones first (tests/conftest.py), each with one thread: threads of several processes would fight for the cores.
+TESTS = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 test:
 	$(MAKE) --no-print-directory --jobs=2 lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	$(TESTS)
+
+# The tests of the last commit with the oldest versions that are supported, apart from all else; fetches 3 GB once.
+oldest: OLDEST := $(CURDIR)/build/oldest
+oldest:
+	rm -rf $(OLDEST)/source
+	git clone --quiet . $(OLDEST)/source
+	$(MAKE) --no-print-directory -C $(OLDEST)/source VENV=$(OLDEST)/venv REQUIREMENTS=requirements-oldest.txt tests-alone
+
+tests-alone: $(VENV)/built
+	$(TESTS)
 
 # Chromium, which the report's tests drive, from Debian's packages; as root. Without it they are skipped.
 browser:
@@ -105,11 +117,11 @@ clean:
 	rm -rf $(VENV) build *.egg-info thinktwice_fast/_csrc*.so
 	rm -rf kernels/build kernels/*.egg-info kernels/thinktwice_kernels/_csrc*.so
 
-$(VENV)/installed: requirements.txt
+$(VENV)/installed: $(REQUIREMENTS)
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' \
 	  || { echo "needs Python 3.11 to 3.13: make PYTHON=python3.12 ..."; exit 2; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r $(REQUIREMENTS)
 	touch $@
 
 $(VENV)/built: $(VENV)/installed $(PACKAGING) $(CSRC)

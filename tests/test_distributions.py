@@ -140,3 +140,32 @@ def test_each_runs_with_what_it_says_it_needs(distributions: dict[str, Built], t
 
 def test_the_readme_of_the_ops_shows_the_first_program() -> None:
     assert PROGRAM in (ROOT / "kernels" / "README.md").read_text()
+
+
+def test_the_oldest_versions_that_are_tested_are_the_lowest_allowed() -> None:
+    """`make oldest`; torch brings a Triton of its own, and trackers are not run by the tests."""
+    allowed: dict[str, set[str]] = {}
+    for folder in FOLDERS.values():
+        project = tomllib.loads((ROOT / folder / "pyproject.toml").read_text())
+        lists = (project["project"]["dependencies"], *project["project"].get("optional-dependencies", {}).values())
+        for line in (*project["build-system"]["requires"], *(line for lines in lists for line in lines)):
+            lowest = {part.version for part in Requirement(line).specifier if part.operator == ">="}
+            allowed.setdefault(Requirement(line).name, set()).update(lowest)
+    pinned = {
+        wanted.name: part.version
+        for line in (ROOT / "requirements-oldest.txt").read_text().splitlines()
+        if not line.startswith("#")
+        for wanted in [Requirement(line)]
+        for part in wanted.specifier
+        if part.operator == "=="
+    }
+    bounded = {name for name, lowest in allowed.items() if lowest} - {
+        "triton",
+        "trackio",
+        "wandb",
+        "thinktwice-kernels",
+    }
+    assert pinned.keys() == bounded
+    for name in bounded:
+        (bound,) = allowed[name]
+        assert pinned[name] == bound or pinned[name].startswith(f"{bound}."), name
