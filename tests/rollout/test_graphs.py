@@ -6,6 +6,7 @@ Python, and refuses what no graph can hold. Products whose rows do not depend on
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -23,6 +24,7 @@ from tests.small_models import FAMILIES, VOCABULARY, own_model
 from thinktwice_fast.config import RolloutOptions
 from thinktwice_fast.errors import UserError
 from thinktwice_fast.model import csrc
+from thinktwice_fast.model.arena import Arena
 from thinktwice_fast.model.paged import PagedKVCache
 from thinktwice_fast.model.policy import attention_heads
 from thinktwice_fast.model.products import PackedProducts
@@ -290,11 +292,12 @@ def test_every_batch_and_table_has_its_size(most: int) -> None:
     assert group_room(most) >= most // 2 + 1
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(
-    not torch.cuda.is_available() or "paged_attention" in csrc.torch_versions,
-    reason="needs a GPU and the extension built with CUDA",
-)
+def on_a_gpu(test: Any) -> Any:
+    missing = not torch.cuda.is_available() or "paged_attention" in csrc.torch_versions
+    return pytest.mark.gpu(pytest.mark.skipif(missing, reason="needs a GPU and the extension built with CUDA")(test))
+
+
+@on_a_gpu
 @pytest.mark.parametrize("family", FAMILIES)
 def test_cuda_graphs(family: str) -> None:
     """Rounding may differ between batches, so that a draw on the edge may fall otherwise, and with it what follows."""
@@ -309,3 +312,43 @@ def test_cuda_graphs(family: str) -> None:
         for n in got:
             if got[n].response == expected[n].response:
                 assert got[n].logps == pytest.approx(expected[n].logps, abs=1e-4)
+
+
+@on_a_gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_captured_steps_compute_what_the_same_steps_do(dtype: torch.dtype) -> None:
+    """Many sequences, of groups and alone, that end one after the other: graphs of several sizes."""
+
+    def at_once(step: Callable[[], None]) -> Callable[[], None]:
+        step()
+        return step
+
+    model = own_model("qwen3").to("cuda", dtype)
+    engine, plain = (Engine(model, frozenset({3}), RolloutOptions(), LONGEST) for _ in range(2))
+    plain._runner = GraphRunner(model, plain.cache, RolloutOptions.max_sequences, LONGEST, at_once)
+    asked = [
+        Request(i, prompts()[0], tuple(range(20 * i, 20 * i + (1, 20)[i % 2])), Sampling(max_tokens=20 * i + 6))
+        for i in range(6)
+    ]
+    got, expected = draw(engine, asked), draw(plain, asked)
+    assert len(engine._runner._graphs) > 1  # type: ignore[attr-defined]
+    assert sum(got[n].response == expected[n].response for n in got) > 0.9 * len(got)
+    for n in got:
+        if got[n].response == expected[n].response:
+            assert got[n].logps == pytest.approx(expected[n].logps, abs=1e-4 if dtype == torch.float32 else 0.05)
+
+
+@on_a_gpu
+def test_cuda_graphs_outlive_an_arena_that_was_lent() -> None:
+    gpu = torch.device("cuda", 0)
+    model = own_model("qwen3").to(gpu, torch.bfloat16)
+    engine = Engine(model, frozenset({3}), RolloutOptions(), LONGEST, memory=partial(Arena, gpu))
+    first = draw(engine, requests(5))
+    graphs: Any = engine._runner._graphs  # type: ignore[attr-defined]
+    captured = len(graphs)
+    for _ in range(2):
+        engine.lend_memory()
+        torch.full((1 << 24,), torch.nan, device=gpu)  # what an update would have there
+        assert_same(draw(engine, requests(5)), first)
+    assert len(graphs) == captured > 0
+    engine.cache.close()
