@@ -34,6 +34,17 @@ def test_the_default_job_trains_saves_and_resumes_on_a_gpu(tmp_path: Path, proce
     assert {tensor.dtype for tensor in model.values()} == {torch.bfloat16}
 
 
+def test_adapters_train_on_a_gpu(tmp_path: Path) -> None:
+    """In bfloat16 FSDP2 has them, also in one process."""
+    output, gpus = tmp_path / "run", os.environ.get("CUDA_VISIBLE_DEVICES", "0")
+    finished = train("--run.steps", "2", "--model.lora_rank", "8", "--eval.sets", "{}", "--output", output, gpus=gpus)
+    assert finished.returncode == 0, finished.stderr
+    records = read_metrics(output / "metrics.jsonl")
+    mismatches = [record[f"{record['phase']}/mismatch"] for record in records if record["phase"] in ("solve", "refine")]
+    assert len(mismatches) == 2 and max(mismatches) < 0.1  # nats; bfloat16 in rollout and training
+    assert (output / "adapter").is_dir()
+
+
 def test_a_gpu_run_scores_the_shipped_model_like_a_cpu_run(tmp_path: Path) -> None:
     accuracies = []
     for device, gpus in (("cuda", os.environ.get("CUDA_VISIBLE_DEVICES", "0")), ("cpu", "")):
