@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
 from transformers import GenerationConfig
 
@@ -95,14 +96,18 @@ def hf_generate(batch: RolloutBatch) -> Outputs:
     return {"tokens": drawn[:, longest:].cpu()}
 
 
+def lacks_generate_batch(device: torch.device) -> str | None:
+    """Why ``hf_generate_batch`` can't run; the trainer takes older versions of transformers."""
+    return None if hasattr(transformers, "ContinuousBatchingConfig") else "this transformers is too old"
+
+
 def hf_generate_batch(batch: RolloutBatch) -> Outputs:
     """transformers' continuous batching; the cache holds every sequence, so that none has to wait."""
-    from transformers import ContinuousBatchingConfig  # not in the oldest versions that serve for all else
-
     blocks = batch.workload.sequences * -(-batch.longest // _PAGE)
     # Newer versions have the first name.
-    page: dict[str, Any] = {"page_size" if hasattr(ContinuousBatchingConfig, "page_size") else "block_size": _PAGE}
-    options = ContinuousBatchingConfig(num_blocks=blocks, max_batch_tokens=RolloutOptions.max_batch_tokens, **page)
+    config = transformers.ContinuousBatchingConfig
+    page: dict[str, Any] = {"page_size" if hasattr(config, "page_size") else "block_size": _PAGE}
+    options = config(num_blocks=blocks, max_batch_tokens=RolloutOptions.max_batch_tokens, **page)
     drawn = batch.theirs.generate_batch(  # type: ignore[operator]
         _each_sample(batch), generation_config=_sampling(batch), continuous_batching_config=options
     )

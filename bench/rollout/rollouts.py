@@ -8,7 +8,7 @@ from bench.core.targets import Target, fastest_peer, own, times_slower
 from bench.models import DEFAULT, SMALL
 from bench.rollout.cases import ROLLOUTS, SWITCHES, TWO_TURNS, rollout_batch
 from bench.rollout.ceiling import DECODE
-from bench.rollout.contenders import hf_generate, hf_generate_batch, ours, two_turns
+from bench.rollout.contenders import hf_generate, hf_generate_batch, lacks_generate_batch, ours, two_turns
 from bench.rollout.truth import judge, limits
 from bench.rollout.vllm import VLLM, vllm
 
@@ -34,7 +34,7 @@ ROLLOUT = _op(
     contenders={
         OURS: Contender(ours()),
         _HF: Contender(hf_generate),
-        "transformers generate_batch": Contender(hf_generate_batch),
+        "transformers generate_batch": Contender(hf_generate_batch, lacks_generate_batch),
         **{name: Contender(vllm(name == _VLLM[0]), VLLM.unable, in_targets=True) for name in _VLLM},
     },
     ceiling=DECODE,
