@@ -243,6 +243,17 @@ def test_a_run_that_is_left_early_leaves_nothing_behind() -> None:
     assert_same(draw(engine, requests(3)), draw(engine_of(own_model("qwen3"), SingleSteps), requests(3)))
 
 
+class FailingEnd:
+    """Like ``torch.cuda.graph``: where the step failed, ending the capture fails again, and says less."""
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: Any, *_: Any) -> None:
+        if kind is not None:
+            raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
+
+
 def test_a_step_that_no_graph_can_hold_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     """What torch.cuda does is made up; the stream of before is current again."""
     streams: list[Any] = []
@@ -254,7 +265,7 @@ def test_a_step_that_no_graph_can_hold_is_one_line(monkeypatch: pytest.MonkeyPat
         "stream": lambda stream: nullcontext(),
         "set_stream": streams.append,
         "CUDAGraph": mock.MagicMock,
-        "graph": lambda *_, **__: nullcontext(),
+        "graph": lambda *_, **__: FailingEnd(),
     }
     for name, fake in fakes.items():
         monkeypatch.setattr(torch.cuda, name, fake)
@@ -275,12 +286,13 @@ def test_a_step_that_no_graph_can_hold_is_one_line(monkeypatch: pytest.MonkeyPat
     assert streams == [current]
     runs.clear()
     trouble = torch.OutOfMemoryError("CUDA out of memory")
-    with pytest.raises(torch.OutOfMemoryError):
+    with pytest.raises(RuntimeError, match="previous error") as failed:
         CudaCapture(torch.device("cuda"))(step)
+    assert failed.value.__context__ is trouble
     runs.clear()
     trouble = None
     CudaCapture(torch.device("cuda"))(step)()
-    assert len(runs) == 2 and len(streams) == 1
+    assert len(runs) == 2 and len(streams) == 2
 
 
 @pytest.mark.parametrize("most", [1, 3, 8, 20, 100, 256])
@@ -323,15 +335,15 @@ def test_captured_steps_compute_what_the_same_steps_do(dtype: torch.dtype) -> No
         step()
         return step
 
-    model = own_model("qwen3").to("cuda", dtype)
-    engine, plain = (Engine(model, frozenset({3}), RolloutOptions(), LONGEST) for _ in range(2))
-    plain._runner = GraphRunner(model, plain.cache, RolloutOptions.max_sequences, LONGEST, at_once)
-    asked = [
-        Request(i, prompts()[0], tuple(range(20 * i, 20 * i + (1, 20)[i % 2])), Sampling(max_tokens=20 * i + 6))
-        for i in range(6)
-    ]
+    model, longest = own_model("qwen3").to("cuda", dtype), 500
+    engine, plain = (Engine(model, frozenset({3}), RolloutOptions(), longest) for _ in range(2))
+    plain._runner = GraphRunner(model, plain.cache, RolloutOptions.max_sequences, longest, at_once)
+    prompt = tuple(range(4, 304))  # of a whole split of keys, so that a group's members read it together
+    asked = [Request(i, prompt, tuple(range(20 * i, 20 * i + 20)), Sampling(max_tokens=40 * i + 6)) for i in range(3)]
+    asked += [Request(3 + i, prompt[i:], (60 + i,), Sampling(max_tokens=150)) for i in range(3)]
     got, expected = draw(engine, asked), draw(plain, asked)
-    assert len(engine._runner._graphs) > 1  # type: ignore[attr-defined]
+    shapes: Any = engine._runner._graphs  # type: ignore[attr-defined]
+    assert {shape.grouped for shape in shapes} == {True, False}
     assert sum(got[n].response == expected[n].response for n in got) > 0.9 * len(got)
     for n in got:
         if got[n].response == expected[n].response:

@@ -190,12 +190,13 @@ class CudaCapture:
             # Other threads go on using the GPU meanwhile: NCCL's watchdog asks for its events.
             with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):
                 step()  # is recorded, and does not run
-        except torch.OutOfMemoryError:
-            raise
         except RuntimeError as error:
             torch.cuda.set_stream(current)  # a capture that fails may leave its own in place
+            cause = error.__context__ or error  # the end of a capture that failed fails too
+            if isinstance(cause, torch.OutOfMemoryError):
+                raise
             raise UserError(
-                f"a decoding step of this model can't be a CUDA graph ({str(error).splitlines()[0]})",
+                f"a decoding step of this model can't be a CUDA graph ({str(cause).splitlines()[0]})",
                 ("give ", Option("rollout.decoder", "modules")),
             ) from error
         return graph.replay
