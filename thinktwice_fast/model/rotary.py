@@ -102,7 +102,7 @@ def rope_types(config: PreTrainedConfig) -> dict[str, dict[str, Any]]:
     parameters: dict[str, Any] = cast(Any, config).rope_parameters
     if "rope_type" in parameters:
         return {EVERY: parameters}
-    return {kind: own for kind, own in parameters.items() if own is not None}
+    return {kind: own for kind, own in parameters.items() if isinstance(own, dict)}
 
 
 def has_fixed_angles(config: PreTrainedConfig) -> bool:

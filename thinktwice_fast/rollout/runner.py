@@ -4,6 +4,8 @@ import logging
 from typing import Literal
 
 import torch
+import transformers
+from packaging.version import Version
 
 from thinktwice_fast.config import RolloutOptions
 from thinktwice_fast.errors import Option, UserError
@@ -22,7 +24,7 @@ from thinktwice_fast.rollout.step import Runner, not_finite, random_keys, sampli
 log = logging.getLogger(__name__)
 
 # Types of rotary angles with which transformers' modules look at the positions on the host: no CUDA graph can.
-_HOST_ROPE_TYPES = {"dynamic", "longrope"}
+_HOST_ROPE_TYPES = {"dynamic"} if Version(transformers.__version__) >= Version("5.23") else {"dynamic", "longrope"}
 
 
 class DecoderRunner(Runner):
