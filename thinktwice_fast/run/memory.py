@@ -6,7 +6,7 @@ V vocabulary; S sequences that decode at once; T tokens and R response tokens of
 
     master weights       4 n / N; with LoRA b n / N for the weights below the adapters, and 4 m / N
     gradients            4 m / N, in updates
-    AdamW                8 m / N, with 8-bit moments 2 m; from the first update on
+    AdamW                8 m / N, with 8-bit moments 2 m; on the CPU from the first update on
     reference            b n / N, with a KL term
     gathered weights     b (rest + 2 l) + (b + 4) max(rest, l), in updates, where FSDP2 gathers them: the rest of the
                          model (embedding and head) throughout, two layers at a time, and a gradient until it is reduced
@@ -217,7 +217,7 @@ def predict(
     if second is not None:
         parts += _second(config, shape, second, device, dtype, load)
     if device.type == "cuda":
-        if config.rollout.decoder != "modules":
+        if planned_runner(model, config.rollout, device, dtype) == "gpu":
             graphs = _sampling_bytes(shape, dtype, load.sequences, load.sequences)
             parts.append(Part("CUDA graphs", graphs, graphs))
         margin = _margin(room)
@@ -306,7 +306,7 @@ def _second(
     yield Part("teacher packed weights", packed, packed)
     yield Part("teacher KV cache", cache, cache)
     yield Part("teacher activations", max(0, theirs - ours), 0)
-    if device.type == "cuda" and config.rollout.decoder != "modules":
+    if planned_runner(second.model, replace(config.rollout, exact=False), device, dtype) == "gpu":
         graphs = _sampling_bytes(shape, dtype, load.sequences, load.sequences)
         yield Part("teacher CUDA graphs", graphs, graphs)
 
@@ -342,8 +342,10 @@ def sampling_reserve(model: Model, options: RolloutOptions, max_tokens: int) -> 
         return 0
     shape, sequences = Shape.of(model, ModelOptions()), options.max_sequences
     tokens = min(options.max_batch_tokens, sequences * max_tokens)
-    passes, graphs = (_sampling_bytes(shape, model.dtype, rows, sequences) for rows in (tokens, sequences))
-    return passes + graphs + _margin(device_bytes(model.device, 1))
+    taken = _sampling_bytes(shape, model.dtype, tokens, sequences) + _margin(device_bytes(model.device, 1))
+    if planned_runner(model, options, model.device, model.dtype) == "gpu":
+        taken += _sampling_bytes(shape, model.dtype, sequences, sequences)
+    return taken
 
 
 def _sampling_bytes(shape: Shape, dtype: torch.dtype, pass_tokens: int, sequences: int) -> int:
