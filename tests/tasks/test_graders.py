@@ -40,6 +40,8 @@ def problem(answer: str) -> Problem:
         ("The answer is B. To say it again, the answer: I chose it.", "B"),
         ("my answer: I guess option D", "D"),
         ("Answer: I.", "I"),
+        ("The answer is I because of E", "I"),
+        ("Answer: I\nsince the others are wrong", "I"),
         ("The answer is option C, because option A is wrong.", "C"),
         ("So I choose option B", "B"),
         (r"\boxed{A, B}", None),

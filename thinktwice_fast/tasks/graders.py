@@ -11,7 +11,8 @@ from thinktwice_fast.tasks import strict
 from thinktwice_fast.tasks.answers import MATH_FONT, TEXT_COMMAND, extract_boxed, settle
 
 _BOXED_LETTER = re.compile(r"\(?\s*([A-Za-z])(?:\s*[).:].*)?", re.DOTALL)
-_STATED = r"[\s*:]*\(?(?!I\s[a-z])([A-Z])\b(?!['’])"  # a letter, and not "I think" or "I'd"
+_PRONOUN = r"I[ \t]+(?:am|believe|can|chose|choose|do|get|got|guess|have|know|need|pick|say|think|was|will|would)\b"
+_STATED = rf"[\s*:]*\(?(?!{_PRONOUN})([A-Z])\b(?!['’])"  # a letter, and not "I think" or "I'd"
 _ANSWER_LETTER = re.compile(r"(?i:\banswer)(?i:\s+is|\s*:|\s+option|\s+choice)*" + _STATED)
 _OPTION_LETTER = re.compile(r"(?i:\boption|\bchoice)(?i:\s+is|\s*:)*" + _STATED)
 _YES_NO = {"yes": "yes", "true": "yes", "no": "no", "false": "no"}
