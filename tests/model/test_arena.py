@@ -103,7 +103,7 @@ def test_one_that_could_not_be_unmapped_whole_is_mapped_again(gpu: Gpu, monkeypa
         with pytest.raises(RuntimeError):
             lent.unmap()
     lent.map()
-    assert gpu.calls.count("map") == 2
+    assert gpu.calls.count("map") == 2 and peak_bytes(GPU) == 1 << 20
 
 
 def test_too_little_memory_is_one_line_and_may_be_there_later(gpu: Gpu) -> None:

@@ -7,6 +7,7 @@ anew. It is made of CUDA's virtual memory (``csrc/cuda/arena.h``), not of torch'
 import weakref
 from collections import defaultdict
 from contextlib import suppress
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -66,8 +67,8 @@ class Arena:
             return
         torch.cuda.synchronize(self._device)
         self._is_mapped = False
-        ops.arena_unmap(self._id)
         _count(self._device, -self._size)
+        ops.arena_unmap(self._id)
 
     def tensor(self) -> Tensor:  # uint8 [size]
         """The memory, while it is mapped. To be used whenever it is again, and not after ``close``."""
@@ -81,9 +82,9 @@ class Arena:
 
 def _destroy(device: torch.device, number: int) -> None:
     """Steps may be under way still: to take memory away does not wait for them."""
-    with suppress(RuntimeError):  # of the steps: whoever asks the GPU for something hears of it
-        torch.cuda.synchronize(device)
-    ops.arena_destroy(number)
+    for task in (partial(torch.cuda.synchronize, device), partial(ops.arena_destroy, number)):
+        with suppress(RuntimeError):  # of the steps: whoever asks the GPU for something hears of it
+            task()
 
 
 def why_no_arena(device: torch.device) -> str | None:
