@@ -7,7 +7,7 @@ CSRC := $(shell find csrc kernels/csrc -name '*.cpp' -o -name '*.h' -o -name '*.
 PACKAGING := $(foreach folder,. kernels,$(folder)/pyproject.toml $(folder)/setup.py) kernels/native_build.py
 RUN := $(BIN)/torchrun --standalone --nproc-per-node 1 thinktwice_fast/train.py
 
-.PHONY: setup train test oldest browser lint types format headers learning algorithms unknown-behaviour compare compare-remedies real-model real bench bench-against warm-start tables performance clean
+.PHONY: setup train test tests-alone oldest browser lint types format headers learning algorithms unknown-behaviour compare compare-remedies real-model real bench bench-against warm-start tables performance clean
 
 train: $(VENV)/built
 	$(RUN) --resume auto
@@ -22,7 +22,8 @@ test:
 	$(MAKE) --no-print-directory --jobs=2 lint
 	$(TESTS)
 
-# The tests of the last commit with the oldest versions that are supported, apart from all else; fetches 3 GB once.
+# The tests of the last commit with the oldest packages that are supported, apart from all else; fetches 3 GB once. Any
+# Python that is: make oldest PYTHON=python3.13
 oldest: OLDEST := $(CURDIR)/build/oldest
 oldest:
 	rm -rf $(OLDEST)/source

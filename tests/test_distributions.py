@@ -143,7 +143,7 @@ def test_the_readme_of_the_ops_shows_the_first_program() -> None:
 
 
 def test_the_oldest_versions_that_are_tested_are_the_lowest_allowed() -> None:
-    """`make oldest`; torch brings a Triton of its own, and trackers are not run by the tests."""
+    """`make oldest`; trackers are not run by the tests."""
     allowed: dict[str, set[str]] = {}
     for folder in FOLDERS.values():
         project = tomllib.loads((ROOT / folder / "pyproject.toml").read_text())
@@ -159,12 +159,7 @@ def test_the_oldest_versions_that_are_tested_are_the_lowest_allowed() -> None:
         for part in wanted.specifier
         if part.operator == "=="
     }
-    bounded = {name for name, lowest in allowed.items() if lowest} - {
-        "triton",
-        "trackio",
-        "wandb",
-        "thinktwice-kernels",
-    }
+    bounded = {name for name, lowest in allowed.items() if lowest} - {"trackio", "wandb", "thinktwice-kernels"}
     assert pinned.keys() == bounded
     for name in bounded:
         (bound,) = allowed[name]

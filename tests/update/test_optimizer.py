@@ -6,14 +6,15 @@ from typing import Any
 import pytest
 import torch
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import distribute_tensor
 
 from tests.checkpoints import everything, same, save
 from tests.small_models import own_model
 from tests.update.cases import rollouts
 from thinktwice_fast.config import Config, UpdateOptions
 from thinktwice_fast.errors import UserError
-from thinktwice_fast.model.sharding import pair_models
+from thinktwice_fast.model.lora import whole
+from thinktwice_fast.model.sharding import own_shard, pair_models
 from thinktwice_fast.run.checkpoint import load_checkpoint
 from thinktwice_fast.update import optimizer as module_under_test
 from thinktwice_fast.update.optimizer import build_optimizer, clear_state, few_threads
@@ -82,7 +83,7 @@ def test_moments_made_at_once_are_those_of_the_first_step(one_process: None, sha
                 assert places == [
                     state[name].data_ptr() for state in moments(optimizer) for name in ("exp_avg", "exp_avg_sq")
                 ]
-        found.append((moments(optimizer), [whole(weight.detach()) for weight in module.parameters()]))
+        found.append((moments(optimizer), [whole(weight) for weight in module.parameters()]))
     (late, weights), (early, early_weights) = found
     assert [state.keys() for state in early] == [state.keys() for state in late]
     for states in zip(late, early, strict=True):
@@ -91,16 +92,9 @@ def test_moments_made_at_once_are_those_of_the_first_step(one_process: None, sha
     assert all(torch.equal(*pair) for pair in zip(weights, early_weights, strict=True))
 
 
-def whole(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
 def moments(optimizer: torch.optim.Optimizer) -> list[dict[str, torch.Tensor]]:
     """Of each weight; one process has all of a sharded one."""
-    return [
-        {key: value.to_local() if isinstance(value, DTensor) else value for key, value in state.items()}
-        for state in optimizer.state.values()
-    ]
+    return [{key: own_shard(value) for key, value in state.items()} for state in optimizer.state.values()]
 
 
 EIGHT_BIT = UpdateOptions(optimizer="adamw8bit", warmup_steps=0, learning_rate=1e-2)
