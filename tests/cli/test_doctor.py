@@ -12,7 +12,8 @@ import thinktwice_kernels
 from thinktwice_fast.cli import doctor, machine, main, self_test
 from thinktwice_fast.cli.machine import Fact
 from thinktwice_fast.model import csrc
-from thinktwice_fast.run import memory
+from thinktwice_fast.run import memory, plan
+from thinktwice_fast.run.options import DryRun
 
 CPU = torch.device("cpu")
 ON_GPU = pytest.param(
@@ -81,6 +82,19 @@ def test_options_of_a_run_that_contradict_each_other(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(doctor, "_kernel_problems", lambda *_: [])
     assert asked(monkeypatch, "--samples_per_problem", "1") == 2
     assert "- --samples_per_problem must be at least 2" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("free", "missing"), [(3.5e9, False), (0.5e9, True)])
+def test_a_cache_that_takes_all_there_is_takes_less_where_less_is_free(
+    monkeypatch: pytest.MonkeyPatch, capsys: Any, free: float, missing: bool
+) -> None:
+    make_plan = plan.make_plan
+    monkeypatch.setattr(plan, "make_plan", lambda config, _: make_plan(config, DryRun(4 * 10**9)))
+    monkeypatch.setattr(memory, "free_bytes", lambda device: int(free))
+    monkeypatch.setattr(doctor, "_kernel_problems", lambda *_: [])
+    status = asked(monkeypatch, "--rollout.max_sequences", "65536", "--problems_per_step", "8192")
+    told = capsys.readouterr().out
+    assert status == (2 if missing else 0) and ("GiB are missing, which others hold now" in told) == missing
 
 
 def test_there_is_memory_to_be_had() -> None:

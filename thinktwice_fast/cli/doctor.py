@@ -65,9 +65,10 @@ def _memory_problems(config: Config, console: "Console") -> list[str]:
         free //= launch.env_local_world_size()
     rows = [*_needs(plan), ("free now", f"{free / _GIB:.2f} GiB of {plan.room / _GIB:.2f}", "")]
     _show(console, "memory of a process", rows)
-    if plan.memory.peak <= free:
+    needed = plan.predicted(config, free).peak  # with a cache that takes what is free, where it takes all there is
+    if needed <= free:
         return []
-    missing = f"memory: {(plan.memory.peak - free) / _GIB:.2f} GiB are missing"
+    missing = f"memory: {(needed - free) / _GIB:.2f} GiB are missing"
     if plan.memory.peak <= plan.room:
         return [f"{missing}, which others hold now: end them, or {less_memory(plan, free)}"]
     return [f"{missing}: {less_memory(plan, plan.room)} (--dry-run shows every part)"]
