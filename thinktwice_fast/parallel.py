@@ -7,6 +7,7 @@ from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
 from torch.distributed.rendezvous import rendezvous
 
 from thinktwice_fast.errors import UserError
@@ -47,6 +48,15 @@ def start(device: torch.device, timeout: float) -> None:
         dist.init_process_group(backend, store=group, rank=number, world_size=size, timeout=limit)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=limit)
+
+
+def end(kind: type[BaseException] | None, *_: object) -> None:
+    """The end of the process group, as ``contextlib.ExitStack.push`` takes it."""
+    if kind is not None and world_size() > 1 and "nccl" in dist.get_backend_config():
+        # NCCL comes to its end with all processes together; this one may have failed alone, and they wait for it.
+        distributed_c10d._abort_process_group()
+    else:
+        dist.destroy_process_group()
 
 
 def rank() -> int:

@@ -8,8 +8,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-
 from thinktwice_fast import launch, parallel
 from thinktwice_fast.cli.evaluation.drawing import Amounts, Drawing, Policy, Times, check_prompts, seed_of
 from thinktwice_fast.cli.evaluation.models import fingerprint, folder_name
@@ -82,7 +80,7 @@ def evaluate(options: EvalOptions, began: float) -> None:
     with ExitStack() as resources:
         device = pick_device(ModelOptions(device=options.device), launch.env_local_rank())
         parallel.start(device, _LONGEST_WAIT)
-        resources.callback(dist.destroy_process_group)
+        resources.push(parallel.end)
         sets = load_sets(options)
         rewards = [problems.reward for problems in sets]
         graders = Graders(
