@@ -32,7 +32,7 @@ from thinktwice_fast.records import Group, Sampling
 from thinktwice_fast.rollout import engine as engine_module
 from thinktwice_fast.rollout.engine import BLOCK_SIZE, Engine, blocks_for, cache_blocks, shared_blocks
 from thinktwice_fast.rollout.step import Runner
-from thinktwice_fast.run.memory import Load, predict, sampling_reserve
+from thinktwice_fast.run.memory import Load, Part, predict, sampling_reserve
 from thinktwice_fast.run.workload import Evaluated, Phase, needed_blocks, phases
 from thinktwice_fast.tasks.prompts import RefinePrompt
 from thinktwice_fast.update.batches import Example, pack, pack_shared
@@ -318,6 +318,18 @@ def test_the_cache_leaves_a_gpu_what_is_there_beside_it(
     assert blocks == LOAD.needed_blocks or left < 0.03 * total + block_bytes
     assert predicted.rollout <= total and predicted.update <= total
     assert predicted.cache_update == (0 if lends else predicted.cache_bytes)
+
+
+@pytest.mark.parametrize(
+    ("world", "shards", "rank", "groups"), [(1, 0, 0, 0), (1, 0, 8, 1 / 3), (2, 0, 0, 1), (4, 2, 0, 2), (4, 4, 0, 1)]
+)
+def test_nccl_has_its_memory_before_the_cache_takes_the_rest(world: int, shards: int, rank: int, groups: float) -> None:
+    config = Config()
+    config.update.shard_processes, config.model.lora_rank = shards, rank
+    gpu = torch.device("cuda", 0)
+    predicted = predict(config, SHAPE, gpu, torch.bfloat16, LOAD, world=world, base=1000, room=40 * 10**9)
+    (part,) = [part for part in predicted.parts if part.name == "NCCL"] or [Part("NCCL", 0, 0)]
+    assert part.rollout == part.update == part.held == round(groups * (3 << 29))
 
 
 @settings(max_examples=100)

@@ -6,11 +6,14 @@ from typing import Any
 
 import pytest
 import torch
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
 from tests.checkpoints import everything, same, save
 from tests.small_models import FAMILIES, own_model
-from tests.update.cases import config, rollouts, updater, weights
+from tests.update.cases import adapt, config, rollouts, updater, weights
 from thinktwice_fast.errors import UserError
+from thinktwice_fast.model import sharding
 from thinktwice_fast.model.sharding import ModelPair, _shard, cast_parameters, pair_models
 from thinktwice_fast.run.checkpoint import load_checkpoint
 from thinktwice_fast.update.optimizer import build_optimizer
@@ -97,3 +100,31 @@ def test_a_checkpoint_of_an_earlier_version_is_refused(tmp_path: Path) -> None:
     (folder / "state.json").write_text(json.dumps(state))
     with pytest.raises(UserError, match=r"a checkpoint of an earlier version.*weights with --model\.path"):
         load_checkpoint(folder, made)
+
+
+def test_log_probabilities_leave_nothing_gathered() -> None:
+    """No backward pass follows that would let embedding and head go, and rollouts do."""
+    made = updater(config(), adapt=adapt, dtype=BFLOAT16)
+    made.policy_update([rollouts(8)])
+    made.logps(rollouts(4))
+    assert all(isinstance(parameter, DTensor) for parameter in made.models.policy.parameters())
+
+
+def test_layers_become_float32_one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model that only fits sharded need not fit whole in float32 at the start."""
+    whole: list[int] = []  # float32 elements that are not sharded yet, as each part is about to be
+
+    def spy(module: torch.nn.Module, **options: Any) -> Any:
+        whole.append(sum(p.numel() for p in model.parameters() if p.dtype == torch.float32 and not is_sharded(p)))
+        return fully_shard(module, **options)
+
+    def is_sharded(parameter: torch.Tensor) -> bool:
+        return isinstance(parameter, DTensor)
+
+    monkeypatch.setattr(sharding, "fully_shard", spy)
+    model = cast_parameters(own_model("qwen3"), BFLOAT16)
+    layer = sum(parameter.numel() for parameter in model.layers[0].parameters())
+    rest = sum(parameter.numel() for parameter in model.parameters()) - 3 * layer
+    policy = _shard(model, BFLOAT16, 0)
+    assert whole == [layer, layer, layer, rest]
+    assert {parameter.dtype for parameter in policy.parameters()} == {torch.float32}

@@ -17,6 +17,7 @@ from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
@@ -25,6 +26,7 @@ from thinktwice_fast.model.lora import Adapters, merged_weights, whole
 from thinktwice_fast.model.policy import Model, Policy, decoder_layers, iterate_named
 
 M = TypeVar("M", bound=Model)
+N = TypeVar("N", bound=nn.Module)
 
 
 @dataclass
@@ -78,12 +80,22 @@ def pair_models(
         return _one_set(model, dtype)
     rollout = cast_parameters(copy.deepcopy(model), dtype).requires_grad_(False)
     adapters = adapt(model) if adapt is not None else None
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(torch.float32 if parameter.requires_grad else dtype)
-    sharded = shards_weights(dist.get_world_size(), dtype, lora=adapt is not None)
-    policy = _shard(model, dtype, shard_processes) if sharded else Policy(model)
+    if shards_weights(dist.get_world_size(), dtype, lora=adapt is not None):
+        policy = _shard(model, dtype, shard_processes)
+    else:
+        policy = Policy(_as_masters(model, dtype))
     policy.adapters = adapters
     return ModelPair(policy, rollout, policy)
+
+
+def warm_up(models: ModelPair) -> None:
+    """Have NCCL take its memory, which it does at a group's first exchange. Collective."""
+    for parameter in models.policy.parameters():
+        if isinstance(parameter, DTensor) and parameter.device.type == "cuda":
+            for group in parameter.device_mesh.get_all_groups():
+                dist.all_reduce(torch.zeros(1, device=parameter.device), group=group)
+            models.sync()  # it gathers
+            return
 
 
 def frozen_copy(model: Model, dtype: torch.dtype, shard_processes: int = 0) -> Policy:
@@ -202,15 +214,24 @@ def _shard(model: Model, dtype: torch.dtype, shard_processes: int) -> Policy:
     mesh = _mesh(model.device.type, shard_processes)
     # Inputs stay as they are: among them are the rotary tables, which some architectures apply in float32.
     precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    layers = [fully_shard(layer, mesh=mesh, mp_policy=precision) for layer in decoder_layers(model)]
+    # One at a time becomes float32: whole ones of all of them might not fit.
+    layers = [fully_shard(_as_masters(layer, dtype), mesh=mesh, mp_policy=precision) for layer in decoder_layers(model)]
     # A frozen model's is never needed again: there is no backward pass that would let it go.
     frozen = not any(parameter.requires_grad for parameter in model.parameters())
-    fully_shard(policy, mesh=mesh, mp_policy=precision, reshard_after_forward=frozen)
+    fully_shard(_as_masters(policy, dtype), mesh=mesh, mp_policy=precision, reshard_after_forward=frozen)
     # Left alone, FSDP2 gathers a layer when it is called: the GPU has work queued till then, so that the wait is short.
     # Backward already gathers the layer before, in the reverse of the order that forward took.
     for layer, following in pairwise(layers):
         layer.set_modules_to_forward_prefetch([following])
     return policy
+
+
+def _as_masters(module: N, dtype: torch.dtype) -> N:
+    """What is trained in float32, in place, and the rest in the compute type; but for what is sharded already."""
+    for parameter in module.parameters():
+        if not isinstance(parameter, DTensor):
+            parameter.data = parameter.data.to(torch.float32 if parameter.requires_grad else dtype)
+    return module
 
 
 def _mesh(device_type: str, shard_processes: int) -> DeviceMesh:

@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
-import torch.distributed as dist
 
 from thinktwice_fast import launch, parallel
 from thinktwice_fast.algorithms.parts import ExampleStream, Parts
@@ -22,7 +21,7 @@ from thinktwice_fast.model.flops import Flops
 from thinktwice_fast.model.loading import SHIPPED, LoadedModel, load_model, pick_device, pick_dtype
 from thinktwice_fast.model.lora import add_adapters, check_library
 from thinktwice_fast.model.policy import context_length
-from thinktwice_fast.model.sharding import frozen_copy, pair_models, shards_weights
+from thinktwice_fast.model.sharding import frozen_copy, pair_models, shards_weights, warm_up
 from thinktwice_fast.records import Message, Problem
 from thinktwice_fast.rollout.engine import Engine
 from thinktwice_fast.run.memory import SecondModel, device_bytes, held_bytes, predict
@@ -168,7 +167,7 @@ def build_run(config: Config, resources: ExitStack) -> Run:
 
     def load(device: torch.device) -> LoadedModel:
         parallel.start(device, config.run.distributed_timeout)
-        resources.callback(dist.destroy_process_group)
+        resources.push(parallel.end)
         return load_model(config.model, config.seed, device)
 
     ready = prepare(config, resources, load)
@@ -187,6 +186,7 @@ def build_run(config: Config, resources: ExitStack) -> Run:
     reference = frozen_copy(loaded.model, dtype, shards) if config.loss.beta else None
     adapt = partial(add_adapters, options=config.model, seed=config.seed) if config.model.lora_rank else None
     models = pair_models(loaded.model, dtype, adapt, shards)
+    warm_up(models)  # before the KV cache takes what is left
     engine = Engine(
         models.rollout,
         loaded.stop_ids,

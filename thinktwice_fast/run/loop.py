@@ -308,6 +308,7 @@ class Trainer:
             with writing(folder):
                 save_model(model, weights, tokenizer, folder / "model", torch.float32)
                 (folder / "batch.json").write_text(json.dumps(evidence, default=asdict))
+        parallel.gather(None)  # to end before would end the one that writes
         return f"the batch and the weights that led to it are in {folder}"
 
     def _elapsed_now(self) -> float:

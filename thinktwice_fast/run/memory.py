@@ -34,9 +34,9 @@ V vocabulary; S sequences that decode at once; T tokens and R response tokens of
                          states and theirs
     CUDA graphs          b S (2 H + 3 I) + 8 S V on a GPU: the memory of decoding steps, which they keep
     libraries            1 GiB on a GPU: CUDA's context with the kernels, the workspaces of its libraries
+    NCCL                 where FSDP2 shards on GPUs: 0.5 GiB of one process, else 1.5 GiB for each group that it is in
     allocator            4 m on the CPU: holes that the C library keeps where gradients lay among activations
                          (measured); on a GPU 3 % of it: gaps between tensors that no other fits into
-
     shared prompts' keys 2 b K a layer and key on a GPU, in layers whose attention copies them for each response
 
 T, R and those keys are bounds that hold however long the responses are, see ``workload``. Attention's parts in a
@@ -67,6 +67,7 @@ from thinktwice_kernels.rows import bytes_per_logit, rows_per_tile
 
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 _GPU_LIBRARIES = 1 << 30
+_NCCL_ALONE, _NCCL_GROUP = 1 << 29, 3 << 29
 _GPU_MARGIN = 0.03  # of a GPU's memory
 
 
@@ -220,7 +221,7 @@ def predict(
         if planned_runner(model, config.rollout, device, dtype) == "gpu":
             graphs = _sampling_bytes(shape, dtype, load.sequences, load.sequences)
             parts.append(Part("CUDA graphs", graphs, graphs))
-        margin = _margin(room)
+        margin = int(_GPU_MARGIN * room)
         parts.append(Part("libraries", _GPU_LIBRARIES, _GPU_LIBRARIES, _GPU_LIBRARIES))
         parts.append(Part("allocator", margin, margin))
     others = Prediction(tuple(part for part in parts if part.rollout or part.update), 0, 0, lends)
@@ -253,6 +254,8 @@ def _weights(
     if shards_weights(world, dtype, lora=lora):
         largest = max(rest, shape.layer_parameters)
         yield Part("gathered weights", 0, b * (rest + 2 * shape.layer_parameters) + (b + 4) * largest)
+        if device.type == "cuda":
+            yield Part("NCCL", *(_NCCL_ALONE if world == 1 else (1 if shards == world else 2) * _NCCL_GROUP,) * 3)
     if world > 1 or lora or dtype != torch.float32:
         yield Part("compute weights", *(b * n,) * 3)
     if packed := _packed_bytes(config.rollout, shape, model, device, dtype):
@@ -342,7 +345,7 @@ def sampling_reserve(model: Model, options: RolloutOptions, max_tokens: int) -> 
         return 0
     shape, sequences = Shape.of(model, ModelOptions()), options.max_sequences
     tokens = min(options.max_batch_tokens, sequences * max_tokens)
-    taken = _sampling_bytes(shape, model.dtype, tokens, sequences) + _margin(device_bytes(model.device, 1))
+    taken = _sampling_bytes(shape, model.dtype, tokens, sequences) + int(_GPU_MARGIN * device_bytes(model.device, 1))
     if planned_runner(model, options, model.device, model.dtype) == "gpu":
         taken += _sampling_bytes(shape, model.dtype, sequences, sequences)
     return taken
@@ -358,10 +361,6 @@ def _cache_blocks(options: RolloutOptions, load: Load, device: torch.device, roo
     if device.type == "cuda":
         return max(longest, cache_blocks(options, load.needed_blocks, longest, room))
     return min(cache_blocks(options, load.needed_blocks, longest), load.needed_blocks)  # memory counts once written
-
-
-def _margin(room: int) -> int:
-    return int(_GPU_MARGIN * room)
 
 
 def held_bytes(device: torch.device) -> int:

@@ -121,6 +121,7 @@ def make_teacher(
         return load_model(options, config.seed, policy.engine.model.device)
 
     def initial() -> SampledModel:
+        policy.engine.lend_memory()  # to be loaded in the type that it was saved in may take more than it will
         model = reference or loaded(replace(config.model, activation_checkpointing=False)).model
         return unchanging(model, policy.chat, policy.stop_ids)
 

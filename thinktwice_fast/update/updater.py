@@ -10,6 +10,7 @@ from itertools import chain
 from typing import Any, TypeVar, cast
 
 import torch
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn.functional import linear
 from torch.optim.lr_scheduler import LRScheduler
@@ -172,6 +173,8 @@ class Updater:
         parts = self._microbatches(rollouts)
         found = self._logps(self.models.policy, parts)
         own = {rollout.sample_id: found[id(rollout)].tolist() for part in parts for rollout in part}
+        if isinstance(self.models.policy, FSDPModule):  # no backward pass will let its embedding and head go
+            self.models.policy.reshard()
         return {sample: logps for part in parallel.gather(own) for sample, logps in part.items()}
 
     def trained_weights(self) -> list[torch.Tensor]:
