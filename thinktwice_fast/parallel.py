@@ -2,6 +2,7 @@
 
 import os
 import time
+from collections.abc import Iterable
 from datetime import timedelta
 from typing import TypeVar
 
@@ -27,6 +28,7 @@ class _Board:
 
     store: dist.Store | None = None
     next_look = 0.0
+    limit: timedelta | None = None  # of a wait for another process
 
 
 def start(device: torch.device, timeout: float) -> None:
@@ -40,7 +42,7 @@ def start(device: torch.device, timeout: float) -> None:
     if device.type == "cuda":
         torch.cuda.set_device(device)
         backend = "cpu:gloo,cuda:nccl"
-    limit = timedelta(seconds=timeout)
+    limit = _Board.limit = timedelta(seconds=timeout)
     if "RANK" in os.environ:
         store, number, size = next(rendezvous("env://", timeout=limit))
         _Board.store = dist.PrefixStore("board", store)
@@ -48,6 +50,13 @@ def start(device: torch.device, timeout: float) -> None:
         dist.init_process_group(backend, store=group, rank=number, world_size=size, timeout=limit)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=limit)
+
+
+def limit_waits(groups: Iterable[dist.ProcessGroup]) -> None:
+    """Have the processes of groups that torch has made wait for each other as long as `start` says."""
+    if _Board.limit is not None:
+        for group in groups:
+            distributed_c10d._set_pg_timeout(_Board.limit, group)
 
 
 def end(kind: type[BaseException] | None, *_: object) -> None:

@@ -1,11 +1,13 @@
 """What test_hybrid.py runs in one process, two and four: updates, a state's round trip, the layout of the shards."""
 
 import sys
+from datetime import timedelta
 from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor
 
 from tests import checkpoints
 from tests.small_models import own_model
@@ -27,7 +29,10 @@ def update() -> tuple[torch.Tensor, dict[str, float], list[int]]:
     after = weights(made.models.policy)
     assert torch.equal(after, weights(made.models.rollout)), "rollouts read other weights than the trained ones"
     largest = max(made.models.policy.parameters(), key=lambda parameter: parameter.numel())
-    own = largest.to_local() if hasattr(largest, "to_local") else largest
+    own = largest.to_local() if isinstance(largest, DTensor) else largest
+    groups = largest.device_mesh.get_all_groups() if isinstance(largest, DTensor) else []
+    waits = {group._get_backend(torch.device("cpu")).options._timeout for group in groups}
+    assert waits <= {timedelta(seconds=60)}, "a group of the mesh waits as long as torch likes"
     return after - before, metrics, parallel.gather(own.numel())
 
 

@@ -22,6 +22,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
+from thinktwice_fast import parallel
 from thinktwice_fast.model.lora import Adapters, merged_weights, whole
 from thinktwice_fast.model.policy import Model, Policy, decoder_layers, iterate_named
 
@@ -243,4 +244,6 @@ def _mesh(device_type: str, shard_processes: int) -> DeviceMesh:
     if shard_processes in (0, world):
         return init_device_mesh(device_type, (world,))
     shape = (world // shard_processes, shard_processes)
-    return init_device_mesh(device_type, shape, mesh_dim_names=("replicate", "shard"))
+    mesh = init_device_mesh(device_type, shape, mesh_dim_names=("replicate", "shard"))
+    parallel.limit_waits(mesh.get_all_groups())
+    return mesh
