@@ -196,7 +196,7 @@ def test_a_frozen_weight_gets_no_gradient_and_takes_no_memory() -> None:
     for frozen in (False, True):
         batch["weight"] = batch["weight"].detach().requires_grad_(not frozen)
         leaves = ("hidden",) if frozen else ("hidden", "weight")
-        sizes[frozen] = peak(partial(gradients, batch=batch, leaves=leaves), lambda: linear_grpo_loss(**batch)[0])
+        sizes[frozen] = peak(partial(gradients, batch=batch, leaves=leaves), lambda: linear_grpo_loss(**batch)[:1])
         loss, _ = linear_grpo_loss(**batch)
         loss.backward()
         assert (batch["weight"].grad is None) == frozen
@@ -208,15 +208,14 @@ def fused_gradients(batch: dict[str, Any], leaves: tuple[str, ...], **options: A
     return gradients(linear_grpo_loss(**batch, **options)[0], batch, leaves)
 
 
-def peak(call: Callable[..., Any], prepare: Callable[[], Any] | None = None) -> int:
+def peak(call: Callable[..., Any], prepare: Callable[[], tuple[Any, ...]] = tuple) -> int:
     """Bytes at the peak of a call's second run, beyond what was there before: results and gradients count.
 
     Args:
-        call: gets what ``prepare`` gives, where there is that.
+        prepare: gives what the call gets.
     """
-    prepared = [] if prepare is None else [prepare()]
-    call(*prepared)
-    prepared = [] if prepare is None else [prepare()]
+    call(*prepare())
+    prepared = prepare()
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()

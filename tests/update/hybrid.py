@@ -13,7 +13,7 @@ from tests import checkpoints
 from tests.small_models import own_model
 from tests.update.cases import config, rollouts, share, updater, weights
 from thinktwice_fast import parallel
-from thinktwice_fast.model.sharding import pair_models
+from thinktwice_fast.model.sharding import own_shard, pair_models
 from thinktwice_fast.run.checkpoint import load_checkpoint
 from thinktwice_fast.update.optimizer import build_optimizer
 from thinktwice_fast.update.updater import Updater
@@ -29,7 +29,7 @@ def update() -> tuple[torch.Tensor, dict[str, float], list[int]]:
     after = weights(made.models.policy)
     assert torch.equal(after, weights(made.models.rollout)), "rollouts read other weights than the trained ones"
     largest = max(made.models.policy.parameters(), key=lambda parameter: parameter.numel())
-    own = largest.to_local() if isinstance(largest, DTensor) else largest
+    own = own_shard(largest)
     groups = largest.device_mesh.get_all_groups() if isinstance(largest, DTensor) else []
     waits = {group._get_backend(torch.device("cpu")).options._timeout for group in groups}
     assert waits <= {timedelta(seconds=60)}, "a group of the mesh waits as long as torch likes"

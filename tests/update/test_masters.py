@@ -115,11 +115,9 @@ def test_layers_become_float32_one_at_a_time(monkeypatch: pytest.MonkeyPatch) ->
     whole: list[int] = []  # float32 elements that are not sharded yet, as each part is about to be
 
     def spy(module: torch.nn.Module, **options: Any) -> Any:
-        whole.append(sum(p.numel() for p in model.parameters() if p.dtype == torch.float32 and not is_sharded(p)))
+        there = [weight for weight in model.parameters() if not isinstance(weight, DTensor)]
+        whole.append(sum(weight.numel() for weight in there if weight.dtype == torch.float32))
         return fully_shard(module, **options)
-
-    def is_sharded(parameter: torch.Tensor) -> bool:
-        return isinstance(parameter, DTensor)
 
     monkeypatch.setattr(sharding, "fully_shard", spy)
     model = cast_parameters(own_model("qwen3"), BFLOAT16)

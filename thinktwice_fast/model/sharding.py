@@ -26,8 +26,7 @@ from thinktwice_fast import parallel
 from thinktwice_fast.model.lora import Adapters, merged_weights, whole
 from thinktwice_fast.model.policy import Model, Policy, decoder_layers, iterate_named
 
-M = TypeVar("M", bound=Model)
-N = TypeVar("N", bound=nn.Module)
+M = TypeVar("M", bound=nn.Module)
 
 
 @dataclass
@@ -91,12 +90,12 @@ def pair_models(
 
 def warm_up(models: ModelPair) -> None:
     """Have NCCL take its memory, which it does at a group's first exchange. Collective."""
-    for parameter in models.policy.parameters():
-        if isinstance(parameter, DTensor) and parameter.device.type == "cuda":
-            for group in parameter.device_mesh.get_all_groups():
-                dist.all_reduce(torch.zeros(1, device=parameter.device), group=group)
-            models.sync()  # it gathers
-            return
+    mesh = _mesh_of(models.policy)
+    if mesh is None or mesh.device_type != "cuda":
+        return
+    for group in mesh.get_all_groups():
+        dist.all_reduce(torch.zeros(1, device=models.policy.device), group=group)
+    models.sync()  # it gathers
 
 
 def frozen_copy(model: Model, dtype: torch.dtype, shard_processes: int = 0) -> Policy:
@@ -144,13 +143,10 @@ def cpu_mesh(policy: Policy) -> DeviceMesh | None:
 
     Collective.
     """
-    for parameter in policy.parameters():
-        if isinstance(parameter, DTensor):
-            mesh = parameter.device_mesh
-            if mesh.device_type == "cpu":
-                return mesh
-            return init_device_mesh("cpu", tuple(mesh.shape), mesh_dim_names=mesh.mesh_dim_names)
-    return None
+    mesh = _mesh_of(policy)
+    if mesh is None or mesh.device_type == "cpu":
+        return mesh
+    return init_device_mesh("cpu", tuple(mesh.shape), mesh_dim_names=mesh.mesh_dim_names)
 
 
 def own_shard(tensor: torch.Tensor) -> torch.Tensor:
@@ -227,7 +223,12 @@ def _shard(model: Model, dtype: torch.dtype, shard_processes: int) -> Policy:
     return policy
 
 
-def _as_masters(module: N, dtype: torch.dtype) -> N:
+def _mesh_of(policy: Policy) -> DeviceMesh | None:
+    """What the weights are sharded over; None where none is."""
+    return next((weight.device_mesh for weight in policy.parameters() if isinstance(weight, DTensor)), None)
+
+
+def _as_masters(module: M, dtype: torch.dtype) -> M:
     """What is trained in float32, in place, and the rest in the compute type; but for what is sharded already."""
     for parameter in module.parameters():
         if not isinstance(parameter, DTensor):
