@@ -43,17 +43,13 @@ T, R and those keys are bounds that hold however long the responses are, see ``w
 decoding step on a GPU, of up to 256 MiB, are left out.
 """
 
-import os
-import resource
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from thinktwice_fast.config import Config, ModelOptions, RolloutOptions
-from thinktwice_fast.model import arena
 from thinktwice_fast.model.flash import copying_layers
 from thinktwice_fast.model.flops import windows
 from thinktwice_fast.model.lora import adapter_parameters
@@ -62,10 +58,10 @@ from thinktwice_fast.model.sharding import shards_weights
 from thinktwice_fast.model.transformer import Transformer
 from thinktwice_fast.rollout.engine import BLOCK_SIZE, SPARE_BLOCKS, blocks_for, cache_blocks
 from thinktwice_fast.rollout.runner import planned_runner
+from thinktwice_fast.run.device_memory import device_bytes
 from thinktwice_fast.update.optimizer import MOMENT_BYTES
 from thinktwice_kernels.rows import bytes_per_logit, rows_per_tile
 
-_PAGE = os.sysconf("SC_PAGE_SIZE")
 _GPU_LIBRARIES = 1 << 30
 _NCCL_ALONE, _NCCL_GROUP = 1 << 29, 3 << 29
 _GPU_MARGIN = 0.03  # of a GPU's memory
@@ -361,40 +357,3 @@ def _cache_blocks(options: RolloutOptions, load: Load, device: torch.device, roo
     if device.type == "cuda":
         return max(longest, cache_blocks(options, load.needed_blocks, longest, room))
     return min(cache_blocks(options, load.needed_blocks, longest), load.needed_blocks)  # memory counts once written
-
-
-def held_bytes(device: torch.device) -> int:
-    """What this process holds of the device's memory now."""
-    if device.type == "cuda":
-        return torch.cuda.memory_allocated(device)
-    return int(Path("/proc/self/statm").read_text().split()[1]) * _PAGE
-
-
-def peak_bytes(device: torch.device) -> int:
-    """The most that it has held since it started."""
-    if device.type == "cuda":
-        return arena.peak_bytes(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def device_bytes(device: torch.device, processes: int) -> int:
-    """What each of ``processes`` on this machine may have: a GPU of its own, or its part of the main memory."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[1]
-    limit = Path("/sys/fs/cgroup/memory.max")
-    granted = limit.read_text().strip() if limit.is_file() else ""
-    memory = os.sysconf("SC_PHYS_PAGES") * _PAGE
-    return min(memory, int(granted) if granted.isdecimal() else memory) // processes
-
-
-def free_bytes(device: torch.device) -> int:
-    """What nobody holds of a GPU's memory, or of the main memory that this process may have, now."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    lines = Path("/proc/meminfo").read_text().splitlines()
-    available = 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
-    limit, held = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.stat")
-    if limit.is_file() and limit.read_text().strip().isdecimal():  # what is no file's page can't be given back
-        anonymous = next(int(line.split()[1]) for line in held.read_text().splitlines() if line.startswith("anon "))
-        available = min(available, max(0, int(limit.read_text()) - anonymous))
-    return available
