@@ -209,14 +209,13 @@ def predict(
         lends: the KV cache's memory is an arena, which updates have in between.
     """
     shape = Shape.of(model, config.model)
-    parts = [Part("program", base, base, base), *_weights(config, shape, model, device, dtype, world)]
-    parts += _working(config, shape, model, device, dtype, load)
+    packed, graphs = _runner_bytes(config.rollout, shape, model, device, dtype, load.sequences)
+    parts = [Part("program", base, base, base), *_weights(config, shape, device, dtype, world)]
+    parts += [Part("packed weights", packed, packed), *_working(config, shape, model, device, dtype, load)]
     if second is not None:
         parts += _second(config, shape, second, device, dtype, load)
+    parts.append(Part("CUDA graphs", graphs, graphs))
     if device.type == "cuda":
-        if planned_runner(model, config.rollout, device, dtype) == "gpu":
-            graphs = _sampling_bytes(shape, dtype, load.sequences, load.sequences)
-            parts.append(Part("CUDA graphs", graphs, graphs))
         margin = int(_GPU_MARGIN * room)
         parts.append(Part("libraries", _GPU_LIBRARIES, _GPU_LIBRARIES, _GPU_LIBRARIES))
         parts.append(Part("allocator", margin, margin))
@@ -228,9 +227,7 @@ def predict(
     return replace(others, cache_bytes=block_bytes * (blocks + spare), cache_tokens=BLOCK_SIZE * blocks)
 
 
-def _weights(
-    config: Config, shape: Shape, model: Model, device: torch.device, dtype: torch.dtype, world: int
-) -> Iterator[Part]:
+def _weights(config: Config, shape: Shape, device: torch.device, dtype: torch.dtype, world: int) -> Iterator[Part]:
     b, n, m = dtype.itemsize, shape.parameters, shape.trained
     shards = config.update.shard_processes or world
     lora = bool(config.model.lora_rank)
@@ -254,8 +251,6 @@ def _weights(
             yield Part("NCCL", *(_NCCL_ALONE if world == 1 else (1 if shards == world else 2) * _NCCL_GROUP,) * 3)
     if world > 1 or lora or dtype != torch.float32:
         yield Part("compute weights", *(b * n,) * 3)
-    if packed := _packed_bytes(config.rollout, shape, model, device, dtype):
-        yield Part("packed weights", packed, packed)
 
 
 def checkpoint_bytes(config: Config, shape: Shape, dtype: torch.dtype, world: int) -> int:
@@ -299,22 +294,24 @@ def _second(
     shape = Shape.of(second.model, ModelOptions())
     theirs, ours = (_sampling_bytes(one, dtype, load.pass_tokens, load.sequences) for one in (shape, policy))
     weights = dtype.itemsize * shape.parameters if second.copied else 0
-    packed = _packed_bytes(replace(config.rollout, exact=False), shape, second.model, device, dtype)
+    options = replace(config.rollout, exact=False)
+    packed, graphs = _runner_bytes(options, shape, second.model, device, dtype, load.sequences)
     cache = second.cache_blocks * _block_bytes(shape, dtype)
     yield Part("teacher weights", weights, weights)
     yield Part("teacher packed weights", packed, packed)
     yield Part("teacher KV cache", cache, cache)
     yield Part("teacher activations", max(0, theirs - ours), 0)
-    if planned_runner(second.model, replace(config.rollout, exact=False), device, dtype) == "gpu":
-        graphs = _sampling_bytes(shape, dtype, load.sequences, load.sequences)
-        yield Part("teacher CUDA graphs", graphs, graphs)
+    yield Part("teacher CUDA graphs", graphs, graphs)
 
 
-def _packed_bytes(options: RolloutOptions, shape: Shape, model: Model, device: torch.device, dtype: torch.dtype) -> int:
-    """Of the C++ decoder's own weights, where it runs."""
-    if planned_runner(model, options, device, dtype) != "decoder":
-        return 0
-    return dtype.itemsize * (shape.parameters - (0 if shape.tied else shape.vocabulary * shape.hidden))
+def _runner_bytes(
+    options: RolloutOptions, shape: Shape, model: Model, device: torch.device, dtype: torch.dtype, sequences: int
+) -> tuple[int, int]:
+    """Of the C++ decoder's packed weights, and of CUDA graphs of decoding steps; 0 for what does not run the model."""
+    runner = planned_runner(model, options, device, dtype)
+    packed = dtype.itemsize * (shape.parameters - (0 if shape.tied else shape.vocabulary * shape.hidden))
+    graphs = _sampling_bytes(shape, dtype, sequences, sequences)
+    return packed if runner == "decoder" else 0, graphs if runner == "gpu" else 0
 
 
 def _block_bytes(shape: Shape, dtype: torch.dtype) -> int:
@@ -341,10 +338,9 @@ def sampling_reserve(model: Model, options: RolloutOptions, max_tokens: int) -> 
         return 0
     shape, sequences = Shape.of(model, ModelOptions()), options.max_sequences
     tokens = min(options.max_batch_tokens, sequences * max_tokens)
-    taken = _sampling_bytes(shape, model.dtype, tokens, sequences) + int(_GPU_MARGIN * device_bytes(model.device, 1))
-    if planned_runner(model, options, model.device, model.dtype) == "gpu":
-        taken += _sampling_bytes(shape, model.dtype, sequences, sequences)
-    return taken
+    _, graphs = _runner_bytes(options, shape, model, model.device, model.dtype, sequences)
+    margin = int(_GPU_MARGIN * device_bytes(model.device, 1))
+    return _sampling_bytes(shape, model.dtype, tokens, sequences) + graphs + margin
 
 
 def _sampling_bytes(shape: Shape, dtype: torch.dtype, pass_tokens: int, sequences: int) -> int:
