@@ -97,7 +97,7 @@ SHAPES = {
     "row_statistics": Shape(num_warps=8, vectors=4),
     "row_gradient": Shape(num_warps=8, vectors=2),
     "combine_statistics": Shape(num_warps=1, block=64),
-    "row_exponentials": Shape(num_warps=8, vectors=4),
+    "row_exponentials": Shape(num_warps=8, vectors=2),
     "add_entropy": Shape(num_warps=8, vectors=2),
     # A few thousand elements of a row of hidden states at a time.
     "row_shifts": Shape(num_warps=4, block=1024),

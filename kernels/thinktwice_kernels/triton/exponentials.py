@@ -460,7 +460,7 @@ def row_exponentials_in_triton(
         "part": part,
         "parts": partials.shape[1],
         "VECTORS": shape.vectors,
-        "LANES": shape.lanes(logits.itemsize),
+        "LANES": shape.lanes(out.itemsize),  # a thread has what it writes as one vector, or sums would cross threads
     }
     launch(row_exponentials, "row_exponentials", (logits.shape[0],), logits.device, arguments)
 
