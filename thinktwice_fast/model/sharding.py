@@ -44,8 +44,8 @@ class ModelPair:
             return
         trained = merged_weights(dict(self.masters.model.named_parameters()), self.masters.adapters)
         for (_, weight), read in zip(trained, self.rollout.parameters(), strict=True):
-            value = weight.detach().to(read.dtype)
-            read.copy_(value.full_tensor() if isinstance(value, DTensor) else value)
+            # Sharded ones are rounded before they are gathered; a whole one is as it is copied.
+            read.copy_(whole(weight.to(read.dtype)) if isinstance(weight, DTensor) else weight)
 
     def stepped(self) -> None:
         """The masters have moved: the policy is to compute with them."""
