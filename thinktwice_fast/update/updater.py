@@ -19,6 +19,7 @@ from thinktwice_fast.config import Config
 from thinktwice_fast.errors import UserError
 from thinktwice_fast.model.flash import flash_for
 from thinktwice_fast.model.flops import Flops
+from thinktwice_fast.model.lists import float32, upload
 from thinktwice_fast.model.policy import Policy, attention_heads
 from thinktwice_fast.model.products import WithValue, exact_logprobs, exact_product
 from thinktwice_fast.model.sharding import ModelPair, set_trained_shards, trained_shards
@@ -226,7 +227,7 @@ class Updater:
 
     def _policy_loss(self, part: list[Rollout], normalizer: int, phase: Phase) -> tuple[torch.Tensor, Metrics]:
         row = self._pack(part)
-        advantages = torch.tensor([rollout.advantage for rollout in part], device=self._device)
+        (advantages,) = upload([float32([rollout.advantage for rollout in part])], self._device)
         tensors = phase.tensors(part)
         arguments: dict[str, Any] = {**tensors, **phase.arguments, "normalizer": max(normalizer, 1)}
 
