@@ -11,7 +11,6 @@ from typing import Any, TypeVar, cast
 
 import torch
 from torch.distributed.fsdp import FSDPModule
-from torch.nn.functional import linear
 from torch.optim.lr_scheduler import LRScheduler
 
 from thinktwice_fast import parallel
@@ -362,7 +361,7 @@ class Updater:
         return result
 
     def _run(self, policy: Policy, row: PackedRow, head: Callable[..., Any]) -> Any:
-        product = exact_product if self._exact else linear
+        product = exact_product if self._exact else self.models.product
         return policy(row.input_ids, row.position_ids, row.attention, row.select, head, product)
 
     def _step_metrics(self, losses: list[float], norms: list[float], started: float) -> dict[str, float]:
