@@ -12,7 +12,7 @@ import thinktwice_kernels
 from thinktwice_fast.cli import doctor, machine, main, self_test
 from thinktwice_fast.cli.machine import Fact
 from thinktwice_fast.model import csrc
-from thinktwice_fast.run import memory, plan
+from thinktwice_fast.run import device_memory, plan
 from thinktwice_fast.run.options import DryRun
 
 CPU = torch.device("cpu")
@@ -65,7 +65,7 @@ def test_verdict(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     told = capsys.readouterr().out
     assert told.endswith("\nready\n") and "token_logprobs" in told and torch.__version__ in told
 
-    monkeypatch.setattr(memory, "free_bytes", lambda device: 0)
+    monkeypatch.setattr(device_memory, "free_bytes", lambda device: 0)
     monkeypatch.setattr(self_test, "_compare", lambda *_: 3.0)
     assert asked(monkeypatch) == 2
     out, err = capsys.readouterr()
@@ -90,7 +90,7 @@ def test_a_cache_that_takes_all_there_is_takes_less_where_less_is_free(
 ) -> None:
     make_plan = plan.make_plan
     monkeypatch.setattr(plan, "make_plan", lambda config, _: make_plan(config, DryRun(4 * 10**9)))
-    monkeypatch.setattr(memory, "free_bytes", lambda device: int(free))
+    monkeypatch.setattr(device_memory, "free_bytes", lambda device: int(free))
     monkeypatch.setattr(doctor, "_kernel_problems", lambda *_: [])
     status = asked(monkeypatch, "--rollout.max_sequences", "65536", "--problems_per_step", "8192")
     told = capsys.readouterr().out
@@ -98,4 +98,4 @@ def test_a_cache_that_takes_all_there_is_takes_less_where_less_is_free(
 
 
 def test_there_is_memory_to_be_had() -> None:
-    assert 0 < memory.free_bytes(CPU) <= memory.device_bytes(CPU, 1)
+    assert 0 < device_memory.free_bytes(CPU) <= device_memory.device_bytes(CPU, 1)

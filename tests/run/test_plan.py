@@ -19,7 +19,8 @@ from thinktwice_fast.model.attention import NAME, PrefixAttention
 from thinktwice_fast.model.flops import Flops
 from thinktwice_fast.model.lora import add_adapters
 from thinktwice_fast.model.policy import Policy
-from thinktwice_fast.run.memory import Load, Shape, held_bytes, layer_bytes, predict
+from thinktwice_fast.run.device_memory import held_bytes
+from thinktwice_fast.run.memory import Load, Shape, layer_bytes, predict
 from thinktwice_fast.run.metrics_file import read_metrics
 from thinktwice_fast.run.options import parse_command
 from thinktwice_fast.run.workload import phases

@@ -50,7 +50,7 @@ def run(config: Config) -> None:
 def _memory_problems(config: Config, console: "Console") -> list[str]:
     from thinktwice_fast import launch
     from thinktwice_fast.run.checks import check_config, check_files
-    from thinktwice_fast.run.memory import free_bytes
+    from thinktwice_fast.run.device_memory import free_bytes
     from thinktwice_fast.run.options import DryRun
     from thinktwice_fast.run.plan import less_memory, make_plan
 

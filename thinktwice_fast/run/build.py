@@ -24,7 +24,8 @@ from thinktwice_fast.model.policy import context_length
 from thinktwice_fast.model.sharding import frozen_copy, pair_models, shards_weights, warm_up
 from thinktwice_fast.records import Message, Problem
 from thinktwice_fast.rollout.engine import Engine
-from thinktwice_fast.run.memory import SecondModel, device_bytes, held_bytes, predict
+from thinktwice_fast.run.device_memory import device_bytes, held_bytes
+from thinktwice_fast.run.memory import SecondModel, predict
 from thinktwice_fast.run.teacher import TeacherPlan, make_teacher, plan_teacher
 from thinktwice_fast.run.workload import Evaluated, TeacherLoad, heaviest_load, phases
 from thinktwice_fast.tasks.arithmetic import RECHECK, warm_start_example

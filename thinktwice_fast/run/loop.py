@@ -36,8 +36,8 @@ from thinktwice_fast.run.checkpoint import (
     step_of,
     writing,
 )
+from thinktwice_fast.run.device_memory import peak_bytes
 from thinktwice_fast.run.evaluation import evaluate
-from thinktwice_fast.run.memory import peak_bytes
 from thinktwice_fast.run.metrics import SAMPLED
 from thinktwice_fast.run.output import Output
 from thinktwice_fast.run.profiling import StepProfiler, profiled_steps

@@ -43,17 +43,13 @@ T, R and those keys are bounds that hold however long the responses are, see ``w
 decoding step on a GPU, of up to 256 MiB, are left out.
 """
 
-import os
-import resource
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from thinktwice_fast.config import Config, ModelOptions, RolloutOptions
-from thinktwice_fast.model import arena
 from thinktwice_fast.model.flash import copying_layers
 from thinktwice_fast.model.flops import windows
 from thinktwice_fast.model.lora import adapter_parameters
@@ -62,10 +58,10 @@ from thinktwice_fast.model.sharding import shards_weights
 from thinktwice_fast.model.transformer import Transformer
 from thinktwice_fast.rollout.engine import BLOCK_SIZE, SPARE_BLOCKS, blocks_for, cache_blocks
 from thinktwice_fast.rollout.runner import planned_runner
+from thinktwice_fast.run.device_memory import device_bytes
 from thinktwice_fast.update.optimizer import MOMENT_BYTES
 from thinktwice_kernels.rows import bytes_per_logit, rows_per_tile
 
-_PAGE = os.sysconf("SC_PAGE_SIZE")
 _GPU_LIBRARIES = 1 << 30
 _NCCL_ALONE, _NCCL_GROUP = 1 << 29, 3 << 29
 _GPU_MARGIN = 0.03  # of a GPU's memory
@@ -213,14 +209,13 @@ def predict(
         lends: the KV cache's memory is an arena, which updates have in between.
     """
     shape = Shape.of(model, config.model)
-    parts = [Part("program", base, base, base), *_weights(config, shape, model, device, dtype, world)]
-    parts += _working(config, shape, model, device, dtype, load)
+    packed, graphs = _runner_bytes(config.rollout, shape, model, device, dtype, load.sequences)
+    parts = [Part("program", base, base, base), *_weights(config, shape, device, dtype, world)]
+    parts += [Part("packed weights", packed, packed), *_working(config, shape, model, device, dtype, load)]
     if second is not None:
         parts += _second(config, shape, second, device, dtype, load)
+    parts.append(Part("CUDA graphs", graphs, graphs))
     if device.type == "cuda":
-        if planned_runner(model, config.rollout, device, dtype) == "gpu":
-            graphs = _sampling_bytes(shape, dtype, load.sequences, load.sequences)
-            parts.append(Part("CUDA graphs", graphs, graphs))
         margin = int(_GPU_MARGIN * room)
         parts.append(Part("libraries", _GPU_LIBRARIES, _GPU_LIBRARIES, _GPU_LIBRARIES))
         parts.append(Part("allocator", margin, margin))
@@ -232,9 +227,7 @@ def predict(
     return replace(others, cache_bytes=block_bytes * (blocks + spare), cache_tokens=BLOCK_SIZE * blocks)
 
 
-def _weights(
-    config: Config, shape: Shape, model: Model, device: torch.device, dtype: torch.dtype, world: int
-) -> Iterator[Part]:
+def _weights(config: Config, shape: Shape, device: torch.device, dtype: torch.dtype, world: int) -> Iterator[Part]:
     b, n, m = dtype.itemsize, shape.parameters, shape.trained
     shards = config.update.shard_processes or world
     lora = bool(config.model.lora_rank)
@@ -258,8 +251,6 @@ def _weights(
             yield Part("NCCL", *(_NCCL_ALONE if world == 1 else (1 if shards == world else 2) * _NCCL_GROUP,) * 3)
     if world > 1 or lora or dtype != torch.float32:
         yield Part("compute weights", *(b * n,) * 3)
-    if packed := _packed_bytes(config.rollout, shape, model, device, dtype):
-        yield Part("packed weights", packed, packed)
 
 
 def checkpoint_bytes(config: Config, shape: Shape, dtype: torch.dtype, world: int) -> int:
@@ -303,22 +294,24 @@ def _second(
     shape = Shape.of(second.model, ModelOptions())
     theirs, ours = (_sampling_bytes(one, dtype, load.pass_tokens, load.sequences) for one in (shape, policy))
     weights = dtype.itemsize * shape.parameters if second.copied else 0
-    packed = _packed_bytes(replace(config.rollout, exact=False), shape, second.model, device, dtype)
+    options = replace(config.rollout, exact=False)
+    packed, graphs = _runner_bytes(options, shape, second.model, device, dtype, load.sequences)
     cache = second.cache_blocks * _block_bytes(shape, dtype)
     yield Part("teacher weights", weights, weights)
     yield Part("teacher packed weights", packed, packed)
     yield Part("teacher KV cache", cache, cache)
     yield Part("teacher activations", max(0, theirs - ours), 0)
-    if planned_runner(second.model, replace(config.rollout, exact=False), device, dtype) == "gpu":
-        graphs = _sampling_bytes(shape, dtype, load.sequences, load.sequences)
-        yield Part("teacher CUDA graphs", graphs, graphs)
+    yield Part("teacher CUDA graphs", graphs, graphs)
 
 
-def _packed_bytes(options: RolloutOptions, shape: Shape, model: Model, device: torch.device, dtype: torch.dtype) -> int:
-    """Of the C++ decoder's own weights, where it runs."""
-    if planned_runner(model, options, device, dtype) != "decoder":
-        return 0
-    return dtype.itemsize * (shape.parameters - (0 if shape.tied else shape.vocabulary * shape.hidden))
+def _runner_bytes(
+    options: RolloutOptions, shape: Shape, model: Model, device: torch.device, dtype: torch.dtype, sequences: int
+) -> tuple[int, int]:
+    """Of the C++ decoder's packed weights, and of CUDA graphs of decoding steps; 0 for what does not run the model."""
+    runner = planned_runner(model, options, device, dtype)
+    packed = dtype.itemsize * (shape.parameters - (0 if shape.tied else shape.vocabulary * shape.hidden))
+    graphs = _sampling_bytes(shape, dtype, sequences, sequences)
+    return packed if runner == "decoder" else 0, graphs if runner == "gpu" else 0
 
 
 def _block_bytes(shape: Shape, dtype: torch.dtype) -> int:
@@ -345,10 +338,9 @@ def sampling_reserve(model: Model, options: RolloutOptions, max_tokens: int) -> 
         return 0
     shape, sequences = Shape.of(model, ModelOptions()), options.max_sequences
     tokens = min(options.max_batch_tokens, sequences * max_tokens)
-    taken = _sampling_bytes(shape, model.dtype, tokens, sequences) + int(_GPU_MARGIN * device_bytes(model.device, 1))
-    if planned_runner(model, options, model.device, model.dtype) == "gpu":
-        taken += _sampling_bytes(shape, model.dtype, sequences, sequences)
-    return taken
+    _, graphs = _runner_bytes(options, shape, model, model.device, model.dtype, sequences)
+    margin = int(_GPU_MARGIN * device_bytes(model.device, 1))
+    return _sampling_bytes(shape, model.dtype, tokens, sequences) + graphs + margin
 
 
 def _sampling_bytes(shape: Shape, dtype: torch.dtype, pass_tokens: int, sequences: int) -> int:
@@ -361,40 +353,3 @@ def _cache_blocks(options: RolloutOptions, load: Load, device: torch.device, roo
     if device.type == "cuda":
         return max(longest, cache_blocks(options, load.needed_blocks, longest, room))
     return min(cache_blocks(options, load.needed_blocks, longest), load.needed_blocks)  # memory counts once written
-
-
-def held_bytes(device: torch.device) -> int:
-    """What this process holds of the device's memory now."""
-    if device.type == "cuda":
-        return torch.cuda.memory_allocated(device)
-    return int(Path("/proc/self/statm").read_text().split()[1]) * _PAGE
-
-
-def peak_bytes(device: torch.device) -> int:
-    """The most that it has held since it started."""
-    if device.type == "cuda":
-        return arena.peak_bytes(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def device_bytes(device: torch.device, processes: int) -> int:
-    """What each of ``processes`` on this machine may have: a GPU of its own, or its part of the main memory."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[1]
-    limit = Path("/sys/fs/cgroup/memory.max")
-    granted = limit.read_text().strip() if limit.is_file() else ""
-    memory = os.sysconf("SC_PHYS_PAGES") * _PAGE
-    return min(memory, int(granted) if granted.isdecimal() else memory) // processes
-
-
-def free_bytes(device: torch.device) -> int:
-    """What nobody holds of a GPU's memory, or of the main memory that this process may have, now."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    lines = Path("/proc/meminfo").read_text().splitlines()
-    available = 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
-    limit, held = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.stat")
-    if limit.is_file() and limit.read_text().strip().isdecimal():  # what is no file's page can't be given back
-        anonymous = next(int(line.split()[1]) for line in held.read_text().splitlines() if line.startswith("anon "))
-        available = min(available, max(0, int(limit.read_text()) - anonymous))
-    return available

@@ -20,7 +20,8 @@ from thinktwice_fast.rollout.engine import BLOCK_SIZE
 from thinktwice_fast.rollout.runner import planned_runner
 from thinktwice_fast.run.build import Prepared, prepare
 from thinktwice_fast.run.checkpoint import read_state
-from thinktwice_fast.run.memory import Load, Prediction, Shape, checkpoint_bytes, device_bytes, predict
+from thinktwice_fast.run.device_memory import device_bytes
+from thinktwice_fast.run.memory import Load, Prediction, Shape, checkpoint_bytes, predict
 from thinktwice_fast.run.options import DryRun
 from thinktwice_fast.run.report import aligned
 from thinktwice_fast.run.teacher import TeacherPlan

@@ -28,8 +28,8 @@ from thinktwice_fast.model.policy import context_length
 from thinktwice_fast.records import Problem, Sampling
 from thinktwice_fast.rollout.engine import blocks_for, bytes_per_block
 from thinktwice_fast.run.build import check_answers
+from thinktwice_fast.run.device_memory import device_bytes
 from thinktwice_fast.run.figures import Solved
-from thinktwice_fast.run.memory import device_bytes
 from thinktwice_fast.tasks.grading import Graders
 from thinktwice_fast.tasks.prompts import instruction_text
 
