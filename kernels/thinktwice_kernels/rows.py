@@ -225,7 +225,7 @@ class HeadGradients:
             self._bias += scaled_sum(d_logits, scales)
 
     def _add_to_weight(self, d_logits: Tensor, hidden: Tensor) -> None:
-        _add_product(self._weight, d_logits, hidden, beta=int(self._weight_is_set))
+        add_product(self._weight, d_logits, hidden, beta=int(self._weight_is_set))
         self._weight_is_set = True
 
     def result(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -247,16 +247,17 @@ def _hidden_gradient(
     return gradient
 
 
-def _add_product(
-    total: Tensor,  # [V, H], fp32 or float64: becomes beta * total + d_logits.T @ hidden
-    d_logits: Tensor,  # [m, V]
+def add_product(
+    total: Tensor,  # [V, H], fp32 or float64: becomes beta * total + outputs.T @ hidden
+    outputs: Tensor,  # [m, V], gradients
     hidden: Tensor,  # [m, H]
     beta: int,  # 0: whatever `total` held before is not read
 ) -> None:
-    if _is_native(d_logits, hidden):
-        torch.addmm(total, d_logits.t(), hidden, out_dtype=total.dtype, beta=beta, out=total)
+    """Add up the gradient of a weight from those of its outputs; sums in the type of the total."""
+    if _is_native(outputs, hidden):
+        torch.addmm(total, outputs.t(), hidden, out_dtype=total.dtype, beta=beta, out=total)
     else:
-        total.addmm_(d_logits.t().to(total.dtype), hidden.to(total.dtype), beta=beta)
+        total.addmm_(outputs.t().to(total.dtype), hidden.to(total.dtype), beta=beta)
 
 
 def write_hidden_gradient(

@@ -283,7 +283,7 @@ def memory_as_on_a_gpu(patch: pytest.MonkeyPatch) -> None:
     for module in (rows, exponentials):
         patch.setattr(module, "product", product)
     patch.setattr(GridExecutor, "__call__", unseen(GridExecutor.__call__))
-    patch.setattr(rows, "_add_product", unseen(rows._add_product))
+    patch.setattr(rows, "add_product", unseen(rows.add_product))
     patch.setattr(exponentials, "accumulated_logits", unseen(exponentials.accumulated_logits))
 
 

@@ -133,7 +133,7 @@ class CountedRows:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch):
         self.forward, self.backward = 0, 0
-        logits, product = linear_loss.accumulated_logits, rows._add_product
+        logits, product = linear_loss.accumulated_logits, rows.add_product
 
         def counted_logits(hidden: Tensor, *rest: Any, **options: Any) -> Tensor:
             self.forward += hidden.shape[0]
@@ -144,7 +144,7 @@ class CountedRows:
             product(total, d_logits, *rest, **options)
 
         monkeypatch.setattr(linear_loss, "accumulated_logits", counted_logits)
-        monkeypatch.setattr(rows, "_add_product", counted_product)
+        monkeypatch.setattr(rows, "add_product", counted_product)
 
 
 @pytest.mark.parametrize("rows", [1, 4, None])

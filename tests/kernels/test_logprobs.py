@@ -150,13 +150,13 @@ def test_hidden_need_not_be_contiguous() -> None:
 def test_a_frozen_weight_gets_no_gradient_computed(monkeypatch: pytest.MonkeyPatch) -> None:
     hidden, weight, bias, targets, _ = inputs(5)
     calls = []
-    original = rows._add_product
+    original = rows.add_product
 
     def counted(*arguments: Any, **options: Any) -> None:
         calls.append(1)
         original(*arguments, **options)
 
-    monkeypatch.setattr(rows, "_add_product", counted)
+    monkeypatch.setattr(rows, "add_product", counted)
     hidden.requires_grad_()
     linear_logprobs(hidden, weight, targets, bias=bias).sum().backward()
     assert hidden.grad is not None and weight.grad is None and bias.grad is None

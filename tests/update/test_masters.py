@@ -1,6 +1,7 @@
 """One process in bfloat16: one set of weights for rollouts and updates, float32 masters beside it."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from tests.small_models import FAMILIES, own_model
 from tests.update.cases import adapt, config, rollouts, updater, weights
 from thinktwice_fast.errors import UserError
 from thinktwice_fast.model import sharding
+from thinktwice_fast.model.loading import checkpoint_layers
+from thinktwice_fast.model.masters import MasterProduct, hand_over_gradients
 from thinktwice_fast.model.sharding import ModelPair, _shard, cast_parameters, pair_models
 from thinktwice_fast.run.checkpoint import load_checkpoint
 from thinktwice_fast.update.optimizer import build_optimizer
@@ -80,6 +83,39 @@ def test_gradients_of_micro_batches_add_up_in_float32() -> None:
         (parameter * term).sum().backward()
         assert parameter.grad is None
     assert bool((master.grad == 1 + 2**-12).all())
+
+
+def test_a_products_gradient_reaches_its_master_unrounded() -> None:
+    random = torch.Generator().manual_seed(0)
+    weight, bias = (torch.randn(s, generator=random).to(BFLOAT16).requires_grad_() for s in ((6, 8), (6,)))
+    masters = {leaf: leaf.detach().float().requires_grad_() for leaf in (weight, bias)}
+    hand_over_gradients(masters)
+    product = MasterProduct(masters)
+    wanted = torch.zeros(6, 8)
+    for rows in (5, 300):
+        x, grad = (torch.randn(rows, size, generator=random).to(BFLOAT16) for size in (8, 6))
+        product(x.requires_grad_(), weight, bias).backward(grad)
+        assert x.grad is not None and torch.equal(x.grad, grad @ weight)
+        assert weight.grad is None and bias.grad is None
+        wanted += grad.float().T @ x.float()
+    of_weight, of_bias = (master.grad for master in masters.values())
+    assert of_weight is not None and of_bias is not None
+    assert not torch.equal(of_weight, of_weight.to(BFLOAT16).float())
+    torch.testing.assert_close(of_weight, wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("prepare", [lambda model: None, checkpoint_layers])
+def test_gradients_that_are_not_rounded_are_near_those_that_are(prepare: Callable[[Any], None]) -> None:
+    found = []
+    for rounded in (False, True):
+        made = updater(config(update__microbatch_tokens=40), dtype=BFLOAT16, prepare=prepare)
+        weights_of = [half.parameters() for half in (made.models.policy, made.models.masters)]
+        if not rounded:  # as on a GPU
+            made.models.product = MasterProduct(dict(zip(*weights_of, strict=True)))
+        before = weights(made.models.masters)
+        made.policy_update([rollouts(8)])
+        found.append(before - weights(made.models.masters))
+    assert 0 < (found[0] - found[1]).norm() < 3e-3 * found[1].norm()
 
 
 def test_checkpoints_go_from_one_kind_of_masters_to_the_other(tmp_path: Path) -> None:

@@ -256,6 +256,7 @@ def test_the_norm_of_the_gradient_is_bounded() -> None:
     clipped, again = change(updater(config(update__grad_clip=bound)), [rollouts(6)])
     assert again["grad_norm"] == pytest.approx(metrics["grad_norm"])
     assert_same_step(clipped, free / 4)
+    assert torch.equal(change(updater(config(update__grad_clip=bound * 4.1)), [rollouts(6)])[0], free)
 
 
 @pytest.mark.parametrize("spoiled", ["loss", "gradient"])

@@ -11,7 +11,6 @@ the copy has the two merged.
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from itertools import pairwise
 from typing import TypeVar
 
@@ -21,10 +20,13 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
+from torch.nn.functional import linear
 
 from thinktwice_fast import parallel
 from thinktwice_fast.model.lora import Adapters, merged_weights, whole
+from thinktwice_fast.model.masters import MasterProduct, hand_over_gradients
 from thinktwice_fast.model.policy import Model, Policy, decoder_layers, iterate_named
+from thinktwice_fast.model.transformer import Product, Transformer
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -36,6 +38,7 @@ class ModelPair:
     policy: Policy
     rollout: Model
     masters: Policy  # the policy itself, unless that computes in another type on its own
+    product: Product = linear  # of the policy's weights
 
     @torch.no_grad()
     def sync(self) -> None:
@@ -44,8 +47,8 @@ class ModelPair:
             return
         trained = merged_weights(dict(self.masters.model.named_parameters()), self.masters.adapters)
         for (_, weight), read in zip(trained, self.rollout.parameters(), strict=True):
-            value = weight.detach().to(read.dtype)
-            read.copy_(value.full_tensor() if isinstance(value, DTensor) else value)
+            # Sharded ones are rounded before they are gathered; a whole one is as it is copied.
+            read.copy_(whole(weight.to(read.dtype)) if isinstance(weight, DTensor) else weight)
 
     def stepped(self) -> None:
         """The masters have moved: the policy is to compute with them."""
@@ -189,20 +192,10 @@ def _one_set(model: Model, dtype: torch.dtype) -> ModelPair:
         return ModelPair(policy, model, policy)
     masters = Policy(cast_parameters(copy.deepcopy(model), torch.float32))
     cast_parameters(model, dtype)
-    for parameter, master in zip(model.parameters(), masters.model.parameters(), strict=True):
-        parameter.register_post_accumulate_grad_hook(partial(_hand_over_gradient, master))
-    return ModelPair(policy, model, masters)
-
-
-@torch.no_grad()
-def _hand_over_gradient(master: torch.Tensor, parameter: torch.Tensor) -> None:
-    """Micro-batches add up in float32, and no second gradient stays."""
-    assert parameter.grad is not None
-    if master.grad is None:
-        master.grad = parameter.grad.float()
-    else:
-        master.grad += parameter.grad
-    parameter.grad = None
+    by_weight: dict[torch.Tensor, torch.Tensor] = dict(zip(model.parameters(), masters.model.parameters(), strict=True))
+    hand_over_gradients(by_weight)
+    unrounded = isinstance(model, Transformer) and model.device.type == "cuda"
+    return ModelPair(policy, model, masters, MasterProduct(by_weight) if unrounded else linear)
 
 
 def _shard(model: Model, dtype: torch.dtype, shard_processes: int) -> Policy:

@@ -9,10 +9,12 @@ from importlib.util import find_spec
 
 import torch
 from torch.distributed.tensor import DTensor
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from thinktwice_fast.config import UpdateOptions
 from thinktwice_fast.errors import UserError
+from thinktwice_fast.model.lora import whole
 
 MOMENT_BYTES = {"adamw": 8, "adamw8bit": 2}
 """Of both moments of a parameter, by `update.optimizer`."""
@@ -60,6 +62,20 @@ def clear_state(optimizer: torch.optim.Optimizer, *, at_once: bool) -> None:
                 "exp_avg": torch.zeros_like(weight, memory_format=torch.preserve_format),
                 "exp_avg_sq": torch.zeros_like(weight, memory_format=torch.preserve_format),
             }
+
+
+def clip_gradients(module: torch.nn.Module, bound: float) -> float:
+    """Scale all gradients together so that their norm is at most ``bound``; 0 = leave them. Collective if sharded.
+
+    Returns:
+        The norm as it was. A GPU is waited for.
+    """
+    parameters = list(module.parameters())
+    norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
+    value = float(whole(norm))
+    if 0 < bound < value:  # else torch would read and write every gradient to multiply it by 1
+        clip_grads_with_norm_(parameters, bound, norm)
+    return value
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from thinktwice_fast.model.lists import float32
+from thinktwice_fast.model.lists import float32, upload
 from thinktwice_fast.records import Rollout
 from thinktwice_kernels import combine_metrics, loss_count
 
@@ -48,12 +48,12 @@ class Phase:
             return None
         whole = self.arguments["released_code_compat"]
         flags = [flag for rollout in part for flag in _guide_flags(rollout, whole)]
-        return torch.tensor(flags, dtype=torch.bool, device=self.device)
+        return upload([torch.tensor(flags, dtype=torch.bool)], self.device)[0]
 
 
 def noted(part: Iterable[Rollout], device: torch.device) -> torch.Tensor:  # float32 [N]
     """The log-probabilities that the rollout engine noted."""
-    return float32([logp for rollout in part for logp in rollout.logps]).to(device)
+    return upload([float32([logp for rollout in part for logp in rollout.logps])], device)[0]
 
 
 def mismatch(

@@ -11,8 +11,6 @@ from typing import Any, TypeVar, cast
 
 import torch
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
-from torch.nn.functional import linear
 from torch.optim.lr_scheduler import LRScheduler
 
 from thinktwice_fast import parallel
@@ -20,6 +18,7 @@ from thinktwice_fast.config import Config
 from thinktwice_fast.errors import UserError
 from thinktwice_fast.model.flash import flash_for
 from thinktwice_fast.model.flops import Flops
+from thinktwice_fast.model.lists import float32, upload
 from thinktwice_fast.model.policy import Policy, attention_heads
 from thinktwice_fast.model.products import WithValue, exact_logprobs, exact_product
 from thinktwice_fast.model.sharding import ModelPair, set_trained_shards, trained_shards
@@ -27,7 +26,7 @@ from thinktwice_fast.records import Rollout
 from thinktwice_fast.update.batches import Example, PackedRow, Trainable, pack, pack_shared
 from thinktwice_fast.update.microbatches import plan_microbatches, row_budget
 from thinktwice_fast.update.objective import loss_arguments
-from thinktwice_fast.update.optimizer import clear_state, continue_schedule, few_threads
+from thinktwice_fast.update.optimizer import clear_state, clip_gradients, continue_schedule, few_threads
 from thinktwice_fast.update.phase import Metrics, Phase, combined, mismatch, noted, shaping_shares
 from thinktwice_kernels import grpo_loss, linear_grpo_loss, linear_logits, linear_logprobs
 
@@ -208,7 +207,7 @@ class Updater:
             shares.append(loss.detach())
             collected.append(metrics)
         with few_threads(self.optimizer):
-            norm = self._clip_gradient_norm()
+            norm = clip_gradients(self.models.masters, self._options.grad_clip)
             self._learning_rate = float(self.optimizer.param_groups[0]["lr"])
             total = sum(parallel.gather_flat([float(share) for share in shares]))
             if not (math.isfinite(total) and math.isfinite(norm)):
@@ -227,7 +226,7 @@ class Updater:
 
     def _policy_loss(self, part: list[Rollout], normalizer: int, phase: Phase) -> tuple[torch.Tensor, Metrics]:
         row = self._pack(part)
-        advantages = torch.tensor([rollout.advantage for rollout in part], device=self._device)
+        (advantages,) = upload([float32([rollout.advantage for rollout in part])], self._device)
         tensors = phase.tensors(part)
         arguments: dict[str, Any] = {**tensors, **phase.arguments, "normalizer": max(normalizer, 1)}
 
@@ -362,13 +361,8 @@ class Updater:
         return result
 
     def _run(self, policy: Policy, row: PackedRow, head: Callable[..., Any]) -> Any:
-        product = exact_product if self._exact else linear
+        product = exact_product if self._exact else self.models.product
         return policy(row.input_ids, row.position_ids, row.attention, row.select, head, product)
-
-    def _clip_gradient_norm(self) -> float:
-        parameters = [p for p in self.models.masters.parameters() if p.grad is not None]
-        norm = torch.nn.utils.clip_grad_norm_(parameters, self._options.grad_clip or float("inf"))
-        return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
 
     def _step_metrics(self, losses: list[float], norms: list[float], started: float) -> dict[str, float]:
         return {
