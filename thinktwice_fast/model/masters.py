@@ -36,7 +36,7 @@ class MasterProduct:
         bias: Tensor | None,  # [O]
     ) -> Tensor:  # [T, O]
         master = self._masters.get(weight)
-        if master is None or not torch.is_grad_enabled():
+        if master is None or not (weight.requires_grad and torch.is_grad_enabled()):
             return linear(x, weight, bias)
         return cast(Tensor, _Product.apply(x, weight, bias, master))
 
