@@ -9,7 +9,6 @@
 #include "cuda/kernels.h"
 #include "cuda/launch.cuh"
 #include "cuda/merge.h"
-#include "cuda/part_feed.cuh"
 #include "cuda/plain_tile.cuh"
 #include "cuda/rows.cuh"
 #include "cuda/tensor_tile.cuh"
@@ -17,126 +16,69 @@
 namespace thinktwice::gpu {
 namespace {
 
-// The parts of the list that a block takes: every one as many after the last as there are blocks. The KV
-// heads of a part are neighbours.
-class ListedParts {
- public:
-  __device__ explicit ListedParts(const Attention& attention)
-      : a(attention), count(a.parts->run * a.kv_heads), index(static_cast<int>(blockIdx.x)) {}
+// One split of one tile's keys, stored for merge_kernel; in the smallest tile that holds the rows.
+template <typename Tile, typename... Larger>
+__device__ void attend_part(const Attention& a, const RowTile& rows, KeyRange keys, int split, void* memory) {
+  if constexpr (sizeof...(Larger) > 0)
+    if (rows.rows > Tile::kRows) return attend_part<Larger...>(a, rows, keys, split, memory);
+  Tile tile(memory);
+  tile.load_queries(a, rows);
+  tile.attend(a, rows, keys);
+  tile.store_part(a, rows, split);
+}
 
-  // Without rows or keys where there is none left.
-  __device__ KnownPart next() {
-    while (index < count) {
-      const int listed = index;
-      index += static_cast<int>(gridDim.x);
-      KnownPart found{};
-      if (find(a.parts[1 + listed / a.kv_heads], found)) {
-        found.rows.kv_head = listed % a.kv_heads;
-        return found;
-      }
-    }
-    return {};
-  }
+// Tiles of more and more rows.
+template <typename... Tiles>
+struct TileSet {
+  static constexpr int kRows = std::max({Tiles::kRows...});
+  static constexpr size_t kBytes = std::max({sizeof(typename Tiles::Shared)...});
 
- private:
-  const Attention& a;
-  const int count;
-  int index;
-
-  // The rows and keys that this launch takes; false if there are none. Keys that a window hides from a member
-  // of a group are masked; only those of one item are skipped.
-  __device__ bool find(const Part& part, KnownPart& found) const {
-    RowTile& rows = found.rows;
-    rows.first_token = part.token;
-    rows.first_row = part.first_row;
-    rows.rows = part.rows;
-    rows.blocks = a.block_tables + int64_t{part.sequence} * a.table_width;
-    found.split = part.split;
-    if (part.run < 0) {
-      rows.first_item = part.token;
-      rows.context_lens = a.context_lens + part.token;
-      found.keys = {part.split * kSplit, part.split * kSplit + kSplit};
-      return keep_items(a, rows);
-    }
-    rows.first_item = part.run;
-    rows.first_position = part.position;
-    found.keys = split_range(part.split, first_key(a, part.position), part.position + 1);
-    return part.run >= a.first_item && part.run < a.first_item + a.items;
+  static __device__ void attend(const Attention& a, const RowTile& rows, KeyRange keys, int split,
+                                void* memory) {
+    attend_part<Tiles...>(a, rows, keys, split, memory);
   }
 };
 
-// The splits of a tile's keys, in order.
-class TileSplits {
- public:
-  __device__ TileSplits(const RowTile& tile, KeyRange keys)
-      : rows(tile), all(keys), split(keys.first / kSplit) {}
-
-  __device__ KnownPart next() {
-    if (split * kSplit >= all.end) return {};
-    const KnownPart found{rows, split_range(split, all.first, all.end), split};
-    ++split;
-    return found;
+// The rows and keys of a part that this launch takes; false if there are none. Keys that a window hides from
+// a member of a group are masked; only those of one item are skipped.
+__device__ inline bool find_part(const Attention& a, bool single_queries, const Part& part, RowTile& rows,
+                                 KeyRange& keys) {
+  rows.first_row = part.first_row;
+  rows.rows = part.rows;
+  if (part.run < 0) {
+    rows.first_token = rows.first_item = a.group_offsets[-1 - part.run];
+    rows.context_lens = a.context_lens + rows.first_token;
+    rows.blocks = a.block_tables + int64_t{rows.first_token} * a.table_width;
+    keys = {part.split * kSplit, part.split * kSplit + kSplit};
+    return keep_items(a, rows);
   }
+  Query query;
+  const bool taken = part.run >= a.first_item && part.run < a.first_item + a.items;
+  if (!taken || !find_query(a, single_queries, part.run, query)) return false;
+  rows.first_token = query.token;
+  rows.first_item = part.run;
+  rows.first_position = query.position;
+  rows.context_lens = nullptr;
+  rows.blocks = a.block_tables + int64_t{query.sequence} * a.table_width;
+  keys = split_range(part.split, first_key(a, query.position), query.position + 1);
+  return true;
+}
 
- private:
-  const RowTile rows;
-  const KeyRange all;
-  int split;
-};
-
-// Numbers in float32: a part at a time.
-template <typename Tile>
-struct PlainParts {
-  static constexpr int kRows = Tile::kRows;
-  static constexpr size_t kBytes = sizeof(typename Tile::Shared);
-
-  static __device__ void attend(const Attention& a, void* memory) {
-    ListedParts parts(a);
-    for (KnownPart part = parts.next(); part.exists(); part = parts.next()) {
-      Tile tile(memory);
-      tile.load_queries(a, part.rows);
-      tile.attend(a, part.rows, part.keys);
-      tile.store_part(a, part.rows, part.split);
-      __syncthreads();  // the next part overwrites what is read here
-    }
-  }
-};
-
-// Each part in the smallest tile that holds its rows: of so many times 16.
-template <typename Memory, int... kRowTiles>
-struct TensorParts {
-  static constexpr int kRows = Memory::kRows;
-  static constexpr size_t kBytes = sizeof(Memory);
-  using Feed = PartFeed<Memory, ListedParts>;
-
-  static __device__ void attend(const Attention& a, void* block_memory) {
-    Memory& memory = *static_cast<Memory*>(block_memory);
-    Feed feed(a, memory, ListedParts(a));
-    Queries<Memory> queries;
-    queries.load(a, feed.current().rows);
-    for (; feed.current().exists(); feed.advance()) {
-      queries.store(memory);
-      attend_in<kRowTiles...>(a, memory, feed, queries);
-    }
-  }
-
- private:
-  template <int kTiles, int... kMore>
-  static __device__ void attend_in(const Attention& a, Memory& memory, Feed& feed, Queries<Memory>& queries) {
-    if constexpr (sizeof...(kMore) > 0)
-      if (feed.current().rows.rows > 16 * kTiles) return attend_in<kMore...>(a, memory, feed, queries);
-    TensorTile<Memory, kTiles> tile(memory);
-    tile.attend(a, feed, [&] { queries.load(a, feed.next().rows); });
-    tile.store_part(a, feed.current().rows, feed.current().split);
-  }
-};
-
-// Any number of blocks, which take the parts in turn; results are stored for merge_kernel. Shared memory has
-// room for two or three blocks: asking for two keeps ptxas from spilling in order to fit more.
-template <typename Parts>
-__global__ void __launch_bounds__(kThreads, 2) parts_kernel(Attention a) {
+// Any number of blocks, which take the parts in turn; the KV heads of a part are neighbours. Shared memory
+// has room for two or three blocks: asking for two keeps ptxas from spilling in order to fit more.
+template <typename Tiles>
+__global__ void __launch_bounds__(kThreads, 2) parts_kernel(Attention a, bool single_queries) {
   extern __shared__ uint4 memory[];
-  Parts::attend(a, memory);
+  const int64_t count = int64_t{a.parts->run} * a.kv_heads;
+  for (int64_t i = blockIdx.x; i < count; i += gridDim.x) {
+    const Part part = a.parts[1 + i / a.kv_heads];
+    RowTile rows;
+    KeyRange keys;
+    if (!find_part(a, single_queries, part, rows, keys)) continue;
+    rows.kv_head = static_cast<int>(i % a.kv_heads);
+    Tiles::attend(a, rows, keys, part.split, memory);
+    __syncthreads();  // the next part overwrites what is read here
+  }
 }
 
 __device__ inline void store(float* to, float x) { *to = x; }
@@ -196,7 +138,7 @@ struct MergedTile {
 
 // Blocks: (tile of a sequence's rows, KV head). Sequences with one query are left to parts_kernel.
 template <typename Tile, typename T>
-__global__ void __launch_bounds__(kThreads, 2) prefill_kernel(Attention a) {
+__global__ void __launch_bounds__(kThreads) prefill_kernel(Attention a) {
   extern __shared__ uint4 memory[];
   RowTile rows;
   const int sequence = find_tile(a.starts, a.sequences, a.group, Tile::kRows, blockIdx.x, rows);
@@ -207,19 +149,15 @@ __global__ void __launch_bounds__(kThreads, 2) prefill_kernel(Attention a) {
   rows.blocks = a.block_tables + int64_t{sequence} * a.table_width;
   const int first = first_key(a, rows.position(a, 0)), end = rows.position(a, rows.rows - 1) + 1;
 
-  using Memory = typename Tile::Memory;
-  Memory& shared = *reinterpret_cast<Memory*>(memory);
-  Tile tile(shared);
+  Tile tile(memory);
   using Row = float[Tile::kMaxColumns];
-  MergedTile<Tile> merged{reinterpret_cast<Row*>(reinterpret_cast<char*>(memory) + sizeof(Memory)), {}};
+  MergedTile<Tile> merged{
+      reinterpret_cast<Row*>(reinterpret_cast<char*>(memory) + sizeof(typename Tile::Shared)), {}};
   for (int i = threadIdx.x; i < Tile::kRows * Tile::kMaxColumns; i += kThreads)
     (&merged.sums[0][0])[i] = 0.0f;
-  Queries<Memory> queries;
-  queries.load(a, rows);
-  queries.store(shared);
-  PartFeed<Memory, TileSplits> feed(a, shared, TileSplits(rows, {first, end}));
-  for (; feed.current().exists(); feed.advance()) {
-    tile.attend(a, feed, [] {});
+  tile.load_queries(a, rows);
+  for (int split = first / kSplit; split * kSplit < end; ++split) {
+    tile.attend(a, rows, split_range(split, first, end));
     merged.add(tile);
   }
   tile.for_rows([&](int m, int half, int row) {
@@ -238,11 +176,11 @@ __global__ void __launch_bounds__(kThreads, 2) prefill_kernel(Attention a) {
   });
 }
 
-template <typename Parts>
-cudaError_t attend_parts(const Attention& a, Type type, cudaStream_t stream) {
-  assert(Parts::kRows == part_rows(type, a.dim));
-  return launch_resident(parts_kernel<Parts>, most_parts(a, type) * a.kv_heads, kThreads, Parts::kBytes,
-                         stream, a);
+template <typename Tiles>
+cudaError_t attend_parts(const Attention& a, Type type, bool single_queries, cudaStream_t stream) {
+  assert(Tiles::kRows == part_rows(type, a.dim));
+  return launch_resident(parts_kernel<Tiles>, most_parts(a, type) * a.kv_heads, kThreads, Tiles::kBytes,
+                         stream, a, single_queries);
 }
 
 template <typename T>
@@ -257,7 +195,7 @@ cudaError_t prefill(const Attention& a, cudaStream_t stream) {
   const int tiles = most_tiles(a.tokens, a.sequences, a.group, Tile::kRows);
   const size_t merged_bytes = Tile::kRows * Tile::kMaxColumns * sizeof(float);
   return launch(prefill_kernel<Tile, T>, grid_of(tiles, a.kv_heads), kThreads,
-                sizeof(typename Tile::Memory) + merged_bytes, stream, a);
+                sizeof(typename Tile::Shared) + merged_bytes, stream, a);
 }
 
 // The tiles for numbers of type T and heads of up to kMaxDim elements: as many rows as registers and shared
@@ -265,27 +203,28 @@ cudaError_t prefill(const Attention& a, cudaStream_t stream) {
 template <typename T, int kMaxDim>
 struct Built {
   using Number = T;
-  using Parts = TensorParts<TileMemory<T, kMaxDim, 64, 2>, 1, 2, 4>;
-  using Prefill = TensorTile<TileMemory<T, kMaxDim, 64, 1>, 4>;
+  using Parts =
+      TileSet<TensorTile<T, kMaxDim, 1, 2>, TensorTile<T, kMaxDim, 2, 2>, TensorTile<T, kMaxDim, 4, 2>>;
+  using Prefill = TensorTile<T, kMaxDim, 4, 1>;
 };
 
 template <typename T>
 struct Built<T, 256> {
   using Number = T;
-  using Parts = TensorParts<TileMemory<T, 256, 32, 1>, 1, 2>;
-  using Prefill = TensorTile<TileMemory<T, 256, 16, 1>, 1>;
+  using Parts = TileSet<TensorTile<T, 256, 1, 1>, TensorTile<T, 256, 2, 1>>;
+  using Prefill = TensorTile<T, 256, 1, 1>;
 };
 
 template <int kMaxDim>
 struct Built<float, kMaxDim> {
   using Number = float;
-  using Parts = PlainParts<PlainTile<kMaxDim == 64 ? 128 : kMaxDim>>;
+  using Parts = TileSet<PlainTile<kMaxDim == 64 ? 128 : kMaxDim>>;
 };
 
 template <>
 struct Built<float, 256> {
   using Number = float;
-  using Parts = PlainParts<PlainTile<256>>;
+  using Parts = TileSet<PlainTile<256>>;
 };
 
 // Calls run(Built) with the smallest size of a head that the kernels are built for.
@@ -308,7 +247,7 @@ cudaError_t with_type(Type type, int dim, const Run& run) {
 cudaError_t launch_decode(const Attention& a, Type type, bool single_queries, cudaStream_t stream) {
   return with_type(type, a.dim, [&](auto built) {
     using BuiltFor = decltype(built);
-    return in_turn([&] { return attend_parts<typename BuiltFor::Parts>(a, type, stream); },
+    return in_turn([&] { return attend_parts<typename BuiltFor::Parts>(a, type, single_queries, stream); },
                    [&] { return merge<typename BuiltFor::Number>(a, single_queries, stream); });
   });
 }

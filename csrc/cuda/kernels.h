@@ -55,13 +55,10 @@ constexpr int kChunk = 64;   // keys per step of the online softmax; chunks star
 constexpr int kSplit = 256;  // keys per part of a row's softmax; the parts are merged in their order
 
 // A part of the attention's work: for each KV head, some rows of an item or of a group, and a split of keys.
-struct alignas(16) Part {
+struct Part {
   int32_t run;  // an item, or -1 - a group
   int32_t first_row, rows, split;
-  int32_t token, sequence;  // of the item's query, of the group's first
-  int32_t position;         // of the item's query
 };
-constexpr int kPartInts = sizeof(Part) / sizeof(int32_t);
 
 // Rows of the largest tile that parts are computed in.
 constexpr int part_rows(Type type, int dim) { return type == Type::kFloat ? 8 : dim > 128 ? 32 : 64; }

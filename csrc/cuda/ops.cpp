@@ -254,7 +254,7 @@ Attention describe(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache
 Tensor list_parts(const char* op, const Tensor& like, Attention a, Type type, bool single_queries, int all,
                   cudaStream_t stream) {
   a.items = all;
-  Tensor parts = new_like(like, {1 + most_parts(a, type), kPartInts}, ScalarType::Int);
+  Tensor parts = new_like(like, {1 + most_parts(a, type), 4}, ScalarType::Int);
   a.parts = static_cast<Part*>(parts.mutable_data_ptr());
   check_cuda(op, launch_list_parts(a, type, single_queries, stream));
   return parts;
@@ -265,7 +265,7 @@ void decode(const char* op, const Tensor& like, Attention a, Type type, bool sin
             const std::optional<Tensor>& given, cudaStream_t stream) {
   if (given) {
     a.items = all;
-    check_tensor(*given, std::string(op) + ": parts", like, ScalarType::Int, {1 + most_parts(a, type), kPartInts});
+    check_tensor(*given, std::string(op) + ": parts", like, ScalarType::Int, {1 + most_parts(a, type), 4});
   }
   Tensor parts = given ? *given : list_parts(op, like, a, type, single_queries, all, stream);
   a.parts = static_cast<Part*>(parts.mutable_data_ptr());

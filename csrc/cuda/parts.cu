@@ -25,8 +25,7 @@ __device__ void for_parts(const Attention& a, int tile_rows, bool single_queries
     const int group = find_tile(a.group_offsets, a.groups, a.group, tile_rows, tile, rows);
     const int splits = group < 0 ? 0 : shared_splits(a, group);
     for (int split = lane; split < splits; split += 32)
-      body(Part{-1 - group, rows.first_row, rows.rows, split, rows.first_token, rows.first_token, 0},
-           part_size({0, kSplit}, rows.rows));
+      body(Part{-1 - group, rows.first_row, rows.rows, split}, part_size({0, kSplit}, rows.rows));
   }
   for (int item = warp; item < a.items; item += kListWarps) {
     Query query;
@@ -37,8 +36,7 @@ __device__ void for_parts(const Attention& a, int tile_rows, bool single_queries
     for (int split = max(shared, first / kSplit) + lane; split * kSplit < end; split += 32)
       for (int row = 0; row < a.group; row += tile_rows) {
         const int rows = min(tile_rows, a.group - row);
-        body(Part{item, row, rows, split, query.token, query.sequence, query.position},
-             part_size(split_range(split, first, end), rows));
+        body(Part{item, row, rows, split}, part_size(split_range(split, first, end), rows));
       }
   }
 }
@@ -60,7 +58,7 @@ __global__ void __launch_bounds__(kListThreads)
       before += count;
     }
     assert(before <= room);
-    a.parts[0] = {before, 0, 0, 0, 0, 0, 0};
+    a.parts[0] = {before, 0, 0, 0};
   }
   __syncthreads();
   for_parts(a, tile_rows, single_queries,

@@ -32,15 +32,6 @@ struct KeyRange {
   int first, end;
 };
 
-// Some rows and the keys of one split.
-struct KnownPart {
-  RowTile rows;
-  KeyRange keys;
-  int split;
-
-  __device__ bool exists() const { return rows.rows > 0; }
-};
-
 __device__ inline int first_key(const Attention& a, int position) {
   return a.window > 0 ? max(0, position - a.window + 1) : 0;
 }

@@ -185,7 +185,7 @@ class EmulatedKernels:
         """Lists all parts; then a launch for so many of the items at a time, which must not touch those of others."""
         work.items = everything
         self._library.parts.restype = c_int64
-        self.parts = torch.full((1 + self._library.parts(ctypes.byref(work), dtype), 8), -1, dtype=torch.int32)
+        self.parts = torch.full((1 + self._library.parts(ctypes.byref(work), dtype), 4), -1, dtype=torch.int32)
         work.parts = self.parts.data_ptr()
         self._call("list_parts", work, dtype, c_bool(single))
         for first in range(0, everything, items or everything):

@@ -151,7 +151,7 @@ def test_the_list_of_parts(kernels: EmulatedKernels) -> None:
     count, offsets, lens = int(kernels.parts[0, 0]), given.group_offsets.tolist(), given.context_lens.tolist()
     covered: Counter[tuple[int, int]] = Counter()  # of row and split
     sizes = []
-    for run, first, rows, split, *_ in kernels.parts[1 : count + 1].tolist():
+    for run, first, rows, split in kernels.parts[1 : count + 1].tolist():
         start = run if run >= 0 else offsets[-1 - run]
         covered.update((start * group + row, split) for row in range(first, first + rows))
         sizes.append(-(-min(256, lens[start] - 256 * split) // 64) * -(-rows // 16))
