@@ -3,7 +3,7 @@
 Letters: S sequences.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from unittest.mock import patch
 
@@ -20,7 +20,7 @@ from bench.ops.inputs import EPSILON_HIGH, EPSILON_LOW, LinearBatch, LossBatch, 
 from thinktwice_kernels import linear_grpo_loss, reference
 from thinktwice_kernels.triton import head_product
 
-PRODUCT_IN_TRITON = f"{OURS}, product in Triton"
+PRODUCT_IN_TRITON, PRODUCT_BY_CUBLAS = f"{OURS}, product in Triton", f"{OURS}, product by cuBLAS"
 
 
 def outputs(loss: Tensor, batch: LinearBatch) -> Outputs:
@@ -33,14 +33,22 @@ def ours(batch: LinearBatch) -> Outputs:
     return outputs(loss, batch)
 
 
-def with_product_in_triton(batch: LinearBatch) -> Outputs:
-    """Ours where the product of the logits is Triton's, with exponentials in its epilogue, whatever is the default."""
-    with patch.object(head_product, "MEASURED_FASTER", frozenset(head_product.BLOCKS)):
-        return ours(batch)
+def with_product(faster: Iterable[int]) -> Callable[[LinearBatch], Outputs]:
+    """Ours where Triton's product of the logits, with exponentials in its epilogue, is the faster one on these alone.
+
+    Args:
+        faster: compute capabilities.
+    """
+
+    def run(batch: LinearBatch) -> Outputs:
+        with patch.object(head_product, "MEASURED_FASTER", frozenset(faster)):
+            return ours(batch)
+
+    return run
 
 
 def has_no_block(device: torch.device) -> str | None:
-    """Why `with_product_in_triton` would be ours."""
+    """Why there is no choice of the product."""
     if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] in head_product.BLOCKS:
         return None
     return "has blocks for Hopper and Blackwell only"
@@ -160,7 +168,8 @@ OPS = [
         truth=truth,
         contenders={
             OURS: Contender(ours),
-            PRODUCT_IN_TRITON: Contender(with_product_in_triton, has_no_block),
+            PRODUCT_IN_TRITON: Contender(with_product(head_product.BLOCKS), has_no_block),
+            PRODUCT_BY_CUBLAS: Contender(with_product(()), has_no_block),
             **{
                 name if name == PLAIN else f"{name} + loss": replace(peer, run=with_loss(peer.run))
                 for name, peer in PEERS.items()

@@ -12,7 +12,7 @@ from bench.core.contender import OURS, PLAIN
 from bench.core.measure import SETTINGS
 from bench.core.op import Size
 from bench.core.targets import Row, Target, fastest_peer, own
-from bench.ops.linear_loss import PRODUCT_IN_TRITON
+from bench.ops.linear_loss import PRODUCT_BY_CUBLAS, PRODUCT_IN_TRITON
 from bench.registry import op_named
 from bench.stages.notes import Line, Notes
 
@@ -22,7 +22,15 @@ _ON_GPU = (
     (
         _LINEAR,
         4096,
-        (OURS, PRODUCT_IN_TRITON, PLAIN, "liger triton loss", "liger scaled CE + loss", "trl chunked + loss"),
+        (
+            OURS,
+            PRODUCT_IN_TRITON,
+            PRODUCT_BY_CUBLAS,
+            PLAIN,
+            "liger triton loss",
+            "liger scaled CE + loss",
+            "trl chunked + loss",
+        ),
     ),
     (_LOGPROBS, 8192, (OURS, PLAIN, "trl")),
     (_LOGPROBS, 1024, (OURS, PLAIN, "trl")),

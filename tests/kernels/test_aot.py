@@ -137,6 +137,29 @@ def test_layers_move_16_bytes_at_a_time(lines: list[aot.Compiled]) -> None:
                 assert re.search(rf"{way}\.global\S*\.(?:v4\.b32|v2\.b64)", line.ptx), line.configuration
 
 
+def test_threads_wait_for_no_others_in_the_steps_of_a_row(lines: list[aot.Compiled]) -> None:
+    """A layout that puts a lane's sums into several threads costs a barrier a step; an H200 took 3.5 times as long."""
+    found = 0
+    for line in lines:
+        kinds = dict(line.configuration.parameters)
+        aligned = kinds.get("stride", kinds.get("out_stride")) == "i32:16"
+        if (
+            line.configuration.kernel in ("row_statistics", "row_gradient", "row_exponentials", "add_entropy")
+            and aligned
+        ):
+            steps = [step for step in loops(line.ptx) if "ld.global" in step]
+            assert steps and not any(re.search(r"bar\.sync|shfl", step) for step in steps), line.configuration
+            found += 1
+    assert found
+
+
+def loops(ptx: str) -> Iterator[str]:
+    """From a label to each branch back to it."""
+    for label in re.finditer(r"^(\$L\w+):", ptx, re.MULTILINE):
+        for branch in re.finditer(rf"\bbra(?:\.uni)?\s+{re.escape(label[1])};", ptx[label.end() :]):
+            yield ptx[label.end() :][: branch.start()]
+
+
 def test_what_is_written_in_place_has_been_read_by_every_warp(lines: list[aot.Compiled]) -> None:
     """Warps read a row's log-sum for the rows of the tile that they have, and one of them overwrites it."""
     found = [line for line in lines if line.configuration.kernel == "merge_heads"]

@@ -133,12 +133,13 @@ def test_linear_grpo_loss(case: str, dtype: torch.dtype, budget: int | None) -> 
     check_linear_grpo_loss(DEVICE, dtype, case, LENGTHS, V, budget)
 
 
+@pytest.mark.parametrize("in_triton", [False, True])
 @pytest.mark.parametrize("head", [{"temperature": 0.7}, {"temperature": torch.linspace(0.5, 2, T).double()}])
 @pytest.mark.parametrize("case", ["clip", "gspo", "k3", "token-mask", "guided", "entropy"])
-def test_linear_grpo_loss_with_its_product_in_triton(
-    case: str, head: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+def test_linear_grpo_loss_with_either_product(
+    case: str, head: dict[str, Any], in_triton: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(head_product, "MEASURED_FASTER", frozenset(head_product.BLOCKS))
+    monkeypatch.setattr(head_product, "MEASURED_FASTER", frozenset(head_product.BLOCKS if in_triton else ()))
     check_linear_grpo_loss(DEVICE, torch.bfloat16, case, LENGTHS, 1032, None, bias=False, **head)
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
+from torch.nn.functional import linear
 
 from tests.checkpoints import everything, same, save
 from tests.small_models import FAMILIES, own_model
@@ -115,6 +116,22 @@ def test_gradients_that_are_not_rounded_are_near_those_that_are(prepare: Callabl
         before = weights(made.models.masters)
         made.policy_update([rollouts(8)])
         found.append(before - weights(made.models.masters))
+    assert 0 < (found[0] - found[1]).norm() < 3e-3 * found[1].norm()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+def test_products_of_several_micro_batches_add_up_on_a_gpu() -> None:
+    found = []
+    for product in (None, linear):
+        models = pair_models(own_model("qwen3").cuda(), BFLOAT16)
+        assert isinstance(models.product, MasterProduct)
+        models.product = product or models.product
+        before = weights(models.masters)
+        optimizer = torch.optim.SGD(models.masters.parameters(), lr=0.5)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+        Updater(models, None, optimizer, schedule, config(update__microbatch_tokens=40)).policy_update([rollouts(8)])
+        found.append(weights(models.masters) - before)
     assert 0 < (found[0] - found[1]).norm() < 3e-3 * found[1].norm()
 
 
