@@ -35,7 +35,7 @@ def results(tmp_path: Path) -> Path:
 def test_the_document_shows_stages_steps_and_tables(results: Path) -> None:
     text = performance.document(results)
     titles = [line.removeprefix("## ") for line in text.splitlines() if line.startswith("## ")]
-    assert titles == ["Predicted for one H200", "a100-2026-12-01", "One H200", "cpu-2-cores"]
+    assert titles == ["Predicted for one H200, and measured", "a100-2026-12-01", "One H200", "cpu-2-cores"]
     assert "See [the log](log.md)." in text
     assert "### correct, 2026-11-26\n\nNVIDIA H200, torch 2.11; [all tables](../bench/results/h200-" in text
     assert "| pair \\| 0.6 B | 3.1 s | <= 20 s | met |" in text and "kernels of it" not in text
