@@ -146,7 +146,7 @@ def serve(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         servers.append(server)
         threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         url = f"http://127.0.0.1:{server.server_port}/v1/"
-        values: dict[str, Any] = {"teacher_timeout": 0.2, "endpoint_retries": 2, "endpoint_concurrency": 2} | options
+        values: dict[str, Any] = {"teacher_timeout": 2.0, "endpoint_retries": 2, "endpoint_concurrency": 2} | options
         chosen = ThinkTuningOptions("endpoint", endpoint_url=url, endpoint_model="wise", **values)
         return server, EndpointTeacher(PROMPT, chosen, first_pause=0.01)
 
@@ -181,7 +181,7 @@ def test_a_server_is_asked_as_openai_is(serve: Any, monkeypatch: pytest.MonkeyPa
     [
         ([(429, ""), (503, ""), OK], Answer("<opinion>..."), 3),
         ([(500, "")], Answer(refusal="unanswered"), 3),
-        ([1.0, OK], Answer("<opinion>..."), 2),
+        ([4.0, OK], Answer("<opinion>..."), 2),
         ([(401, "")], Answer(refusal="unanswered"), 1),
         ([(307, "")], Answer(refusal="unanswered"), 1),
         ([(200, "{")], Answer(refusal="unanswered"), 1),
@@ -199,14 +199,14 @@ def test_whatever_a_server_does_is_an_answer(serve: Any, replies: list[Any], ans
 
 
 def test_a_server_that_hangs_costs_its_time_limits_and_no_more(serve: Any) -> None:
-    server, teacher = serve(2.0, endpoint_retries=1)
+    server, teacher = serve(5.0, endpoint_retries=1, teacher_timeout=0.2)
     started = time.monotonic()
     assert teacher.ask(ASKED * 2) == [Answer("", "unanswered", "the server: no reply in time")] * 4
-    assert time.monotonic() - started < 1.5 and len(server.asked) == 8
-    server, teacher = serve(2.0, endpoint_retries=50, endpoint_step_timeout=0.5)
+    assert time.monotonic() - started < 5 and len(server.asked) == 8
+    server, teacher = serve(5.0, endpoint_retries=50, endpoint_step_timeout=0.5, teacher_timeout=0.2)
     started = time.monotonic()
     answers = teacher.ask(ASKED * 8)
-    assert {answer.refusal for answer in answers} == {"unanswered"} and time.monotonic() - started < 1.5
+    assert {answer.refusal for answer in answers} == {"unanswered"} and time.monotonic() - started < 5
     assert answers[-1].detail == "the server: no time left for this step's requests"
 
 

@@ -38,7 +38,7 @@ def reward(prompts, completions, **columns):
 def bad_reward(wrong: str) -> Callable[[Path], list[str | Path]]:
     """Options of a run that meets ``wrong`` in its second step and saves only where it must."""
     return lambda folder: [
-        *("--reward", f"{text(folder, 'mine.py', REWARD.replace('{wrong}', wrong))}:reward", "--reward_timeout", "0.4"),
+        *("--reward", f"{text(folder, 'mine.py', REWARD.replace('{wrong}', wrong))}:reward", "--reward_timeout", "2"),
         *("--run.steps", "2", "--run.checkpoint_every", "0"),
     ]
 
@@ -47,7 +47,7 @@ FAILING_REWARDS = [
     Case("reward raises", ("raised KeyError", "sample 0"), bad_reward("raise KeyError('solution')")),
     Case(
         "reward hangs",
-        ("took longer than 0.4 s", "reward_timeout", "sample 0"),
+        ("took longer than 2 s", "reward_timeout", "sample 0"),
         bad_reward("time.sleep(600)"),
     ),
     Case(
@@ -112,7 +112,7 @@ def reward(prompts, completions, **columns):
 
 @pytest.mark.parametrize(
     ("wrong", "says"),
-    [("time.sleep(600)", "took longer than 1 s"), ("os._exit(3)", "ended its process (exit status 3)")],
+    [("time.sleep(600)", "took longer than 3 s"), ("os._exit(3)", "ended its process (exit status 3)")],
 )
 def test_a_reward_that_fails_in_one_of_two_processes_stops_both_at_once(tmp_path: Path, wrong: str, says: str) -> None:
     """Within twice the call's time, a process start and an exit, while the other has most samples yet to draw."""
@@ -130,11 +130,11 @@ def reward(completions, **columns):
 """
     mine = text(tmp_path, "mine.py", code.replace("{wrong}", wrong))
     long = ("--eval.sets", '{"held_out": "arithmetic:tm5"}', "--eval.limit", "4000", "--run.steps", "1")
-    settings = (*SMALL, *long, "--reward", f"{mine}:reward", "--reward_timeout", "1")
+    settings = (*SMALL, *long, "--reward", f"{mine}:reward", "--reward_timeout", "3")
     finished = train("--output", tmp_path / "run", *settings, processes=2)
     # The other's file is there only if it came to grade anything before it was stopped.
     other, failing = (list(tmp_path.glob(f"calls {rank}")) for rank in (0, 1))
-    assert time.time() - float(failing[0].read_text().split()[0]) < 2 * 1 + 16
+    assert time.time() - float(failing[0].read_text().split()[0]) < 2 * 3 + 16
     graded = sum(len(file.read_text().split()) for file in other)
     assert graded < 2000 + 2000, "it graded all solutions and refinements"
     refused_by_torchrun(finished, "evaluation after step 0: process 1: reward", says, "sample 0")

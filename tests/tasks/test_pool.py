@@ -61,7 +61,7 @@ def test_done_tells_when_the_rewards_are_there(math: Grader) -> None:
         assert time.monotonic() < deadline
         time.sleep(0.01)
     before = time.monotonic()
-    assert grading.result() == [0, 0] and time.monotonic() < before + 1
+    assert grading.result() == [0, 0] and time.monotonic() < before + 10
     assert grading.done()
 
 
