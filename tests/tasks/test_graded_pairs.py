@@ -15,7 +15,7 @@ with (Path(__file__).parent.parent / "data" / "graded_pairs.tsv").open(newline="
 @pytest.mark.parametrize("reward", ["math", "math_strict"])
 def test_verdicts(reward: str) -> None:
     problems = [Problem(number, (), pair["gold"]) for number, pair in enumerate(PAIRS)]
-    with Grader(reward, 4.0, 2) as grader:
+    with Grader(reward, 8.0, 2) as grader:
         gradings = [
             grader.submit(problem, (), [f"It is \\boxed{{{pair['answer']}}}."])
             for problem, pair in zip(problems, PAIRS, strict=True)

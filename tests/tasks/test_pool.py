@@ -42,7 +42,14 @@ def test_plain_numbers_need_no_process() -> None:
 
 @pytest.fixture(scope="module")
 def math():
-    with Grader("math", 2.0, 2) as grader:
+    with Grader("math", 30.0, 2) as grader:
+        yield grader
+
+
+@pytest.fixture(scope="module")
+def hasty():
+    """Where answers hang."""
+    with Grader("math", 4.0, 2) as grader:
         yield grader
 
 
@@ -51,10 +58,10 @@ def test_answers_that_need_algebra(math: Grader) -> None:
     assert math.timeouts == 0
 
 
-def test_done_tells_when_the_rewards_are_there(math: Grader) -> None:
+def test_done_tells_when_the_rewards_are_there(hasty: Grader) -> None:
     asked = problem("2\\sqrt2")
-    assert math.submit(asked, asked.messages, ["\\boxed{2\\sqrt2}", "no box"]).done()  # no process was asked
-    grading = math.submit(asked, asked.messages, ["no box", "\\boxed{9**9**9}"])
+    assert hasty.submit(asked, asked.messages, ["\\boxed{2\\sqrt2}", "no box"]).done()  # no process was asked
+    grading = hasty.submit(asked, asked.messages, ["no box", "\\boxed{9**9**9}"])
     assert not grading.done()
     deadline = time.monotonic() + 30
     while not grading.done():
@@ -80,21 +87,21 @@ def test_copying_the_question_pays_nothing(math: Grader) -> None:
     assert rewards(math, "72\\text{ clips}", "48/2+48", "72", "72\\text{ clips}") == [0, 1, 1]
 
 
-def test_a_hanging_answer_is_stopped_and_later_ones_are_graded(math: Grader) -> None:
-    before = math.timeouts
+def test_a_hanging_answer_is_stopped_and_later_ones_are_graded(hasty: Grader) -> None:
+    before = hasty.timeouts
     asked = problem("3^4")  # for a plain number two of these are refused as calculations
-    hanging = math.submit(
+    hanging = hasty.submit(
         asked, asked.messages, [f"\\boxed{{{a}}}" for a in ("9**9**9", "9999999!", "3**100000000", "3^4")]
     )
-    later = math.submit(asked, asked.messages, ["\\boxed{\\sqrt{6561}}"])
+    later = hasty.submit(asked, asked.messages, ["\\boxed{\\sqrt{6561}}"])
     started = time.monotonic()
     assert later.result() == [1.0]
     result = hanging.result()
     assert result == [0, 0, 0, 1]
     assert hanging.result() == result
-    assert 1 <= math.timeouts - before <= 3
-    assert time.monotonic() - started < 30
-    assert rewards(math, "2\\sqrt2", "\\sqrt8") == [1]
+    assert 1 <= hasty.timeouts - before <= 3
+    assert time.monotonic() - started < 60
+    assert rewards(hasty, "2\\sqrt2", "\\sqrt8") == [1]
 
 
 def test_a_malformed_gold_answer_survives(math: Grader) -> None:
