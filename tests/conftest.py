@@ -18,5 +18,8 @@ _LONG = (
 )
 
 
+_LONGEST_ON_A_GPU = "tests/test_gpu.py"  # whole runs, for which Triton compiles everything; elsewhere they are skipped
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: not item.nodeid.startswith(_LONG))
+    items.sort(key=lambda item: (not item.nodeid.startswith(_LONGEST_ON_A_GPU), not item.nodeid.startswith(_LONG)))

@@ -77,7 +77,8 @@ def op_in_cpp(library: str, name: str) -> Any:
 class Shape:
     """The shape of a program.
 
-    Row kernels: each thread reads `vectors` vectors of 16 bytes a step. Token kernels: `block` tokens a step.
+    Row kernels: each thread reads `vectors` vectors of 16 bytes a step (`row_exponentials`: writes). Token kernels:
+    `block` tokens a step.
     """
 
     num_warps: int

@@ -163,8 +163,13 @@ def test_skipped_rows_enter_no_product_and_may_hold_nan(how: str, monkeypatch: p
         rows.append(hidden.shape[0])
         return products(hidden, *rest, **options)
 
-    products = exponentials.accumulated_logits
+    def counted_in_triton(block: head_product.Block, hidden: Tensor, *rest: Any) -> Tensor:
+        rows.append(hidden.shape[0])
+        return products_in_triton(block, hidden, *rest)
+
+    products, products_in_triton = exponentials.accumulated_logits, head_product.head_exponentials_in_triton
     monkeypatch.setattr(exponentials, "accumulated_logits", counted)
+    monkeypatch.setattr(head_product, "head_exponentials_in_triton", counted_in_triton)
     want, _ = linear_grpo_loss(**batch)
     d_want = gradients(want, batch, ("hidden", "weight"))
     assert set(rows) == {T - int(skipped.sum())}

@@ -1,7 +1,8 @@
 """Gradients of weights in a 16-bit type go to their float32 masters as soon as they are computed.
 
-Where they come out of a matrix product, this adds its float32 sums to what the master has: they are never rounded, and
-no pass over memory widens and adds them. Those of embeddings, norms and biases are widened once autograd has them.
+Where they come out of a product of the layers, this adds its float32 sums to what the master has: they are never
+rounded, and no pass over memory widens and adds them. Those of embedding, head, norms and biases are widened once
+autograd has them.
 
 Letters: T tokens, I inputs, O outputs.
 """
