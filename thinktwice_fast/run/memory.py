@@ -36,7 +36,8 @@ V vocabulary; S sequences that decode at once; T tokens and R response tokens of
     libraries            1 GiB on a GPU: CUDA's context with the kernels, the workspaces of its libraries
     NCCL                 where FSDP2 shards on GPUs: 0.5 GiB of one process, else 1.5 GiB for each group that it is in
     allocator            4 m on the CPU: holes that the C library keeps where gradients lay among activations
-                         (measured); on a GPU 3 % of it: gaps between tensors that no other fits into
+                         (measured), and 32 MiB that a process grows by over many steps (the default job: 38 in 200);
+                         on a GPU 3 % of it: gaps between tensors that no other fits into
     shared prompts' keys 2 b K a layer and key on a GPU, in layers whose attention copies them for each response
 
 T, R and those keys are bounds that hold however long the responses are, see ``workload``. Attention's parts in a
@@ -64,6 +65,7 @@ from thinktwice_kernels.rows import bytes_per_logit, rows_per_tile
 
 _GPU_LIBRARIES = 1 << 30
 _NCCL_ALONE, _NCCL_GROUP = 1 << 29, 3 << 29
+_CPU_GROWTH = 32 << 20
 _GPU_MARGIN = 0.03  # of a GPU's memory
 
 
@@ -285,7 +287,8 @@ def _working(
     gradient = 4 * shape.vocabulary * shape.hidden
     yield Part("loss head", 0, tiles * logit * rows * shape.vocabulary + gradient + 2 * b * targets * shape.hidden)
     if device.type == "cpu":
-        yield Part("allocator", 4 * shape.trained, 4 * shape.trained)
+        holes = 4 * shape.trained + _CPU_GROWTH
+        yield Part("allocator", holes, holes)
 
 
 def _second(
