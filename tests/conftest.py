@@ -16,8 +16,6 @@ _LONG = (
     *("tests/run/", "tests/kernels/test_aot", "tests/csrc/test_cuda", "tests/csrc/test_native"),
     *("tests/test_bench", "tests/test_distributions", "tests/test_gpu_check"),
 )
-
-
 _LONGEST_ON_A_GPU = "tests/test_gpu.py"  # whole runs, for which Triton compiles everything; elsewhere they are skipped
 
 

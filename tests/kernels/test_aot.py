@@ -42,7 +42,7 @@ from thinktwice_kernels.triton.selection import compacted
 
 ROOT = Path(__file__).parent.parent.parent
 ROW_KERNELS = ("row_statistics", "combine_statistics", "row_gradient")
-ROWS = {"row_statistics", "row_gradient", "row_exponentials", "add_entropy"}
+IN_STEPS = {"row_statistics", "row_gradient", "row_exponentials", "add_entropy"}  # these go along rows of logits
 LAYERS = (
     *("rms_norm_rows", "rms_norm_gradients", "swiglu_rows", "swiglu_gradients", "rotary_heads", "rotary_gradients"),
     "merge_heads",
@@ -143,11 +143,11 @@ def test_threads_wait_for_no_others_in_the_steps_of_a_row(lines: list[aot.Compil
     found = set()
     for line in lines:
         name, kinds = line.configuration.kernel, dict(line.configuration.parameters)
-        if name in ROWS and kinds.get("stride", kinds.get("out_stride")) == "i32:16":
+        if name in IN_STEPS and kinds.get("stride", kinds.get("out_stride")) == "i32:16":
             steps = [step for step in loops(line.ptx) if "ld.global" in step]
             assert steps and not any(re.search(r"bar\.sync|shfl", step) for step in steps), line.configuration
             found.add(name)
-    assert found == ROWS
+    assert found == IN_STEPS
 
 
 def loops(ptx: str) -> Iterator[str]:

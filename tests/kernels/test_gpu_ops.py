@@ -159,17 +159,17 @@ def test_skipped_rows_enter_no_product_and_may_hold_nan(how: str, monkeypatch: p
         batch["advantages"] = torch.where(skipped, 0.0, normal(T, seed=8).float().to(DEVICE))
     rows: list[int] = []
 
-    def counted(hidden: Tensor, *rest: Any, **options: Any) -> Tensor:
-        rows.append(hidden.shape[0])
-        return products(hidden, *rest, **options)
+    def count(module: Any, product: str, place: int) -> None:
+        original = getattr(module, product)
 
-    def counted_in_triton(block: head_product.Block, hidden: Tensor, *rest: Any) -> Tensor:
-        rows.append(hidden.shape[0])
-        return products_in_triton(block, hidden, *rest)
+        def counted(*given: Any, **options: Any) -> Tensor:
+            rows.append(given[place].shape[0])
+            return original(*given, **options)
 
-    products, products_in_triton = exponentials.accumulated_logits, head_product.head_exponentials_in_triton
-    monkeypatch.setattr(exponentials, "accumulated_logits", counted)
-    monkeypatch.setattr(head_product, "head_exponentials_in_triton", counted_in_triton)
+        monkeypatch.setattr(module, product, counted)
+
+    count(exponentials, "accumulated_logits", 0)
+    count(head_product, "head_exponentials_in_triton", 1)
     want, _ = linear_grpo_loss(**batch)
     d_want = gradients(want, batch, ("hidden", "weight"))
     assert set(rows) == {T - int(skipped.sum())}

@@ -13,7 +13,7 @@ from torch.nn.functional import linear
 
 from tests.checkpoints import everything, same, save
 from tests.small_models import FAMILIES, own_model
-from tests.update.cases import adapt, config, rollouts, updater, weights
+from tests.update.cases import adapt, change, config, rollouts, updater, weights
 from thinktwice_fast.errors import UserError
 from thinktwice_fast.model import sharding
 from thinktwice_fast.model.loading import checkpoint_layers
@@ -66,14 +66,12 @@ def test_updates_are_those_of_sharded_weights(family: str, budget: int) -> None:
     """Later mini-batches would see it if the weights lagged behind."""
     changes = []
     for models in (pair_models(own_model(family), BFLOAT16), sharded(family)):
-        before = weights(models.masters)
         optimizer = torch.optim.SGD(models.masters.parameters(), lr=0.5)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
         made = Updater(
             models, None, optimizer, schedule, config(update__microbatch_tokens=budget, update__grad_clip=1.0)
         )
-        made.policy_update([rollouts(8, seed) for seed in range(3)])
-        changes.append(weights(models.masters) - before)
+        changes.append(change(made, [rollouts(8, seed) for seed in range(3)])[0])
     assert (changes[0] - changes[1]).norm() < 1e-4 * changes[1].norm()
 
 
@@ -113,9 +111,7 @@ def test_gradients_that_are_not_rounded_are_near_those_that_are(prepare: Callabl
         weights_of = [half.parameters() for half in (made.models.policy, made.models.masters)]
         if not rounded:  # as on a GPU
             made.models.product = MasterProduct(dict(zip(*weights_of, strict=True)))
-        before = weights(made.models.masters)
-        made.policy_update([rollouts(8)])
-        found.append(before - weights(made.models.masters))
+        found.append(change(made, [rollouts(8)])[0])
     assert 0 < (found[0] - found[1]).norm() < 3e-3 * found[1].norm()
 
 
@@ -124,14 +120,10 @@ def test_gradients_that_are_not_rounded_are_near_those_that_are(prepare: Callabl
 def test_products_of_several_micro_batches_add_up_on_a_gpu() -> None:
     found = []
     for product in (None, linear):
-        models = pair_models(own_model("qwen3").cuda(), BFLOAT16)
-        assert isinstance(models.product, MasterProduct)
-        models.product = product or models.product
-        before = weights(models.masters)
-        optimizer = torch.optim.SGD(models.masters.parameters(), lr=0.5)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
-        Updater(models, None, optimizer, schedule, config(update__microbatch_tokens=40)).policy_update([rollouts(8)])
-        found.append(weights(models.masters) - before)
+        made = updater(config(update__microbatch_tokens=40), dtype=BFLOAT16, model=own_model("qwen3").cuda())
+        assert isinstance(made.models.product, MasterProduct)
+        made.models.product = product or made.models.product
+        found.append(change(made, [rollouts(8)])[0])
     assert 0 < (found[0] - found[1]).norm() < 3e-3 * found[1].norm()
 
 

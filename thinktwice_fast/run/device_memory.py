@@ -29,10 +29,8 @@ def device_bytes(device: torch.device, processes: int) -> int:
     """What each of ``processes`` on this machine may have: a GPU of its own, or its part of the main memory."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[1]
-    limit = Path("/sys/fs/cgroup/memory.max")
-    granted = limit.read_text().strip() if limit.is_file() else ""
-    memory = os.sysconf("SC_PHYS_PAGES") * _PAGE
-    return min(memory, int(granted) if granted.isdecimal() else memory) // processes
+    memory, granted = os.sysconf("SC_PHYS_PAGES") * _PAGE, _granted_bytes()
+    return (memory if granted is None else min(memory, granted)) // processes
 
 
 def free_bytes(device: torch.device) -> int:
@@ -41,8 +39,16 @@ def free_bytes(device: torch.device) -> int:
         return torch.cuda.mem_get_info(device)[0]
     lines = Path("/proc/meminfo").read_text().splitlines()
     available = 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
-    limit, held = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.stat")
-    if limit.is_file() and limit.read_text().strip().isdecimal():  # what is no file's page can't be given back
-        anonymous = next(int(line.split()[1]) for line in held.read_text().splitlines() if line.startswith("anon "))
-        available = min(available, max(0, int(limit.read_text()) - anonymous))
+    granted = _granted_bytes()
+    if granted is not None:  # what is no file's page can't be given back
+        held = Path("/sys/fs/cgroup/memory.stat").read_text().splitlines()
+        anonymous = next(int(line.split()[1]) for line in held if line.startswith("anon "))
+        available = min(available, max(0, granted - anonymous))
     return available
+
+
+def _granted_bytes() -> int | None:
+    """Of main memory, by the control group of this process; None: no limit."""
+    limit = Path("/sys/fs/cgroup/memory.max")
+    granted = limit.read_text().strip() if limit.is_file() else ""
+    return int(granted) if granted.isdecimal() else None
